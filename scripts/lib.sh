@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+#
+# What the scripts share: where things are, what the cache holds, and how a
+# step reports. Sourced, never run.
+
+# The scripts call each other by name: links and $PWD must not matter.
+RKSM_TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+RKSM_CACHE=${RKSM_CACHE:-${HOME:-/root}/.cache/rksm}
+[[ $RKSM_CACHE == /* ]] || RKSM_CACHE=$PWD/$RKSM_CACHE
+export RKSM_CACHE
+
+# The Debian root: everything that its content depends on stands here, and
+# the hash of it is a part of the directory's name. ROOT_RECIPE is to be
+# raised whenever the way of building it changes in scripts/setup.
+ROOT_RECIPE=3
+ROOT_SUITE=trixie
+KERNEL_SUITE=trixie-backports
+KERNEL_SERIES=7.3
+ROOT_PACKAGES=(
+	# building the kernel tree and the module
+	bc bindgen binutils bison ca-certificates cargo flex gcc kmod
+	libc6-dev libelf-dev libssl-dev make pahole perl python3 rust-clippy
+	rust-src rustc rustfmt xz-utils zstd cpio
+	# booting and being the guest
+	busybox-static file iproute2 numactl procps qemu-system-x86
+	util-linux-extra virtme-ng
+	# checking
+	shellcheck git
+)
+TREE_RECIPE=2
+
+warn() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+die() { warn "$*"; exit 1; }
+
+hash_of() { printf '%s\n' "$@" | sha256sum | cut -c1-12; }
+
+# True inside the Debian root (scripts/enter) and in the guest.
+inside_root() { [[ -e /etc/rksm-root ]]; }
+
+# Kernel version: what the caller asked for, else what setup last found.
+kernel_version()
+{
+	if [[ ${KERNEL:-} ]]; then
+		printf '%s\n' "$KERNEL"
+	elif [[ -r $RKSM_CACHE/kernel-version ]]; then
+		head -n 1 "$RKSM_CACHE/kernel-version"
+	else
+		return 1
+	fi
+}
+
+# Names of everything in the cache that belongs to one kernel version:
+# KVER, RKSM_ROOT, RKSM_TREE, RKSM_VMLINUX, RKSM_INITRD.
+cache_paths()
+{
+	local rootkey treekey
+
+	KVER=$1
+	rootkey=$(hash_of "$ROOT_RECIPE" "$ROOT_SUITE" "$KERNEL_SUITE" "$KVER" \
+		"${ROOT_PACKAGES[@]}")
+	treekey=$(hash_of "$TREE_RECIPE" "$rootkey" "$KVER")
+	RKSM_ROOT=$RKSM_CACHE/root-$rootkey
+	RKSM_INITRD=$RKSM_CACHE/initrd-$(hash_of "$rootkey" \
+		"$(sha256sum < "$RKSM_TOP/scripts/vm-initramfs")").cpio
+	RKSM_STOCK_TREE=$RKSM_CACHE/tree-$treekey
+	if [[ ${KDIR:-} ]]; then
+		RKSM_TREE=$(cd "$KDIR" 2>/dev/null && pwd -P) ||
+			die "KDIR=$KDIR is not a directory"
+		RKSM_VMLINUX=$RKSM_TREE/vmlinux
+	else
+		RKSM_TREE=$RKSM_STOCK_TREE
+		RKSM_VMLINUX=$RKSM_TREE/vmlinux.stock
+	fi
+	export KVER RKSM_ROOT RKSM_TREE RKSM_VMLINUX RKSM_INITRD
+}
+
+# For every script that needs the set-up to be there already.
+need_setup()
+{
+	local v
+
+	if inside_root; then
+		# scripts/enter has exported the names; in the guest they are
+		# not wanted.
+		return
+	fi
+	v=$(kernel_version) || die "nothing is set up yet: run scripts/setup first"
+	cache_paths "$v"
+	[[ -d $RKSM_ROOT ]] || die "the Debian root for $v is not set up: run scripts/setup first"
+}
