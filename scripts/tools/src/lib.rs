@@ -1,1 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
+//! Build tools of rksm. See README.md for the command lines.
+
+pub mod abi;
+pub mod exports;
+pub mod layout;
+pub mod list;
+pub mod output;
+pub mod postlink;
+pub mod symtab;

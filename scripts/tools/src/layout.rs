@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Makes `ksm_layout.rs` from the BTF of the kernel that the module is built for.
+
+use crate::abi::btf::{self, Blob, Btf, Budget, Kind, Type};
+use crate::abi::signature::{self, ENTRIES_MAX, KIND_FUNC, KIND_STRUCT, NAME_MAX};
+use crate::list::Symbol;
+use anyhow::{anyhow, bail, ensure, Context, Result};
+use object::read::elf::{FileHeader, SectionHeader};
+use object::{elf, Endianness};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+/// Structures whose layout the module must share, with the members that the rest of the kernel
+/// looks at.
+const SHARED: [(&str, &[&str]); 2] = [
+    ("ksm_stable_node", &["hlist", "kpfn"]),
+    (
+        "ksm_rmap_item",
+        &["hlist", "address", "linear_page_index", "anon_vma", "mm"],
+    ),
+];
+
+/// Alignment is not in BTF. No member of these structures asks for more than a word.
+const WORD: u64 = 8;
+const NEST_MAX: u32 = 16;
+
+impl std::error::Error for btf::Error {}
+
+/// The BTF in an ELF file, or the file itself if it is raw BTF.
+pub fn find_btf(data: &[u8]) -> Result<&[u8]> {
+    if !data.starts_with(&elf::ELFMAG) {
+        return Ok(data);
+    }
+    let header = elf::FileHeader64::<Endianness>::parse(data).context("not a 64-bit ELF file")?;
+    let endian = header.endian()?;
+    let (_, section) = header
+        .sections(endian, data)?
+        .section_by_name(endian, b".BTF")
+        .context("no .BTF section: was this kernel built with CONFIG_DEBUG_INFO_BTF?")?;
+    Ok(section.data(endian, data)?)
+}
+
+/// BTF and its index.
+pub struct Types<'a> {
+    blob: Blob<'a>,
+    index: Vec<u32>,
+}
+
+impl<'a> Types<'a> {
+    /// Read the BTF.
+    pub fn parse(data: &'a [u8]) -> btf::Result<Self> {
+        let blob = Blob::parse(data)?;
+        let mut index = vec![0; blob.count_types()? as usize];
+        blob.fill_index(&mut index)?;
+        Ok(Types { blob, index })
+    }
+
+    /// Look types up.
+    pub fn btf(&self) -> Btf<'_> {
+        Btf::new(self.blob, &self.index)
+    }
+}
+
+/// What was made.
+pub struct Generated {
+    /// Text of the Rust file.
+    pub text: String,
+    /// Number of signatures in it.
+    pub signatures: usize,
+    /// What the user should know, one line each.
+    pub notes: Vec<String>,
+}
+
+/// All structures, unions and functions by kind and name.
+type ByName<'a> = BTreeMap<(u8, &'a [u8]), Vec<Type<'a>>>;
+
+fn by_name<'a>(btf: &Btf<'a>) -> Result<ByName<'a>> {
+    let mut types = ByName::new();
+    for id in 1..=btf.last_id() {
+        let ty = btf.get(id)?;
+        if let Some(kind) = signature::entry_kind(ty.kind()) {
+            types.entry((kind, btf.name(&ty)?)).or_default().push(ty);
+        }
+    }
+    Ok(types)
+}
+
+/// The types of this name that differ from each other: signature and one type for each.
+fn distinct<'a>(
+    btf: &Btf<'a>,
+    types: &ByName<'a>,
+    kind: u8,
+    name: &str,
+) -> Result<BTreeMap<u64, Type<'a>>> {
+    let same_name = types.get(&(kind, name.as_bytes()));
+    same_name
+        .into_iter()
+        .flatten()
+        .map(|ty| {
+            Ok((
+                signature::signature(btf, ty).context(name.to_string())?,
+                *ty,
+            ))
+        })
+        .collect()
+}
+
+/// Make the file from BTF, the listed symbols and the listed structures.
+pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], structs: &[String]) -> Result<Generated> {
+    let types = by_name(btf)?;
+    let mut notes = Vec::new();
+
+    let mut text = String::from(
+        "// SPDX-License-Identifier: GPL-2.0\n\
+         // Made by rksm-tools layout from the kernel's BTF. Do not edit.\n\n\
+         //! Layouts and signatures of the kernel that the module was built for.\n\n\
+         use super::signature::{Entry, Table, KIND_FUNC, KIND_STRUCT, TABLE_MAGIC};\n",
+    );
+    for (name, needed) in SHARED {
+        let found = distinct(btf, &types, KIND_STRUCT, name)?;
+        let mut found = found.values();
+        match (found.next(), found.next()) {
+            (Some(ty), None) => shared_layout(btf, ty, name, needed, &mut text)?,
+            (None, _) => bail!("struct {name} is not in the kernel's BTF: CONFIG_KSM is needed"),
+            _ => bail!("the kernel's BTF has several different struct {name}"),
+        }
+    }
+
+    let mut entries: BTreeSet<(u8, &str, u64)> = BTreeSet::new();
+    let mut add = |kind, name| -> Result<bool> {
+        ensure!(
+            str::len(name) <= NAME_MAX,
+            "{name}: name is longer than {NAME_MAX}"
+        );
+        let found = distinct(btf, &types, kind, name)?;
+        entries.extend(found.keys().map(|&signature| (kind, name, signature)));
+        Ok(!found.is_empty())
+    };
+    for name in structs {
+        ensure!(
+            add(KIND_STRUCT, name)?,
+            "struct {name} is listed, but not in the kernel's BTF"
+        );
+    }
+    let mut unchecked = Vec::new();
+    for symbol in symbols {
+        if !add(KIND_FUNC, &symbol.name)? {
+            unchecked.push(symbol.name.as_str());
+            notes.push(format!(
+                "{}: no function of this name in BTF (a variable, or left out by pahole): its type is not checked",
+                symbol.name
+            ));
+        }
+    }
+    ensure!(
+        entries.len() <= ENTRIES_MAX,
+        "{} signatures, but a table holds {ENTRIES_MAX}",
+        entries.len()
+    );
+    table(&mut text, &entries, &unchecked)?;
+    Ok(Generated {
+        text,
+        signatures: entries.len(),
+        notes,
+    })
+}
+
+/// Constants for size, alignment and member offsets of one structure.
+fn shared_layout(
+    btf: &Btf<'_>,
+    ty: &Type<'_>,
+    name: &str,
+    needed: &[&str],
+    text: &mut String,
+) -> Result<()> {
+    let prefix = name.to_uppercase();
+    let mut members = Vec::new();
+    let mut align = 1;
+    btf.for_each_member(ty, &mut Budget::new(10_000), &mut |_, member| {
+        align = align.max(align_of(btf, member.type_id, NEST_MAX)?);
+        members.push((btf.text(member.name_off)?, member));
+        Ok(())
+    })
+    .map_err(|error| anyhow!("struct {name}: {error}"))?;
+
+    let missing: Vec<_> = needed
+        .iter()
+        .filter(|needed| !members.iter().any(|(name, _)| name == *needed))
+        .copied()
+        .collect();
+    ensure!(
+        missing.is_empty(),
+        "struct {name} of this kernel lacks {}",
+        missing.join(", ")
+    );
+
+    write!(
+        text,
+        "\n/// Size of `struct {name}`.\n\
+         pub const {prefix}_SIZE: usize = {};\n\
+         /// Alignment of `struct {name}`.\n\
+         pub const {prefix}_ALIGN: usize = {align};\n",
+        ty.own_size()
+    )?;
+    for (member, at) in members {
+        if member.is_empty() {
+            continue;
+        }
+        if at.bitfield_size != 0 || at.bit_offset % 8 != 0 {
+            ensure!(
+                !needed.contains(&member),
+                "struct {name}: {member} is a bitfield"
+            );
+            writeln!(text, "// {member} is a bitfield.")?;
+            continue;
+        }
+        write!(
+            text,
+            "/// Offset of `{member}` in `struct {name}`.\n\
+             pub const {prefix}_{}: usize = {};\n",
+            member.to_uppercase(),
+            at.bit_offset / 8
+        )?;
+    }
+    Ok(())
+}
+
+/// The natural alignment of a type.
+fn align_of(btf: &Btf<'_>, id: u32, nest: u32) -> btf::Result<u64> {
+    let nest = nest.checked_sub(1).ok_or(btf::Error::TooDeep)?;
+    let ty = btf.strip(id, true)?;
+    Ok(match ty.kind() {
+        Kind::Array => align_of(btf, ty.array()?.0, nest)?,
+        Kind::Struct | Kind::Union => {
+            let mut align = 1;
+            for i in 0..ty.len() {
+                align = align.max(align_of(btf, ty.member(i)?.type_id, nest)?);
+            }
+            align
+        }
+        _ => btf.size_of(id)?.clamp(1, WORD),
+    })
+}
+
+/// The table of signatures.
+fn table(text: &mut String, entries: &BTreeSet<(u8, &str, u64)>, unchecked: &[&str]) -> Result<()> {
+    let count = entries.len();
+    text.push('\n');
+    for name in unchecked {
+        writeln!(text, "// Not checked, no function in BTF: {name}")?;
+    }
+    write!(
+        text,
+        "/// What the kernel's interfaces looked like when the module was built.\n\
+         #[used]\n\
+         pub static EXPECTED: Table<{count}> = Table {{\n    \
+             magic: TABLE_MAGIC,\n    \
+             count: {count},\n    \
+             entries: [\n"
+    )?;
+    for (kind, name, signature) in entries {
+        let kind = if *kind == KIND_FUNC {
+            "KIND_FUNC"
+        } else {
+            "KIND_STRUCT"
+        };
+        writeln!(
+            text,
+            "        Entry::new({kind}, \"{name}\", 0x{signature:016x}),"
+        )?;
+    }
+    text.push_str("    ],\n};\n");
+    Ok(())
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The list files: `src/mm/symbols.klp` and `src/abi/structs.list`.
+//!
+//! One name a line; `#` starts a comment; blank lines do not count.
+
+use anyhow::{bail, ensure, Context, Result};
+use std::collections::HashSet;
+
+/// An unexported symbol of the kernel that the module uses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Symbol {
+    /// Its name in kallsyms.
+    pub name: String,
+    /// Which of several symbols of that name, counted from 1; 0: the name must be unique.
+    pub sympos: u32,
+}
+
+/// Parse a list of symbols: `name[,sympos]` a line.
+pub fn parse_symbols(text: &str) -> Result<Vec<Symbol>> {
+    parse(text, |item| {
+        let (name, sympos) = match item.split_once(',') {
+            None => (item, 0),
+            Some((name, sympos)) => {
+                let sympos = sympos
+                    .trim()
+                    .parse()
+                    .context("the position is not a number")?;
+                (name.trim(), sympos)
+            }
+        };
+        let name = identifier(name)?;
+        Ok((name.clone(), Symbol { name, sympos }))
+    })
+}
+
+/// Parse a list of structures: `name` a line.
+pub fn parse_structs(text: &str) -> Result<Vec<String>> {
+    parse(text, |item| {
+        let name = identifier(item)?;
+        Ok((name.clone(), name))
+    })
+}
+
+fn identifier(name: &str) -> Result<String> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || "_.$".contains(c);
+    ensure!(
+        !name.is_empty() && name.chars().all(valid),
+        "'{name}' is not a name"
+    );
+    Ok(name.to_string())
+}
+
+fn parse<T>(text: &str, mut item: impl FnMut(&str) -> Result<(String, T)>) -> Result<Vec<T>> {
+    let mut seen = HashSet::new();
+    let mut items = Vec::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        if line.is_empty() {
+            continue;
+        }
+        let (name, value) = item(line).with_context(|| format!("line {number}"))?;
+        if !seen.insert(name.clone()) {
+            bail!("line {number}: {name} is listed twice");
+        }
+        items.push(value);
+    }
+    Ok(items)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn symbols_with_position_and_comments() {
+        let list =
+            parse_symbols("# head\n\n mm_find_pmd  # why\nfoo.isra.0 , 2\nbar,0#x\n").unwrap();
+        let expected = [("mm_find_pmd", 0), ("foo.isra.0", 2), ("bar", 0)];
+        let expected: Vec<_> = expected
+            .iter()
+            .map(|&(name, sympos)| Symbol {
+                name: name.into(),
+                sympos,
+            })
+            .collect();
+        assert_eq!(list, expected);
+    }
+
+    #[test]
+    fn errors_name_the_line() {
+        for (text, says) in [
+            ("a\n\nb c\n", "line 3: 'b c' is not a name"),
+            ("a,x\n", "line 1: the position is not a number"),
+            ("a\n# x\na,1\n", "line 3: a is listed twice"),
+            (",1\n", "line 1: '' is not a name"),
+        ] {
+            let error = format!("{:#}", parse_symbols(text).unwrap_err());
+            assert!(error.starts_with(says), "{error}");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Command line of the build tools.
+
+use anyhow::{bail, ensure, Context, Result};
+use pico_args::Arguments;
+use rksm_tools::abi::signature;
+use rksm_tools::exports::Exports;
+use rksm_tools::layout::{self, Types};
+use rksm_tools::postlink::{self, Kernel};
+use rksm_tools::symtab::KernelSymbols;
+use rksm_tools::{list, output};
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: rksm-tools layout --vmlinux FILE --list FILE --structs FILE --out FILE
+       rksm-tools describe --vmlinux FILE NAME...
+       rksm-tools postlink --list FILE --symvers FILE [--vmlinux FILE] [--system-map FILE] IN.ko OUT.ko
+";
+
+fn main() -> ExitCode {
+    match run(Arguments::from_env()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            for line in format!("{error:#}").lines() {
+                eprintln!("rksm-tools: {line}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mut args: Arguments) -> Result<()> {
+    if args.contains(["-h", "--help"]) {
+        print!("{USAGE}");
+        return Ok(());
+    }
+    match args.subcommand()?.as_deref() {
+        Some("layout") => layout(args),
+        Some("describe") => describe(args),
+        Some("postlink") => postlink(args),
+        Some(other) => bail!("no command '{other}'\n{USAGE}"),
+        None => bail!("no command\n{USAGE}"),
+    }
+}
+
+fn layout(mut args: Arguments) -> Result<()> {
+    let vmlinux = path(&mut args, "--vmlinux")?;
+    let symbols = path(&mut args, "--list")?;
+    let structs = path(&mut args, "--structs")?;
+    let out = path(&mut args, "--out")?;
+    let [] = rest(args, [])?;
+
+    let symbols = parsed(&symbols, list::parse_symbols)?;
+    let structs = parsed(&structs, list::parse_structs)?;
+    let image = read(&vmlinux)?;
+    let generated = layout::find_btf(&image)
+        .and_then(|btf| Ok(Types::parse(btf)?))
+        .and_then(|types| layout::generate(&types.btf(), &symbols, &structs))
+        .with_context(|| vmlinux.display().to_string())?;
+    for note in &generated.notes {
+        eprintln!("rksm-tools: note: {note}");
+    }
+    let state = match output::replace_if_changed(&out, generated.text.as_bytes())? {
+        true => "written",
+        false => "is current",
+    };
+    eprintln!(
+        "rksm-tools: {} {state}: {} signatures",
+        out.display(),
+        generated.signatures
+    );
+    Ok(())
+}
+
+fn describe(mut args: Arguments) -> Result<()> {
+    let vmlinux = path(&mut args, "--vmlinux")?;
+    let names = args.finish();
+    ensure!(!names.is_empty(), "no name given\n{USAGE}");
+
+    let image = read(&vmlinux)?;
+    let types = Types::parse(layout::find_btf(&image)?)?;
+    let btf = types.btf();
+    let mut unknown = names;
+    let wanted = unknown.clone();
+    for id in 1..=btf.last_id() {
+        let ty = btf.get(id)?;
+        let name = btf.name_text(&ty)?;
+        if signature::entry_kind(ty.kind()).is_none() || !wanted.iter().any(|want| want == name) {
+            continue;
+        }
+        unknown.retain(|want| want != name);
+        let mut text = String::new();
+        signature::describe(&btf, &ty, &mut text)?;
+        println!("{:016x} {text}\n", signature::signature(&btf, &ty)?);
+    }
+    ensure!(unknown.is_empty(), "not in BTF: {unknown:?}");
+    Ok(())
+}
+
+fn postlink(mut args: Arguments) -> Result<()> {
+    let list = path(&mut args, "--list")?;
+    let symvers = path(&mut args, "--symvers")?;
+    let vmlinux = optional_path(&mut args, "--vmlinux")?;
+    let system_map = optional_path(&mut args, "--system-map")?;
+    let [input, out] = rest(args, ["IN.ko", "OUT.ko"])?;
+
+    let list = parsed(&list, list::parse_symbols)?;
+    let exports = parsed(&symvers, Exports::parse)?;
+    let symbols = kernel_symbols(vmlinux.as_deref(), system_map.as_deref())?;
+    let kernel = Kernel {
+        list: &list,
+        exports: &exports,
+        symbols: symbols.as_ref(),
+    };
+    let linked = postlink::postlink(&read(&input)?, &kernel)
+        .with_context(|| format!("{} refused:\n", input.display()))?;
+    for note in &linked.notes {
+        eprintln!("rksm-tools: note: {note}");
+    }
+    output::replace(&out, &linked.module)?;
+    eprintln!(
+        "rksm-tools: {} written: {} livepatch symbols, {} relocations",
+        out.display(),
+        linked.symbols,
+        linked.relocations
+    );
+    Ok(())
+}
+
+/// The symbol table of whichever file has one.
+fn kernel_symbols(
+    vmlinux: Option<&Path>,
+    system_map: Option<&Path>,
+) -> Result<Option<KernelSymbols>> {
+    if let Some(path) = system_map {
+        if let Some(symbols) =
+            KernelSymbols::from_system_map(&String::from_utf8_lossy(&read(path)?))
+        {
+            return Ok(Some(symbols));
+        }
+    }
+    match vmlinux {
+        None => Ok(None),
+        Some(path) => {
+            KernelSymbols::from_elf(&read(path)?).with_context(|| path.display().to_string())
+        }
+    }
+}
+
+fn path(args: &mut Arguments, option: &'static str) -> Result<PathBuf> {
+    optional_path(args, option)?.with_context(|| format!("{option} is missing\n{USAGE}"))
+}
+
+fn optional_path(args: &mut Arguments, option: &'static str) -> Result<Option<PathBuf>> {
+    Ok(args.opt_value_from_os_str(option, |value| {
+        Ok::<_, std::convert::Infallible>(PathBuf::from(value))
+    })?)
+}
+
+/// The positional arguments, exactly as many as there are names.
+fn rest<const N: usize>(args: Arguments, names: [&str; N]) -> Result<[PathBuf; N]> {
+    let rest: Vec<OsString> = args.finish();
+    let rest: Vec<PathBuf> = rest.into_iter().map(PathBuf::from).collect();
+    rest.try_into().map_err(|rest| {
+        anyhow::anyhow!("expected {names:?} after the options, not {rest:?}\n{USAGE}")
+    })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn parsed<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    parse(&text).with_context(|| path.display().to_string())
+}

@@ -1,0 +1,403 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Signatures of kernel interfaces, and the check of a running kernel against them.
+//!
+//! A signature is a 64-bit FNV-1a hash over a canonical text that describes a structure or a
+//! function as BTF knows it. The host tool `rksm-tools layout` makes the table of expected
+//! signatures from the kernel that the module is built for; [`check`] compares it with the BTF of
+//! the kernel that the module is being loaded into. Both run this very code.
+//!
+//! The text of a structure names its size and every member with offset, width, size and type. The
+//! text of a function names the types and sizes of what it takes and returns. Types are rendered by
+//! name only, one level deep: what a pointer points to is not looked into. A structure whose inner
+//! layout matters must be in the table itself.
+//!
+//! Pure logic like [`super::btf`]: only `core`, no allocation, no panic.
+
+use core::fmt::{self, Write};
+
+use super::btf::{Btf, Budget, Error, Kind, Result, Type};
+
+/// How deep types may nest in one description (pointers, qualifiers, prototypes).
+const DEPTH_MAX: u32 = 12;
+/// How many members and types one description may have.
+const STEPS_MAX: u32 = 20_000;
+
+/// FNV-1a, 64 bits.
+pub struct Fnv1a(u64);
+
+impl Fnv1a {
+    const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+
+    /// A hash of nothing.
+    pub fn new() -> Self {
+        Fnv1a(Self::OFFSET_BASIS)
+    }
+
+    /// The hash of all that was written.
+    pub fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+impl Default for Fnv1a {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Write for Fnv1a {
+    fn write_str(&mut self, s: &str) -> fmt::Result {
+        for byte in s.bytes() {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(Self::PRIME);
+        }
+        Ok(())
+    }
+}
+
+/// A description that is being written.
+struct Text<'a, 'b> {
+    btf: &'a Btf<'b>,
+    out: &'a mut dyn Write,
+}
+
+impl Text<'_, '_> {
+    fn put(&mut self, args: fmt::Arguments<'_>) -> Result<()> {
+        self.out.write_fmt(args).map_err(|_| Error::Sink)
+    }
+
+    fn members(&mut self, ty: &Type<'_>, depth: u32, budget: &mut Budget) -> Result<()> {
+        let btf = self.btf;
+        btf.for_each_member(ty, budget, &mut |budget, member| {
+            self.put(format_args!(
+                "\n {} @{}:{} [{}] ",
+                btf.text(member.name_off)?,
+                member.bit_offset,
+                member.bitfield_size,
+                btf.size_of(member.type_id)?
+            ))?;
+            self.type_name(member.type_id, depth, budget)
+        })
+    }
+
+    fn prototype(
+        &mut self,
+        ty: &Type<'_>,
+        name: &str,
+        depth: u32,
+        budget: &mut Budget,
+    ) -> Result<()> {
+        self.sized_type(ty.target(), depth, budget)?;
+        self.put(format_args!(" {name}("))?;
+        for i in 0..ty.len() {
+            let param = ty.param(i)?;
+            // Void cannot be passed: as a parameter it stands for "...".
+            self.sized_type(param.type_id, depth, budget)?;
+            self.put(format_args!(", "))?;
+        }
+        self.put(format_args!(")"))
+    }
+
+    fn sized_type(&mut self, id: u32, depth: u32, budget: &mut Budget) -> Result<()> {
+        self.put(format_args!("[{}] ", self.btf.size_of(id)?))?;
+        self.type_name(id, depth, budget)
+    }
+
+    fn tagged(
+        &mut self,
+        keyword: &str,
+        ty: &Type<'_>,
+        depth: u32,
+        budget: &mut Budget,
+    ) -> Result<()> {
+        let name = self.btf.name_text(ty)?;
+        if !name.is_empty() || !ty.kind().is_aggregate() {
+            return self.put(format_args!("{keyword} {name}"));
+        }
+        // Without a name, the members are all there is to tell one from another.
+        self.put(format_args!("{keyword} {{"))?;
+        self.members(ty, depth, budget)?;
+        self.put(format_args!("}}"))
+    }
+
+    fn type_name(&mut self, id: u32, depth: u32, budget: &mut Budget) -> Result<()> {
+        let depth = depth.checked_sub(1).ok_or(Error::TooDeep)?;
+        budget.spend()?;
+        let ty = self.btf.get(id)?;
+        match ty.kind() {
+            Kind::Void => self.put(format_args!("void")),
+            Kind::Int | Kind::Float | Kind::Typedef => {
+                let name = self.btf.name_text(&ty)?;
+                self.put(format_args!("{name}"))
+            }
+            Kind::Ptr => {
+                self.type_name(ty.target(), depth, budget)?;
+                self.put(format_args!(" *"))
+            }
+            Kind::Array => {
+                let (element, count) = ty.array()?;
+                self.type_name(element, depth, budget)?;
+                self.put(format_args!("[{count}]"))
+            }
+            Kind::Struct => self.tagged("struct", &ty, depth, budget),
+            Kind::Union => self.tagged("union", &ty, depth, budget),
+            Kind::Fwd if ty.is_union_fwd() => self.tagged("union", &ty, depth, budget),
+            Kind::Fwd => self.tagged("struct", &ty, depth, budget),
+            Kind::Enum | Kind::Enum64 => self.tagged("enum", &ty, depth, budget),
+            Kind::Const => self.qualified("const ", &ty, depth, budget),
+            Kind::Volatile => self.qualified("volatile ", &ty, depth, budget),
+            // Neither changes what is passed or stored, and whether they are recorded depends on
+            // the compiler.
+            Kind::Restrict | Kind::TypeTag => self.qualified("", &ty, depth, budget),
+            Kind::FuncProto => self.prototype(&ty, "", depth, budget),
+            Kind::Func | Kind::Var | Kind::Datasec | Kind::DeclTag => Err(Error::BadKind),
+        }
+    }
+
+    fn qualified(
+        &mut self,
+        word: &str,
+        ty: &Type<'_>,
+        depth: u32,
+        budget: &mut Budget,
+    ) -> Result<()> {
+        self.put(format_args!("{word}"))?;
+        self.type_name(ty.target(), depth, budget)
+    }
+}
+
+/// Write the canonical text of a structure, union or function.
+pub fn describe(btf: &Btf<'_>, ty: &Type<'_>, out: &mut dyn Write) -> Result<()> {
+    let name = btf.name_text(ty)?;
+    let mut budget = Budget::new(STEPS_MAX);
+    let mut text = Text { btf, out };
+    match ty.kind() {
+        Kind::Struct | Kind::Union => {
+            let keyword = if ty.kind() == Kind::Union {
+                "union"
+            } else {
+                "struct"
+            };
+            text.put(format_args!("{keyword} {name} [{}]", ty.own_size()))?;
+            text.members(ty, DEPTH_MAX, &mut budget)
+        }
+        Kind::Func => {
+            let proto = btf.get(ty.target())?;
+            if proto.kind() != Kind::FuncProto {
+                return Err(Error::BadKind);
+            }
+            text.prototype(&proto, name, DEPTH_MAX, &mut budget)
+        }
+        _ => Err(Error::BadKind),
+    }
+}
+
+/// The signature of a structure, union or function.
+pub fn signature(btf: &Btf<'_>, ty: &Type<'_>) -> Result<u64> {
+    let mut hash = Fnv1a::new();
+    describe(btf, ty, &mut hash)?;
+    Ok(hash.finish())
+}
+
+/// [`Entry::kind`] of a structure or union.
+pub const KIND_STRUCT: u8 = 1;
+/// [`Entry::kind`] of a function.
+pub const KIND_FUNC: u8 = 2;
+/// The longest name that fits into an [`Entry`].
+pub const NAME_MAX: usize = 62;
+/// The most entries that a table may have.
+pub const ENTRIES_MAX: usize = WORDS * 64;
+const WORDS: usize = 8;
+
+/// Which kind of [`Entry`] a type would be checked against, if any.
+pub fn entry_kind(kind: Kind) -> Option<u8> {
+    match kind {
+        Kind::Struct | Kind::Union => Some(KIND_STRUCT),
+        Kind::Func => Some(KIND_FUNC),
+        _ => None,
+    }
+}
+
+/// What one interface is expected to look like.
+///
+/// Plain bytes without pointers: a test finds the table in `rksm.ko`, reads the name and flips a
+/// bit of the signature.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Entry {
+    /// Its signature.
+    pub signature: u64,
+    /// [`KIND_STRUCT`] or [`KIND_FUNC`].
+    pub kind: u8,
+    name_len: u8,
+    name: [u8; NAME_MAX],
+}
+
+impl Entry {
+    /// Make an entry. A name longer than [`NAME_MAX`] is cut, and then matches nothing.
+    pub const fn new(kind: u8, name: &str, signature: u64) -> Self {
+        let from = name.as_bytes();
+        let mut entry = Entry {
+            signature,
+            kind,
+            name_len: 0,
+            name: [0; NAME_MAX],
+        };
+        let mut i = 0;
+        // Const context: no iterators. Both indices are bounded by the condition.
+        while i < from.len() && i < NAME_MAX {
+            entry.name[i] = from[i];
+            i += 1;
+        }
+        entry.name_len = i as u8;
+        entry
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &[u8] {
+        self.name.get(..usize::from(self.name_len)).unwrap_or(&[])
+    }
+
+    /// Its name as text.
+    pub fn name_text(&self) -> &str {
+        core::str::from_utf8(self.name()).unwrap_or("?")
+    }
+
+    /// What stands before its name in C.
+    pub fn keyword(&self) -> &'static str {
+        match self.kind {
+            KIND_STRUCT => "struct",
+            KIND_FUNC => "function",
+            _ => "interface",
+        }
+    }
+
+    fn key(&self) -> (u8, &[u8]) {
+        (self.kind, self.name())
+    }
+}
+
+/// The table of expected signatures, as it stands in the module.
+#[repr(C)]
+pub struct Table<const N: usize> {
+    /// [`TABLE_MAGIC`]
+    pub magic: [u8; 8],
+    /// Number of entries.
+    pub count: u64,
+    /// The entries, sorted by kind and name.
+    pub entries: [Entry; N],
+}
+
+/// What a [`Table`] starts with.
+pub const TABLE_MAGIC: [u8; 8] = *b"RKSMABI1";
+
+impl<const N: usize> Table<N> {
+    /// The entries, read from memory: the compiler must not fold them into the code, for a changed
+    /// table to be noticed.
+    pub fn entries(&'static self) -> &'static [Entry] {
+        &core::hint::black_box(self).entries
+    }
+}
+
+/// How the running kernel differs from what an [`Entry`] expects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mismatch {
+    /// It has nothing of this name.
+    Missing,
+    /// It has something of this name that looks otherwise.
+    Different,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Mismatch::Missing => "is not in this kernel",
+            Mismatch::Different => "differs in this kernel",
+        })
+    }
+}
+
+/// One bit for each entry of a table.
+struct Bits([u64; WORDS]);
+
+impl Bits {
+    fn set(&mut self, i: usize) {
+        if let Some(word) = self.0.get_mut(i / 64) {
+            *word |= 1 << (i % 64);
+        }
+    }
+
+    fn get(&self, i: usize) -> bool {
+        self.0
+            .get(i / 64)
+            .is_some_and(|word| word & (1 << (i % 64)) != 0)
+    }
+}
+
+/// Compare the kernel's types with what is expected of them.
+///
+/// Calls `report` for each entry that does not hold, in the order of the table, and returns how
+/// many these are. A name may stand for several different types (two files of the kernel may each
+/// have a private structure of that name): the table then has an entry for each of them, and each
+/// must be found.
+///
+/// # Errors
+///
+/// The BTF is malformed, or the table is too large or not sorted: then nothing can be said.
+pub fn check(
+    btf: &Btf<'_>,
+    expected: &[Entry],
+    report: &mut dyn FnMut(&Entry, Mismatch),
+) -> Result<usize> {
+    if expected.len() > ENTRIES_MAX {
+        return Err(Error::TooLong);
+    }
+    if !expected.is_sorted_by(|a, b| a.key() <= b.key()) {
+        return Err(Error::BadIndex);
+    }
+
+    // One pass over the many types, with a search in the few entries.
+    let mut found = Bits([0; WORDS]);
+    let mut matched = Bits([0; WORDS]);
+    for id in 1..=btf.last_id() {
+        let ty = btf.get(id)?;
+        let Some(kind) = entry_kind(ty.kind()) else {
+            continue;
+        };
+        let key = (kind, btf.name(&ty)?);
+        let first = expected.partition_point(|entry| entry.key() < key);
+        let same_name = |(_, entry): &(usize, &Entry)| entry.key() == key;
+        let mut candidates = expected
+            .iter()
+            .enumerate()
+            .skip(first)
+            .take_while(same_name)
+            .peekable();
+        if candidates.peek().is_none() {
+            continue;
+        }
+        let actual = signature(btf, &ty)?;
+        for (i, entry) in candidates {
+            found.set(i);
+            if entry.signature == actual {
+                matched.set(i);
+            }
+        }
+    }
+
+    let mut mismatches: usize = 0;
+    for (i, entry) in expected
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| !matched.get(*i))
+    {
+        let mismatch = if found.get(i) {
+            Mismatch::Different
+        } else {
+            Mismatch::Missing
+        };
+        report(entry, mismatch);
+        mismatches = mismatches.saturating_add(1);
+    }
+    Ok(mismatches)
+}
