@@ -115,8 +115,8 @@ fn postlink(mut args: Arguments) -> Result<()> {
         exports: &exports,
         symbols: symbols.as_ref(),
     };
-    let linked = postlink::postlink(&read(&input)?, &kernel)
-        .with_context(|| format!("{} refused:\n", input.display()))?;
+    let linked =
+        postlink::postlink(&read(&input)?, &kernel).with_context(|| input.display().to_string())?;
     for note in &linked.notes {
         eprintln!("rksm-tools: note: {note}");
     }

@@ -20,7 +20,8 @@ use crate::list::Symbol;
 use crate::symtab::KernelSymbols;
 use anyhow::{ensure, Context, Result};
 use object::build::elf::{Builder, Relocation, SectionData, SectionId, SymbolId};
-use object::elf;
+use object::read::elf::FileHeader;
+use object::{elf, Endianness};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
@@ -64,7 +65,8 @@ pub struct Refused(pub Vec<String>);
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join("\n"))
+        write!(f, "the module is refused")?;
+        self.0.iter().try_for_each(|fault| write!(f, "\n{fault}"))
     }
 }
 
@@ -84,17 +86,8 @@ pub struct Linked {
 
 /// Rewrite a module.
 pub fn postlink(module: &[u8], kernel: &Kernel<'_>) -> Result<Linked> {
-    let mut elf = Builder::read64(module).context("not an ELF file that can be rewritten")?;
-    ensure!(
-        elf.header.e_machine == elf::EM_X86_64 && elf.header.e_type == elf::ET_REL,
-        "not a kernel module for x86-64"
-    );
-    ensure!(
-        !elf.sections
-            .iter()
-            .any(|section| section.name.starts_with(b".klp.")),
-        "has livepatch sections already"
-    );
+    check_input(module)?;
+    let mut elf = Builder::read64(module).context("cannot take the file apart")?;
 
     let mut info = ModInfo::read(&elf)?;
     let mut notes = Vec::new();
@@ -112,6 +105,26 @@ pub fn postlink(module: &[u8], kernel: &Kernel<'_>) -> Result<Linked> {
         relocations: moved,
         notes,
     })
+}
+
+/// Refuse what is not a freshly linked module.
+fn check_input(module: &[u8]) -> Result<()> {
+    let header = elf::FileHeader64::<Endianness>::parse(module).context("not a 64-bit ELF file")?;
+    let endian = header.endian()?;
+    ensure!(
+        header.e_machine(endian) == elf::EM_X86_64 && header.e_type(endian) == elf::ET_REL,
+        "not a kernel module for x86-64"
+    );
+    let sections = header.sections(endian, module)?;
+    for section in sections.iter() {
+        let name = sections.section_name(endian, section)?;
+        ensure!(
+            !name.starts_with(b".klp."),
+            "post-linked already: it has a section {}",
+            String::from_utf8_lossy(name)
+        );
+    }
+    Ok(())
 }
 
 /// What `.modinfo` says about the module.
@@ -291,6 +304,8 @@ fn move_relocations(elf: &mut Builder<'_>, used: &HashMap<usize, Symbol>) -> Res
         let (ours, theirs): (Vec<_>, Vec<_>) = relocations
             .drain(..)
             .partition(|relocation| is_used(relocation.symbol).is_some());
+        // An empty section would be in nobody's way, but not every reader of ELF files takes it.
+        section.delete = theirs.is_empty() && !ours.is_empty();
         *relocations = theirs;
         if !ours.is_empty() {
             let entry = moved.entry(target.index()).or_insert((target, Vec::new()));
