@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The generated file.
+
+mod common;
+
+use common::{small_kernel, Maker, STRUCT};
+use rksm_tools::layout::{find_btf, generate, Generated, Types};
+use rksm_tools::list::Symbol;
+
+fn run(data: &[u8], symbols: &[&str], structs: &[&str]) -> anyhow::Result<Generated> {
+    let types = Types::parse(data)?;
+    let symbols: Vec<_> = symbols
+        .iter()
+        .map(|name| Symbol {
+            name: name.to_string(),
+            sympos: 0,
+        })
+        .collect();
+    let structs: Vec<_> = structs.iter().map(|name| name.to_string()).collect();
+    generate(&types.btf(), &symbols, &structs)
+}
+
+fn error(data: &[u8], symbols: &[&str], structs: &[&str]) -> String {
+    match run(data, symbols, structs) {
+        Ok(_) => panic!("was accepted"),
+        Err(error) => format!("{error:#}"),
+    }
+}
+
+#[test]
+fn constants_and_table() {
+    let made = run(
+        &small_kernel().finish(),
+        &["walk", "jiffies", "drain"],
+        &["mm_struct"],
+    )
+    .unwrap();
+    for line in [
+        "pub const KSM_STABLE_NODE_SIZE: usize = 56;",
+        "pub const KSM_STABLE_NODE_ALIGN: usize = 8;",
+        "pub const KSM_STABLE_NODE_NODE: usize = 0;",
+        "pub const KSM_STABLE_NODE_HLIST_DUP: usize = 8;",
+        "pub const KSM_STABLE_NODE_LIST: usize = 24;",
+        "pub const KSM_STABLE_NODE_HLIST: usize = 40;",
+        "pub const KSM_STABLE_NODE_KPFN: usize = 48;",
+        "pub const KSM_STABLE_NODE_CHAIN_PRUNE_TIME: usize = 48;",
+        "pub const KSM_RMAP_ITEM_ADDRESS: usize = 16;",
+        "pub const KSM_RMAP_ITEM_AGE: usize = 28;",
+        "pub const KSM_RMAP_ITEM_LINEAR_PAGE_INDEX: usize = 24;",
+        "pub const KSM_RMAP_ITEM_HLIST: usize = 32;",
+        "pub static EXPECTED: Table<3> = Table {",
+        "// Not checked, no function in BTF: jiffies",
+    ] {
+        assert!(
+            made.text.lines().any(|l| l == line),
+            "no line {line}\n{}",
+            made.text
+        );
+    }
+    let entries: Vec<_> = made
+        .text
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Entry::new("))
+        .map(|line| line.split(", 0x").next().unwrap())
+        .collect();
+    assert_eq!(
+        entries,
+        [
+            "KIND_STRUCT, \"mm_struct\"",
+            "KIND_FUNC, \"drain\"",
+            "KIND_FUNC, \"walk\""
+        ]
+    );
+    assert_eq!(made.signatures, 3);
+    assert_eq!(made.notes.len(), 1);
+    assert!(made.notes[0].starts_with("jiffies: "), "{:?}", made.notes);
+}
+
+#[test]
+fn the_same_input_makes_the_same_file() {
+    let data = small_kernel().finish();
+    let one = run(&data, &["walk", "drain"], &["mm_struct", "all"]).unwrap();
+    let other = run(&data, &["drain", "walk"], &["all", "mm_struct"]).unwrap();
+    assert_eq!(one.text, other.text);
+}
+
+#[test]
+fn several_structures_of_one_name() {
+    let mut m = small_kernel();
+    let long = m.int("long unsigned int", 8);
+    m.aggregate(STRUCT, "mm_struct", 32, &[("other", long, 0)]);
+    let made = run(&m.finish(), &[], &["mm_struct"]).unwrap();
+    assert_eq!(made.text.matches("\"mm_struct\"").count(), 2);
+    assert_eq!(made.signatures, 2);
+}
+
+#[test]
+fn what_is_missing_is_told() {
+    let data = small_kernel().finish();
+    let says = error(&data, &[], &["no_such_struct"]);
+    assert!(
+        says.contains("struct no_such_struct is listed, but not in"),
+        "{says}"
+    );
+
+    let empty = Maker::new().finish();
+    let says = error(&empty, &[], &[]);
+    assert!(says.contains("struct ksm_stable_node is not in"), "{says}");
+
+    // A stable node without the members that the kernel looks at.
+    let mut m = Maker::new();
+    let long = m.int("long unsigned int", 8);
+    m.aggregate(STRUCT, "ksm_stable_node", 8, &[("hlist", long, 0)]);
+    let says = error(&m.finish(), &[], &[]);
+    assert!(
+        says.contains("struct ksm_stable_node of this kernel lacks kpfn"),
+        "{says}"
+    );
+
+    // Two different ones: which is it?
+    let mut m = small_kernel();
+    m.aggregate(STRUCT, "ksm_rmap_item", 8, &[("hlist", 1, 0)]);
+    let says = error(&m.finish(), &[], &[]);
+    assert!(
+        says.contains("several different struct ksm_rmap_item"),
+        "{says}"
+    );
+
+    let says = error(&data, &["f".repeat(63).as_str()], &[]);
+    assert!(says.contains("longer than 62"), "{says}");
+}
+
+#[test]
+fn btf_is_found_in_elf() {
+    use object::write::Object;
+    use object::{Architecture, BinaryFormat, Endianness, SectionKind};
+
+    let btf = small_kernel().finish();
+    assert_eq!(find_btf(&btf).unwrap(), btf);
+
+    let elf = |name: &str| {
+        let mut elf = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
+        let section = elf.add_section(Vec::new(), name.into(), SectionKind::ReadOnlyData);
+        elf.append_section_data(section, &btf, 8);
+        elf.write().unwrap()
+    };
+    assert_eq!(find_btf(&elf(".BTF")).unwrap(), btf);
+    let says = find_btf(&elf(".not.BTF")).unwrap_err().to_string();
+    assert!(says.contains("no .BTF section"), "{says}");
+}
