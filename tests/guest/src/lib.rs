@@ -1,1 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
+//! What the guest tests share: the engine's knobs, memory whose content is
+//! known byte for byte, a scripted worker process, the kernel's own view of
+//! pages, and a KTAP runner.
+//!
+//! Each test states what a merging engine must do, not how rksm does it; so
+//! the in-tree engine must pass nearly all of them as well, and
+//! `RKSM_ENGINE=ksm` runs them against it.
+
+pub mod engine;
+pub mod harness;
+pub mod kmsg;
+pub mod module;
+pub mod pageflags;
+pub mod prng;
+pub mod proc;
+pub mod region;
+pub mod scan;
+pub mod sys;
+pub mod themes;
+pub mod worker;

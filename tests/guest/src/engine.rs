@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The knobs and counters of the engine under test.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+
+/// Where the in-tree engine's files live.
+pub const IN_TREE: &str = "/sys/kernel/mm/ksm";
+/// Where rksm's files live.
+pub const RKSM: &str = "/sys/kernel/mm/rksm";
+
+/// The files both engines have, writable ones first.
+pub const WRITABLE: [&str; 3] = ["run", "pages_to_scan", "sleep_millisecs"];
+pub const READ_ONLY: [&str; 6] = [
+    "pages_shared",
+    "pages_sharing",
+    "pages_unshared",
+    "pages_volatile",
+    "pages_scanned",
+    "full_scans",
+];
+
+/// Whether the in-tree engine stands in for rksm (`RKSM_ENGINE=ksm`).
+pub fn is_in_tree() -> bool {
+    std::env::var("RKSM_ENGINE").is_ok_and(|v| v == "ksm")
+}
+
+/// The directory of the engine under test.
+pub fn dir() -> &'static Path {
+    Path::new(if is_in_tree() { IN_TREE } else { RKSM })
+}
+
+/// The name of the thread of the engine under test.
+pub fn thread_name() -> &'static str {
+    if is_in_tree() {
+        "ksmd"
+    } else {
+        "rksmd"
+    }
+}
+
+/// One knob of one engine.
+pub fn path(dir: &Path, knob: &str) -> PathBuf {
+    dir.join(knob)
+}
+
+/// Writes `value` with a single write(2), so that errors come through as
+/// the kernel gave them.
+pub fn write_to(dir: &Path, knob: &str, value: &[u8]) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).open(path(dir, knob))?;
+    // An empty value has to reach the kernel as well, hence write().
+    let n = file.write(value)?;
+    if n != value.len() {
+        return Err(io::Error::from(io::ErrorKind::WriteZero));
+    }
+    Ok(())
+}
+
+pub fn write(knob: &str, value: impl ToString) -> Result<()> {
+    let value = value.to_string();
+    write_to(dir(), knob, value.as_bytes()).with_context(|| format!("writing {value} to {knob}"))
+}
+
+pub fn read_from(dir: &Path, knob: &str) -> Result<u64> {
+    let text = fs::read_to_string(path(dir, knob)).with_context(|| format!("reading {knob}"))?;
+    text.trim_end()
+        .parse()
+        .with_context(|| format!("{knob} reads {text:?}"))
+}
+
+pub fn read(knob: &str) -> Result<u64> {
+    read_from(dir(), knob)
+}
+
+/// All counters at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    pub shared: u64,
+    pub sharing: u64,
+    pub unshared: u64,
+    pub volatile: u64,
+    pub scanned: u64,
+    pub full_scans: u64,
+}
+
+pub fn counters() -> Result<Counters> {
+    Ok(Counters {
+        shared: read("pages_shared")?,
+        sharing: read("pages_sharing")?,
+        unshared: read("pages_unshared")?,
+        volatile: read("pages_volatile")?,
+        scanned: read("pages_scanned")?,
+        full_scans: read("full_scans")?,
+    })
+}
+
+/// Brings the engine back to where it was after loading: nothing merged,
+/// stopped, default pace.
+pub fn reset() -> Result<()> {
+    // Writing the value that `run` already has does nothing, hence both.
+    write("run", 0)?;
+    write("run", 2)?;
+    write("run", 0)?;
+    write("pages_to_scan", 100)?;
+    write("sleep_millisecs", 20)?;
+    if path(dir(), "smart_scan").exists() {
+        // Skipped pages would make the number of passes a test needs unclear.
+        write("smart_scan", 0)?;
+    }
+    Ok(())
+}
+
+/// Checks that nothing is merged and the engine is stopped.
+pub fn check_clean() -> Result<()> {
+    let (run, c) = (read("run")?, counters()?);
+    if run != 0 || c.shared != 0 || c.sharing != 0 {
+        bail!("left behind: run={run}, {c:?}");
+    }
+    Ok(())
+}
+
+/// Repeats `probe` until it is true or `limit` has passed.
+pub fn wait_for(
+    what: &str,
+    limit: Duration,
+    mut probe: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    let end = Instant::now() + limit;
+    while !probe()? {
+        if Instant::now() > end {
+            bail!("no {what} within {limit:?}; {:?}", counters());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}

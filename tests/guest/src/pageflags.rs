@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The kernel's own view of pages: /proc/<pid>/pagemap and /proc/kpageflags.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result};
+
+use crate::region::PAGE;
+
+const PM_PRESENT: u64 = 1 << 63;
+const PM_PFN: u64 = (1 << 55) - 1;
+const KPF_KSM: u64 = 1 << 21;
+
+/// A range of pages of a process.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    pub pid: u32,
+    pub addr: usize,
+    pub pages: usize,
+}
+
+/// The page frame behind each page of `span`; `None` where none is mapped.
+pub fn frames(span: Span) -> Result<Vec<Option<u64>>> {
+    let file = File::open(format!("/proc/{}/pagemap", span.pid)).context("pagemap")?;
+    let mut raw = vec![0u8; span.pages * 8];
+    file.read_exact_at(&mut raw, (span.addr / PAGE * 8) as u64)
+        .context("pagemap")?;
+    Ok(raw
+        .chunks_exact(8)
+        .map(|c| u64::from_le_bytes(c.try_into().expect("8 bytes")))
+        .map(|e| (e & PM_PRESENT != 0).then_some(e & PM_PFN))
+        .collect())
+}
+
+/// For each page of `span`: the merged page behind it, if there is one.
+pub fn merged_frames(span: Span) -> Result<Vec<Option<u64>>> {
+    let flags = File::open("/proc/kpageflags").context("kpageflags")?;
+    frames(span)?
+        .into_iter()
+        .map(|frame| {
+            let Some(pfn) = frame else { return Ok(None) };
+            let mut raw = [0u8; 8];
+            flags
+                .read_exact_at(&mut raw, pfn * 8)
+                .context("kpageflags")?;
+            Ok((u64::from_le_bytes(raw) & KPF_KSM != 0).then_some(pfn))
+        })
+        .collect()
+}
+
+/// How many pages of `span` are merged.
+pub fn merged(span: Span) -> Result<usize> {
+    Ok(merged_frames(span)?.iter().flatten().count())
+}
+
+/// Merged pages as seen over several ranges.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    pub frames: BTreeSet<u64>,
+    pub mappings: BTreeMap<u32, u64>,
+}
+
+impl Census {
+    pub fn take(spans: &[Span]) -> Result<Self> {
+        let mut census = Self::default();
+        for &span in spans {
+            let merged = merged_frames(span)?;
+            let count = merged.iter().flatten().count() as u64;
+            *census.mappings.entry(span.pid).or_default() += count;
+            census.frames.extend(merged.into_iter().flatten());
+        }
+        Ok(census)
+    }
+
+    pub fn total_mappings(&self) -> u64 {
+        self.mappings.values().sum()
+    }
+}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Small readers of /proc.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{anyhow, Context, Result};
+
+/// One value of /proc/<pid>/ksm_stat.
+pub fn ksm_stat(pid: u32, key: &str) -> Result<i64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/ksm_stat")).context("ksm_stat")?;
+    number_after(&text, key).with_context(|| format!("{key} in ksm_stat"))
+}
+
+/// A value of /proc/meminfo in KiB.
+pub fn meminfo(key: &str) -> Result<i64> {
+    let text = fs::read_to_string("/proc/meminfo").context("meminfo")?;
+    number_after(&text, &format!("{key}:")).with_context(|| format!("{key} in meminfo"))
+}
+
+fn number_after(text: &str, key: &str) -> Result<i64> {
+    text.lines()
+        .find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some(key)).then(|| words.next()?.parse().ok())?
+        })
+        .ok_or_else(|| anyhow!("no number"))
+}
+
+/// The pid of the kernel thread `name`.
+pub fn kernel_thread(name: &str) -> Result<Option<u32>> {
+    for entry in fs::read_dir("/proc").context("/proc")? {
+        let path = entry.context("/proc")?.path();
+        let Some(pid) = path.file_name().and_then(|n| n.to_str()?.parse().ok()) else {
+            continue;
+        };
+        let comm = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        // A kernel thread has no command line.
+        let cmdline = fs::read(path.join("cmdline")).unwrap_or_default();
+        if comm.trim_end() == name && cmdline.is_empty() {
+            return Ok(Some(pid));
+        }
+    }
+    Ok(None)
+}
+
+/// What /proc/<pid>/stat says of a task.
+pub struct Stat {
+    pub state: char,
+    pub nice: i64,
+}
+
+pub fn stat(pid: u32) -> Result<Stat> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).context("stat")?;
+    parse_stat(&text).with_context(|| format!("stat reads {text:?}"))
+}
+
+fn parse_stat(text: &str) -> Option<Stat> {
+    // The name may hold blanks and brackets; the last bracket ends it.
+    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    Some(Stat {
+        state: fields.first()?.chars().next()?,
+        nice: fields.get(16)?.parse().ok()?,
+    })
+}
+
+/// The CPU time that a task has used.
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).context("schedstat")?;
+    let nanos = text.split_whitespace().next().context("schedstat")?;
+    Ok(Duration::from_nanos(nanos.parse().context("schedstat")?))
+}
+
+/// Whether a module is loaded.
+pub fn module_loaded(name: &str) -> bool {
+    Path::new("/sys/module").join(name).exists()
+}
+
+/// Objects in use of a slab cache, after the cache gave back its spares.
+pub fn slab_objects(cache: &str) -> Result<i64> {
+    // Not every kernel has the file; the figure is then less exact.
+    let _ = fs::write(format!("/sys/kernel/slab/{cache}/shrink"), "1");
+    let text = fs::read_to_string("/proc/slabinfo").context("slabinfo")?;
+    number_after(&text, cache).with_context(|| format!("{cache} in slabinfo"))
+}
+
+/// Names of slab caches that contain `part`.
+pub fn slab_caches(part: &str) -> Result<Vec<String>> {
+    let text = fs::read_to_string("/proc/slabinfo").context("slabinfo")?;
+    Ok(text
+        .lines()
+        .filter_map(|l| l.split_whitespace().next())
+        .filter(|n| n.contains(part))
+        .map(String::from)
+        .collect())
+}
+
+/// KiB of huge pages in the mapping of `pid` that starts at or holds `addr`.
+pub fn anon_huge_kib(pid: u32, addr: usize) -> Result<i64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).context("smaps")?;
+    let mut here = false;
+    for line in text.lines() {
+        if let Some((start, end)) = mapping_range(line) {
+            here = (start..end).contains(&addr);
+        } else if here && line.starts_with("AnonHugePages:") {
+            return number_after(line, "AnonHugePages:");
+        }
+    }
+    Err(anyhow!("no mapping holds {addr:#x}"))
+}
+
+fn mapping_range(line: &str) -> Option<(usize, usize)> {
+    let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+    Some((
+        usize::from_str_radix(start, 16).ok()?,
+        usize::from_str_radix(end, 16).ok()?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_of_a_task_with_brackets_in_its_name() {
+        let stat = parse_stat("7 (a) b) S 2 0 0 0 -1 69238848 0 0 0 0 0 0 0 0 25 5 1 0").unwrap();
+        assert_eq!((stat.state, stat.nice), ('S', 5));
+    }
+
+    #[test]
+    fn numbers_are_found_by_their_whole_key() {
+        let text = "ksm_rmap_items 3\nksm_process_profit -4096\n";
+        assert_eq!(number_after(text, "ksm_process_profit").unwrap(), -4096);
+        assert!(number_after(text, "ksm_process").is_err());
+    }
+
+    #[test]
+    fn ranges_of_mappings() {
+        assert_eq!(
+            mapping_range("1000-3000 rw-p 00000000 00:00 0"),
+            Some((0x1000, 0x3000))
+        );
+        assert_eq!(mapping_range("AnonHugePages:         0 kB"), None);
+    }
+}

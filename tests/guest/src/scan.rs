@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Driving the scanning thread: a number of passes, until a condition holds,
+//! or one batch at a time.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use anyhow::{bail, Result};
+
+use crate::engine::{self, wait_for, Counters};
+use crate::region::Region;
+
+/// Long enough for a pass over a test's few pages on a slow emulated CPU.
+const PASS_LIMIT: Duration = Duration::from_secs(30);
+
+thread_local! {
+    static ANCHORED: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Registers this process by an area without a single page.
+///
+/// With nothing registered the thread sleeps and `full_scans` stands still;
+/// an empty area keeps it going and shows in no counter.
+fn anchor() -> Result<()> {
+    let me = std::process::id();
+    if ANCHORED.get() != me {
+        let area = Region::new(1)?;
+        area.advise(0, 1, libc::MADV_MERGEABLE)?;
+        std::mem::forget(area);
+        ANCHORED.set(me);
+    }
+    Ok(())
+}
+
+/// Starts merging at full pace.
+pub fn start() -> Result<()> {
+    anchor()?;
+    engine::write("pages_to_scan", 1_000_000)?;
+    engine::write("sleep_millisecs", 1)?;
+    engine::write("run", 1)
+}
+
+/// Stops merging; what is merged stays so.
+pub fn stop() -> Result<()> {
+    engine::write("run", 0)
+}
+
+/// Lets `n` whole passes, begun after the call, go by; leaves the thread running.
+pub fn passes(n: u64) -> Result<()> {
+    start()?;
+    // The pass under way, if any, began before the call.
+    let goal = engine::read("full_scans")? + n + 1;
+    wait_for(&format!("{n} full passes"), PASS_LIMIT, || {
+        Ok(engine::read("full_scans")? >= goal)
+    })
+}
+
+/// Scans until `probe` holds, for at most `max` passes.
+pub fn until(what: &str, max: u64, mut probe: impl FnMut() -> Result<bool>) -> Result<()> {
+    for _ in 0..max {
+        passes(1)?;
+        if probe()? {
+            return Ok(());
+        }
+    }
+    bail!(
+        "{what} did not come about in {max} passes; {:?}",
+        engine::counters()?
+    )
+}
+
+/// Scans until the counters are as given.
+pub fn until_merged(shared: u64, sharing: u64) -> Result<()> {
+    until(&format!("shared={shared} sharing={sharing}"), 12, || {
+        let c = engine::counters()?;
+        Ok(c.shared == shared && c.sharing == sharing)
+    })
+}
+
+/// Runs single batches: the thread sleeps for a minute after each, and a
+/// write of another value to `sleep_millisecs` wakes it for the next.
+pub struct Stepper {
+    sleep: u32,
+}
+
+impl Stepper {
+    /// Sets `pages_to_scan` to `pages`; no batch runs yet.
+    pub fn new(pages: u32) -> Result<Self> {
+        anchor()?;
+        engine::write("run", 0)?;
+        engine::write("pages_to_scan", pages)?;
+        engine::write("sleep_millisecs", 60_000)?;
+        Ok(Self { sleep: 60_000 })
+    }
+
+    /// Runs one batch and returns the counters after it.
+    pub fn step(&mut self) -> Result<Counters> {
+        let before = engine::counters()?;
+        if engine::read("run")? == 1 {
+            self.sleep ^= 1;
+            engine::write("sleep_millisecs", self.sleep)?;
+        } else {
+            engine::write("run", 1)?;
+        }
+        wait_for("batch", PASS_LIMIT, || {
+            let now = engine::counters()?;
+            Ok(now.scanned != before.scanned || now.full_scans != before.full_scans)
+        })?;
+        // The batch is over when nothing moves any more.
+        let mut last = engine::counters()?;
+        loop {
+            std::thread::sleep(Duration::from_millis(60));
+            let now = engine::counters()?;
+            if now == last {
+                return Ok(now);
+            }
+            last = now;
+        }
+    }
+}

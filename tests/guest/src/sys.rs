@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The system calls that the standard library does not offer.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+/// Not in every libc crate yet; the values are kernel ABI.
+const PR_SET_MEMORY_MERGE: libc::c_int = 67;
+const PR_GET_MEMORY_MERGE: libc::c_int = 68;
+
+fn check(ret: libc::c_long) -> io::Result<libc::c_long> {
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(ret)
+}
+
+/// Opens (or closes) all memory of this process to merging.
+pub fn set_memory_merge(on: bool) -> io::Result<()> {
+    let zero: libc::c_ulong = 0;
+    // SAFETY: this prctl takes integers only.
+    let ret = unsafe {
+        libc::prctl(
+            PR_SET_MEMORY_MERGE,
+            libc::c_ulong::from(on),
+            zero,
+            zero,
+            zero,
+        )
+    };
+    check(ret.into()).map(drop)
+}
+
+/// Whether all memory of this process is open to merging.
+pub fn memory_merge() -> io::Result<bool> {
+    let zero: libc::c_ulong = 0;
+    // SAFETY: this prctl takes integers only.
+    let ret = unsafe { libc::prctl(PR_GET_MEMORY_MERGE, zero, zero, zero, zero) };
+    Ok(check(ret.into())? != 0)
+}
+
+/// Which side of a fork this is.
+pub enum Forked {
+    Child,
+    Parent(libc::pid_t),
+}
+
+/// Forks. The test programs have one thread only, so the child may use
+/// everything the parent could.
+pub fn fork() -> io::Result<Forked> {
+    // SAFETY: the process has a single thread (see above).
+    match check(unsafe { libc::fork() }.into())? {
+        0 => Ok(Forked::Child),
+        pid => Ok(Forked::Parent(pid as libc::pid_t)),
+    }
+}
+
+/// Leaves at once: no destructor of what was inherited over a fork runs.
+pub fn exit_now(status: i32) -> ! {
+    // SAFETY: _exit takes an integer and does not return.
+    unsafe { libc::_exit(status) }
+}
+
+/// Sends `signal` to `pid`, or to the process group `-pid`.
+pub fn kill(pid: libc::pid_t, signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: kill takes integers only.
+    check(unsafe { libc::kill(pid, signal) }.into()).map(drop)
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    Exit(i32),
+    Signal(i32),
+}
+
+/// Asks after child `pid`, or any child in the group `-pid`; `None` while it runs.
+pub fn try_wait(pid: libc::pid_t) -> io::Result<Option<(libc::pid_t, Ended)>> {
+    let mut status = 0;
+    // SAFETY: `status` outlives the call.
+    let got = check(unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG) }.into())?;
+    if got == 0 {
+        return Ok(None);
+    }
+    let ended = if libc::WIFSIGNALED(status) {
+        Ended::Signal(libc::WTERMSIG(status))
+    } else {
+        Ended::Exit(libc::WEXITSTATUS(status))
+    };
+    Ok(Some((got as libc::pid_t, ended)))
+}
+
+/// Makes this process die with its parent.
+pub fn die_with_parent() -> io::Result<()> {
+    // SAFETY: this prctl takes integers only.
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) }.into())
+        .map(drop)
+}
+
+/// Makes orphaned descendants children of this process.
+pub fn become_subreaper() -> io::Result<()> {
+    let on: libc::c_ulong = 1;
+    // SAFETY: this prctl takes integers only.
+    check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, on) }.into()).map(drop)
+}
+
+/// Puts this process into a process group of its own.
+pub fn own_group() -> io::Result<()> {
+    // SAFETY: setpgid takes integers only.
+    check(unsafe { libc::setpgid(0, 0) }.into()).map(drop)
+}
+
+/// Has the kernel kill this process by SIGALRM after `limit`.
+pub fn alarm(limit: Duration) {
+    // SAFETY: alarm takes an integer only.
+    unsafe { libc::alarm(limit.as_secs() as libc::c_uint) };
+}
+
+/// Makes descriptor `to` a copy of `from`.
+pub fn dup_onto(from: RawFd, to: RawFd) -> io::Result<()> {
+    // SAFETY: dup2 takes integers only.
+    check(unsafe { libc::dup2(from, to) }.into()).map(drop)
+}
+
+/// Lets `fd` stay open over an exec.
+pub fn keep_over_exec(fd: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: F_SETFD takes an integer.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) }.into()).map(drop)
+}
+
+/// A pipe: reading end, writing end.
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: `fds` has room for two descriptors.
+    check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) }.into())?;
+    // SAFETY: the call succeeded, so both are open and ours alone.
+    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
+}
+
+/// Waits until `fd` can be read or `limit` has passed; true if it can.
+pub fn poll_in(fd: RawFd, limit: Duration) -> io::Result<bool> {
+    let mut pfd = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: `pfd` is one entry and outlives the call.
+    let n = unsafe { libc::poll(&mut pfd, 1, limit.as_millis() as libc::c_int) };
+    Ok(check(n.into())? > 0)
+}
+
+/// Loads the module image in `file`.
+pub fn finit_module(file: &impl AsRawFd, params: &str) -> io::Result<()> {
+    let params = CString::new(params)?;
+    // SAFETY: `params` is a C string that outlives the call.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_finit_module,
+            file.as_raw_fd(),
+            params.as_ptr(),
+            0 as libc::c_int,
+        )
+    };
+    check(ret).map(drop)
+}
+
+/// Unloads a module without waiting for it to become unused.
+pub fn delete_module(name: &str) -> io::Result<()> {
+    let name = CString::new(name)?;
+    // SAFETY: `name` is a C string that outlives the call.
+    let ret = unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) };
+    check(ret).map(drop)
+}

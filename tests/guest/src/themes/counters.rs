@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The counters against what the kernel itself says of the pages.
+
+use anyhow::{ensure, Result};
+
+use super::tests;
+use crate::engine;
+use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::pageflags::Census;
+use crate::proc;
+use crate::scan;
+use crate::worker::{verify_all, Worker};
+
+pub const THEME: Theme = Theme {
+    name: "counters",
+    about: "counters agree with /proc/kpageflags and /proc/<pid>/ksm_stat",
+    module: Module::Loaded,
+    tests: tests![
+        ("agree-with-kpageflags", 90, kpageflags),
+        ("follow-writes-and-exits", 90, follow),
+        ("unshared-pages", 60, unshared),
+        ("scanned-and-full-scans-advance", 60, advance),
+        ("run-0-keeps-them", 60, kept),
+        ("profit-of-a-process", 60, profit),
+    ],
+};
+
+const N: usize = 24;
+
+/// Checks the counters against a census of all registered memory.
+fn agree(workers: &[Worker]) -> Result<()> {
+    let spans: Vec<_> = workers.iter().map(Worker::span).collect();
+    let census = Census::take(&spans)?;
+    let c = engine::counters()?;
+    let frames = census.frames.len() as u64;
+    ensure!(c.shared == frames, "{frames} merged frames, {c:?}");
+    let mappings = census.total_mappings();
+    ensure!(
+        c.shared + c.sharing == mappings,
+        "{mappings} mappings, {c:?}"
+    );
+    for (&pid, &count) in &census.mappings {
+        let stat = proc::ksm_stat(pid, "ksm_merging_pages")?;
+        ensure!(
+            stat == count as i64,
+            "pid {pid}: {count} mappings, ksm_stat {stat}"
+        );
+    }
+    Ok(())
+}
+
+/// Scans until the counters settle at what the census says.
+fn settle(workers: &[Worker]) -> Result<()> {
+    let mut last = Ok(());
+    let settled = scan::until("agreement", 8, || {
+        last = agree(workers);
+        Ok(last.is_ok())
+    });
+    last.and(settled)
+}
+
+/// Pages shared by two, by three, by four, within one, and by none.
+fn mixture() -> Result<Vec<Worker>> {
+    let mut workers = Vec::new();
+    for i in 0..4u64 {
+        let mut worker = Worker::with_pages(5 * N)?;
+        worker.fill(0, N, 1000, 1)?;
+        worker.fill(N, N, if i < 3 { 2000 } else { 2500 }, 1)?;
+        worker.fill(2 * N, N, 3000 + 100 * (i / 2), 1)?;
+        worker.fill(3 * N, N, 4000 + i, 0)?;
+        worker.fill(4 * N, N, 5000 + 100 * i, 1)?;
+        worker.advise(0, 5 * N, libc::MADV_MERGEABLE)?;
+        workers.push(worker);
+    }
+    let n = N as u64;
+    let shared = n + n + 2 * n + 4;
+    let mappings = 4 * n + 3 * n + 4 * n + 4 * n;
+    scan::until_merged(shared, mappings - shared)?;
+    Ok(workers)
+}
+
+fn kpageflags() -> Outcome {
+    let mut workers = mixture()?;
+    settle(&workers)?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn follow() -> Outcome {
+    let mut workers = mixture()?;
+    workers[0].poke(0, 3 * N, 1, 0xee)?;
+    workers[1].advise(N, N, libc::MADV_UNMERGEABLE)?;
+    settle(&workers)?;
+    verify_all(&mut workers)?;
+    workers[2].truncate(2 * N)?;
+    workers[3].dontneed(0, N / 2)?;
+    settle(&workers)?;
+    verify_all(&mut workers)?;
+    workers.pop().expect("four workers").kill()?;
+    settle(&workers)?;
+    workers.remove(0).exit()?;
+    settle(&workers)?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn unshared() -> Outcome {
+    let mut worker = Worker::mergeable(N, 100)?;
+    scan::until("unshared pages", 8, || {
+        let c = engine::counters()?;
+        Ok((c.shared, c.sharing, c.unshared, c.volatile) == (0, 0, N as u64, 0))
+    })?;
+    // Pages that are gone are no longer counted.
+    worker.truncate(N / 2)?;
+    scan::until("fewer unshared pages", 8, || {
+        Ok(engine::read("pages_unshared")? == N as u64 / 2)
+    })?;
+    worker.verify()?;
+    PASS
+}
+
+fn advance() -> Outcome {
+    let worker = Worker::mergeable(N, 100)?;
+    let mut last = engine::counters()?;
+    for _ in 0..3 {
+        scan::passes(2)?;
+        let now = engine::counters()?;
+        ensure!(now.full_scans >= last.full_scans + 2, "{last:?} {now:?}");
+        ensure!(
+            now.scanned >= last.scanned + 2 * N as u64,
+            "{last:?} {now:?}"
+        );
+        last = now;
+    }
+    worker.exit()?;
+    PASS
+}
+
+fn kept() -> Outcome {
+    let _workers = mixture()?;
+    scan::stop()?;
+    let before = engine::counters()?;
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    ensure!(engine::counters()? == before);
+    engine::write("run", 1)?;
+    scan::passes(2)?;
+    let after = engine::counters()?;
+    ensure!((after.shared, after.sharing) == (before.shared, before.sharing));
+    PASS
+}
+
+fn profit() -> Outcome {
+    let mut worker = Worker::with_pages(8 * N)?;
+    worker.fill(0, 8 * N, 100, 0)?;
+    worker.advise(0, 8 * N, libc::MADV_MERGEABLE)?;
+    scan::until_merged(1, 8 * N as u64 - 1)?;
+    let profit = proc::ksm_stat(worker.pid(), "ksm_process_profit")?;
+    let most = (8 * N * 4096) as i64;
+    ensure!(
+        (most / 2..=most).contains(&profit),
+        "profit {profit} of {most}"
+    );
+    worker.advise(0, 8 * N, libc::MADV_UNMERGEABLE)?;
+    scan::passes(2)?;
+    let profit = proc::ksm_stat(worker.pid(), "ksm_process_profit")?;
+    ensure!(profit <= 0, "profit {profit} with nothing merged");
+    PASS
+}

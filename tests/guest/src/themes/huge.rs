@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Parts of huge pages.
+
+use anyhow::{ensure, Context, Result};
+
+use super::tests;
+use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::pageflags::{merged, Span};
+use crate::region::{Region, HUGE, PAGE};
+use crate::scan;
+use crate::worker::Worker;
+
+pub const THEME: Theme = Theme {
+    name: "huge",
+    about: "a huge page is split where a part of it merges",
+    module: Module::Loaded,
+    tests: tests![
+        ("one-equal-part", 90, one_part),
+        ("two-equal-parts-of-one-huge-page", 90, two_parts),
+        ("equal-huge-pages", 120, equal_huge),
+        ("no-equal-part-leaves-it-whole", 90, no_part),
+    ],
+};
+
+const PARTS: usize = HUGE / PAGE;
+
+/// A region of one huge page whose part `k` holds the content of `seed + k`,
+/// or `None` when the kernel gives no huge page.
+fn huge_region(seed: u64) -> Result<Option<Region>> {
+    let mut region = Region::aligned(PARTS, HUGE)?;
+    region.advise(0, PARTS, libc::MADV_HUGEPAGE)?;
+    region.fill(0, PARTS, seed, 1);
+    if huge_kib(&region)? == 0 {
+        // Memory may be in pieces; ask for it to be put together.
+        let _ = region.advise(0, PARTS, libc::MADV_COLLAPSE);
+    }
+    Ok((huge_kib(&region)? != 0).then_some(region))
+}
+
+fn huge_kib(region: &Region) -> Result<i64> {
+    crate::proc::anon_huge_kib(std::process::id(), region.addr()).context("AnonHugePages")
+}
+
+fn part(region: &Region, i: usize) -> Span {
+    Span {
+        pid: std::process::id(),
+        addr: region.at(i),
+        pages: 1,
+    }
+}
+
+const NONE: &str = "the kernel gives no huge page";
+
+fn one_part() -> Outcome {
+    let Some(mut region) = huge_region(1000)? else {
+        return skip(NONE);
+    };
+    let mut small = Worker::mergeable(1, 1000 + 77)?;
+    region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
+    scan::until_merged(1, 1)?;
+    ensure!(huge_kib(&region)? == 0, "merged, and still a huge page");
+    ensure!(merged(part(&region, 77))? == 1 && small.merged()? == 1);
+    region.verify()?;
+    region.poke(77, 1, 1);
+    region.verify()?;
+    small.verify()?;
+    PASS
+}
+
+fn two_parts() -> Outcome {
+    let Some(mut region) = huge_region(1000)? else {
+        return skip(NONE);
+    };
+    region.fill(300, 1, 1000 + 5, 0);
+    ensure!(huge_kib(&region)? != 0);
+    region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
+    scan::until_merged(1, 1)?;
+    ensure!(huge_kib(&region)? == 0, "merged, and still a huge page");
+    let pair = [merged(part(&region, 5))?, merged(part(&region, 300))?];
+    ensure!(pair == [1, 1], "{pair:?}");
+    region.verify()?;
+    region.poke(5, 1, 1);
+    region.verify()?;
+    PASS
+}
+
+fn equal_huge() -> Outcome {
+    let (Some(mut a), Some(b)) = (huge_region(1000)?, huge_region(1000)?) else {
+        return skip(NONE);
+    };
+    for region in [&a, &b] {
+        region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
+    }
+    scan::until_merged(PARTS as u64, PARTS as u64)?;
+    a.verify()?;
+    b.verify()?;
+    for i in (0..PARTS).step_by(7) {
+        a.poke(i, i, 1);
+    }
+    a.verify()?;
+    b.verify()?;
+    PASS
+}
+
+fn no_part() -> Outcome {
+    let Some(region) = huge_region(1000)? else {
+        return skip(NONE);
+    };
+    region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
+    scan::passes(4)?;
+    ensure!(huge_kib(&region)? != 0, "split for nothing");
+    region.verify()?;
+    PASS
+}

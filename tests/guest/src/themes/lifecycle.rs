@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Loading and unloading, and when either must be refused.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{bail, ensure, Context, Result};
+
+use super::tests;
+use crate::engine::{self, wait_for, write_to, IN_TREE};
+use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::kmsg::Log;
+use crate::worker::{verify_all, Worker};
+use crate::{module, proc, scan};
+
+pub const THEME: Theme = Theme {
+    name: "lifecycle",
+    about: "loading and unloading, refused where they must be",
+    module: Module::Unloaded,
+    tests: tests![
+        ("load-and-unload", 60, load_and_unload),
+        ("processes-registered-before-loading", 90, before_loading),
+        ("refused-while-in-tree-runs", 60, in_tree_runs),
+        (
+            "refused-while-in-tree-holds-merged-pages",
+            60,
+            in_tree_holds
+        ),
+        ("in-tree-cannot-start-while-loaded", 60, in_tree_blocked),
+        ("refused-unload-with-merged-pages", 60, refused_unload),
+        ("unload-while-scanning", 60, unload_scanning),
+        ("unload-with-registered-processes", 60, unload_registered),
+        ("100-cycles", 240, cycles),
+        ("refused-on-another-layout", 60, other_layout),
+        ("refused-on-a-missing-symbol", 60, missing_symbol),
+    ],
+};
+
+const N: usize = 16;
+
+fn in_tree() -> &'static Path {
+    Path::new(IN_TREE)
+}
+
+fn pair() -> Result<[Worker; 2]> {
+    Ok([Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?])
+}
+
+/// Checks that `result` is the refusal `errno`.
+fn expect_errno(what: &str, result: io::Result<()>, errno: i32) -> Result<()> {
+    match result {
+        Err(e) if e.raw_os_error() == Some(errno) => Ok(()),
+        other => bail!(
+            "{what}: {other:?}, must be {}",
+            io::Error::from_raw_os_error(errno)
+        ),
+    }
+}
+
+/// Checks that nothing of the module is to be seen.
+fn expect_gone() -> Result<()> {
+    ensure!(!module::loaded(), "still loaded");
+    ensure!(!Path::new(engine::RKSM).exists(), "its directory is left");
+    ensure!(
+        proc::kernel_thread("rksmd")?.is_none(),
+        "its thread is left"
+    );
+    let caches = proc::slab_caches("rksm")?;
+    ensure!(caches.is_empty(), "slab caches are left: {caches:?}");
+    Ok(())
+}
+
+fn load_and_unload() -> Outcome {
+    expect_gone()?;
+    module::load()?;
+    ensure!(module::loaded());
+    ensure!(proc::kernel_thread("rksmd")?.is_some(), "no thread");
+    expect_errno(
+        "second load",
+        module::load_file(&module::path()),
+        libc::EEXIST,
+    )?;
+    engine::check_clean()?;
+    module::unload()?;
+    expect_gone()?;
+    PASS
+}
+
+fn before_loading() -> Outcome {
+    let mut by_madvise = Worker::mergeable(N, 100)?;
+    let mut by_prctl = Worker::new()?;
+    by_prctl.set_memory_merge(true)?;
+    by_prctl.map(N)?;
+    by_prctl.fill(0, N, 100, 1)?;
+    let mut by_exec = Worker::new()?;
+    by_exec.set_memory_merge(true)?;
+    by_exec.exec()?;
+    by_exec.map(N)?;
+    by_exec.fill(0, N, 100, 1)?;
+    module::load()?;
+    let mut after = Worker::mergeable(N, 100)?;
+    scan::until("merge of all four", 12, || {
+        let all = [&by_madvise, &by_prctl, &by_exec, &after];
+        Ok(all.iter().map(|w| w.merged()).sum::<Result<usize>>()? == 4 * N)
+    })?;
+    for worker in [&mut by_madvise, &mut by_prctl, &mut by_exec, &mut after] {
+        worker.verify()?;
+    }
+    PASS
+}
+
+/// Tries to load, and checks that it is refused for the in-tree engine's sake.
+fn expect_load_refused() -> Result<()> {
+    let mut log = Log::from_now()?;
+    expect_errno("load", module::load_file(&module::path()), libc::EBUSY)?;
+    expect_gone()?;
+    log.expect(&["rksm", "in-tree"])
+}
+
+fn in_tree_runs() -> Outcome {
+    write_to(in_tree(), "run", b"1")?;
+    let refused = expect_load_refused();
+    write_to(in_tree(), "run", b"0")?;
+    refused?;
+    // Now that it is stopped and holds nothing, loading is fine.
+    module::load()?;
+    PASS
+}
+
+/// Has the in-tree engine merge `workers`, and stops it.
+fn merge_in_tree() -> Result<()> {
+    write_to(in_tree(), "pages_to_scan", b"100000")?;
+    write_to(in_tree(), "run", b"1")?;
+    let merged = wait_for("in-tree merge", Duration::from_secs(20), || {
+        Ok(engine::read_from(in_tree(), "pages_sharing")? >= N as u64)
+    });
+    write_to(in_tree(), "run", b"0")?;
+    write_to(in_tree(), "pages_to_scan", b"100")?;
+    merged
+}
+
+fn in_tree_holds() -> Outcome {
+    let mut workers = pair()?;
+    merge_in_tree()?;
+    let refused = expect_load_refused();
+    write_to(in_tree(), "run", b"2")?;
+    write_to(in_tree(), "run", b"0")?;
+    refused?;
+    verify_all(&mut workers)?;
+    module::load()?;
+    scan::until_merged(N as u64, N as u64)?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn in_tree_blocked() -> Outcome {
+    let mut workers = pair()?;
+    module::load()?;
+    for value in ["1", "2"] {
+        let result = write_to(in_tree(), "run", value.as_bytes());
+        ensure!(result.is_err(), "in-tree run={value} was accepted");
+        ensure!(engine::read_from(in_tree(), "run")? == 0);
+    }
+    // Stopping what is stopped does no harm, whatever the answer.
+    let _ = write_to(in_tree(), "run", b"0");
+    ensure!(engine::read_from(in_tree(), "run")? == 0);
+    scan::until_merged(N as u64, N as u64)?;
+    ensure!(write_to(in_tree(), "run", b"1").is_err());
+    ensure!(engine::read_from(in_tree(), "run")? == 0);
+    module::unload_clean()?;
+    verify_all(&mut workers)?;
+    // Without rksm the in-tree engine works as ever.
+    merge_in_tree()?;
+    verify_all(&mut workers)?;
+    write_to(in_tree(), "run", b"2")?;
+    write_to(in_tree(), "run", b"0")?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn refused_unload() -> Outcome {
+    let mut workers = pair()?;
+    module::load()?;
+    scan::until_merged(N as u64, N as u64)?;
+    for running in [true, false] {
+        engine::write("run", u8::from(running))?;
+        let mut log = Log::from_now()?;
+        expect_errno("unload", module::unload(), libc::EBUSY)?;
+        log.expect(&["rksm", "2", "run"])?;
+        ensure!(module::loaded());
+        ensure!(workers[0].merged()? == N && workers[1].merged()? == N);
+        verify_all(&mut workers)?;
+    }
+    // It goes on working after the refusal.
+    let mut late = Worker::mergeable(N, 100)?;
+    scan::until_merged(N as u64, 2 * N as u64)?;
+    engine::write("run", 2)?;
+    module::unload()?;
+    expect_gone()?;
+    verify_all(&mut workers)?;
+    late.verify()?;
+    PASS
+}
+
+fn unload_scanning() -> Outcome {
+    module::load()?;
+    let mut worker = Worker::mergeable(N, 100)?;
+    for _ in 0..5 {
+        scan::passes(2)?;
+        // Nothing is merged, so nothing stands in the way.
+        module::unload()?;
+        expect_gone()?;
+        worker.verify()?;
+        module::load()?;
+    }
+    PASS
+}
+
+fn unload_registered() -> Outcome {
+    let mut workers = pair()?;
+    for _ in 0..3 {
+        module::load()?;
+        scan::until_merged(N as u64, N as u64)?;
+        module::unload_clean()?;
+        expect_gone()?;
+        for worker in &workers {
+            ensure!(worker.merged()? == 0);
+        }
+        verify_all(&mut workers)?;
+    }
+    // They may end, change and unregister without the module.
+    workers[0].advise(0, N, libc::MADV_UNMERGEABLE)?;
+    workers[0].poke(0, N, 1, 1)?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+/// One load and unload; every fourth time with pages merged in between, and
+/// always with a process that is registered when the module is unloaded.
+fn cycle(i: usize, keeper: &mut Worker) -> Result<()> {
+    module::load()?;
+    let passing = Worker::mergeable(2, 100)?;
+    if i % 4 == 0 {
+        scan::until_merged(2, 2)?;
+        engine::write("run", 2)?;
+        ensure!(keeper.merged()? == 0);
+    }
+    if i % 2 == 0 {
+        module::unload_soon(Duration::from_secs(5))?;
+        passing.exit()
+    } else {
+        passing.exit()?;
+        module::unload_soon(Duration::from_secs(5))
+    }
+}
+
+fn cycles() -> Outcome {
+    let mut keeper = Worker::mergeable(2, 100)?;
+    // Once before measuring: the first load fills caches of its own.
+    (0..4).try_for_each(|i| cycle(i, &mut keeper))?;
+    let memory = proc::meminfo("MemAvailable")?;
+    let slab = proc::meminfo("SUnreclaim")?;
+    let mms = proc::slab_objects("mm_struct")?;
+    for i in 0..100 {
+        cycle(i, &mut keeper).with_context(|| format!("cycle {i}"))?;
+    }
+    expect_gone()?;
+    keeper.verify()?;
+    let more_mms = proc::slab_objects("mm_struct")? - mms;
+    let more_slab = proc::meminfo("SUnreclaim")? - slab;
+    let less_memory = memory - proc::meminfo("MemAvailable")?;
+    println!(
+        "mm_struct {more_mms:+}, slab {more_slab:+} KiB, available {:+} KiB",
+        -less_memory
+    );
+    // One of each per cycle would be 100; per-CPU spares make these figures rough.
+    ensure!(more_mms < 50, "{more_mms} mm_structs more than before");
+    ensure!(
+        more_slab < 8 << 10,
+        "{more_slab} KiB of slab more than before"
+    );
+    ensure!(less_memory < 32 << 10, "{less_memory} KiB less than before");
+    PASS
+}
+
+/// A changed copy of the module, removed when dropped.
+struct Patched(PathBuf);
+
+impl Patched {
+    fn new(change: impl FnOnce(&mut Vec<u8>) -> Result<()>) -> Result<Self> {
+        let mut image = fs::read(module::path()).context("the module")?;
+        change(&mut image)?;
+        let path = PathBuf::from(format!("/tmp/rksm-patched-{}.ko", std::process::id()));
+        fs::write(&path, image)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Patched {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Every place of `needle` in `hay`.
+fn places(hay: &[u8], needle: &[u8]) -> Vec<usize> {
+    (0..hay.len().saturating_sub(needle.len()))
+        .filter(|&i| hay[i..].starts_with(needle))
+        .collect()
+}
+
+fn other_layout() -> Outcome {
+    // The table of expected interfaces: a magic number, the number of
+    // entries, then entries of which the first 8 bytes are the signature.
+    let patched = Patched::new(|image| {
+        let found = places(image, b"RKSMABI1");
+        ensure!(found.len() == 1, "{} tables in the module", found.len());
+        image[found[0] + 16] ^= 1;
+        Ok(())
+    })?;
+    let mut log = Log::from_now()?;
+    let result = module::load_file(&patched.0);
+    ensure!(result.is_err(), "loaded on a kernel that it does not fit");
+    expect_gone()?;
+    log.expect(&["rksm", "struct", "layout"])?;
+    // The module as built is fine.
+    module::load()?;
+    PASS
+}
+
+fn missing_symbol() -> Outcome {
+    const PREFIX: &[u8] = b".klp.sym.vmlinux.";
+    let mut name = String::new();
+    let patched = Patched::new(|image| {
+        let first = *places(image, PREFIX).first().context("no such symbols")?;
+        let at = first + PREFIX.len();
+        // No kernel has a symbol that begins like this.
+        image[at..at + 2].copy_from_slice(b"ZQ");
+        let end = image[at..]
+            .iter()
+            .position(|&b| b == b',')
+            .context("no comma")?;
+        name = String::from_utf8_lossy(&image[at..at + end]).into_owned();
+        Ok(())
+    })?;
+    let mut log = Log::from_now()?;
+    let result = module::load_file(&patched.0);
+    ensure!(result.is_err(), "loaded without {name}");
+    expect_gone()?;
+    log.expect(&[&name])?;
+    PASS
+}

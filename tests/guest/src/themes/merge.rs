@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Which pages merge, and which must not.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+
+use anyhow::{ensure, Context, Result};
+
+use super::tests;
+use crate::engine;
+use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::pageflags::{merged, Span};
+use crate::region::{Region, PAGE};
+use crate::scan;
+use crate::worker::{verify_all, Worker};
+
+pub const THEME: Theme = Theme {
+    name: "merge",
+    about: "equal pages merge, unequal and foreign ones do not",
+    module: Module::Loaded,
+    tests: tests![
+        ("within-a-process", 60, within_a_process),
+        ("across-two-processes", 60, across_two_processes),
+        ("across-a-fork", 60, across_a_fork),
+        ("merged-pages-are-inherited-by-fork", 60, inherited_by_fork),
+        ("onto-a-merged-page", 60, onto_a_merged_page),
+        ("zero-pages", 60, zero_pages),
+        ("300-sharers-of-one-page", 60, many_sharers),
+        ("one-byte-makes-a-difference", 60, one_byte),
+        ("unregistered-memory-is-left-alone", 60, unregistered),
+        ("shared-mapping-is-left-alone", 60, shared_mapping),
+        ("private-file-pages", 60, private_file_pages),
+        ("merges-again-after-a-write", 60, merges_again),
+    ],
+};
+
+const N: usize = 32;
+
+/// The pages of `region`, which lies in this process.
+fn here(region: &Region) -> Span {
+    Span {
+        pid: std::process::id(),
+        addr: region.addr(),
+        pages: region.pages(),
+    }
+}
+
+fn within_a_process() -> Outcome {
+    let mut region = Region::new(2 * N)?;
+    // N equal pages, and N pages of which each two are equal.
+    region.fill(0, N, 100, 0);
+    region.fill(N, N / 2, 200, 1);
+    region.fill(N + N / 2, N / 2, 200, 1);
+    region.advise(0, 2 * N, libc::MADV_MERGEABLE)?;
+    scan::until_merged(1 + N as u64 / 2, N as u64 - 1 + N as u64 / 2)?;
+    ensure!(merged(here(&region))? == 2 * N);
+    region.verify()?;
+    PASS
+}
+
+fn across_two_processes() -> Outcome {
+    let mut workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
+    scan::until_merged(N as u64, N as u64)?;
+    for worker in &workers {
+        ensure!(worker.merged()? == N);
+    }
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn across_a_fork() -> Outcome {
+    let mut region = Region::new(N)?;
+    region.fill(0, N, 100, 1);
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+    let mut child = Worker::inheriting(&mut region)?;
+    // Writing gives the child pages of its own, equal to its parent's again.
+    child.fill(0, N, 7, 1)?;
+    child.fill(0, N, 100, 1)?;
+    scan::until_merged(N as u64, N as u64)?;
+    ensure!(merged(here(&region))? == N && child.merged()? == N);
+    child.verify()?;
+    region.verify()?;
+    PASS
+}
+
+fn inherited_by_fork() -> Outcome {
+    let mut region = Region::new(N)?;
+    region.fill(0, N, 100, 0);
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+    scan::until_merged(1, N as u64 - 1)?;
+    let mut child = Worker::inheriting(&mut region)?;
+    ensure!(child.merged()? == N, "the child has private pages");
+    // The scan has to find out about the new mappings.
+    scan::until_merged(1, 2 * N as u64 - 1)?;
+    child.poke(0, N / 2, 11, 0xee)?;
+    child.verify()?;
+    region.verify()?;
+    ensure!(
+        merged(here(&region))? == N,
+        "the child's write split its parent's"
+    );
+    child.exit()?;
+    scan::passes(1)?;
+    region.verify()?;
+    PASS
+}
+
+fn onto_a_merged_page() -> Outcome {
+    let mut workers = vec![Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
+    scan::until_merged(N as u64, N as u64)?;
+    workers.push(Worker::mergeable(N, 100)?);
+    scan::until_merged(N as u64, 2 * N as u64)?;
+    ensure!(workers[2].merged()? == N);
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn zero_pages() -> Outcome {
+    let mut worker = Worker::with_pages(N)?;
+    // Written, so real pages and not the kernel's own zero page.
+    worker.fill(0, N, 0, 0)?;
+    worker.advise(0, N, libc::MADV_MERGEABLE)?;
+    scan::until_merged(1, N as u64 - 1)?;
+    worker.verify()?;
+    worker.poke(0, N, 4095, 1)?;
+    worker.verify()?;
+    PASS
+}
+
+fn many_sharers() -> Outcome {
+    // More than the in-tree engine puts onto one page (max_page_sharing).
+    const MANY: usize = 300;
+    let mut worker = Worker::with_pages(MANY)?;
+    worker.fill(0, MANY, 100, 0)?;
+    worker.advise(0, MANY, libc::MADV_MERGEABLE)?;
+    scan::until("all merged", 12, || Ok(worker.merged()? == MANY))?;
+    let c = engine::counters()?;
+    ensure!(c.shared <= 2, "{c:?}");
+    ensure!(c.shared + c.sharing == MANY as u64, "{c:?}");
+    worker.verify()?;
+    worker.poke(0, MANY, 0, 0xee)?;
+    worker.verify()?;
+    PASS
+}
+
+fn one_byte() -> Outcome {
+    // Pages that differ from a common one in a single byte, at both ends and between.
+    let offsets = [0, 1, 63, 64, 255, 256, 1023, 2048, 3000, 4032, 4094, 4095];
+    let mut region = Region::new(offsets.len() + 1)?;
+    region.fill(0, offsets.len() + 1, 100, 0);
+    let mut plain = [0u8; PAGE];
+    crate::prng::fill(100, &mut plain);
+    for (i, &offset) in offsets.iter().enumerate() {
+        region.poke(i, offset, plain[offset] ^ 0x10);
+    }
+    region.advise(0, region.pages(), libc::MADV_MERGEABLE)?;
+    scan::passes(4)?;
+    let c = engine::counters()?;
+    ensure!(c.shared == 0 && c.sharing == 0, "{c:?}");
+    ensure!(merged(here(&region))? == 0);
+    region.verify()?;
+    PASS
+}
+
+fn unregistered() -> Outcome {
+    let mut plain = Worker::with_pages(N)?;
+    plain.fill(0, N, 100, 1)?;
+    let mut mergeable = Worker::mergeable(N, 100)?;
+    scan::passes(4)?;
+    ensure!(plain.merged()? == 0 && mergeable.merged()? == 0);
+    plain.verify()?;
+    mergeable.verify()?;
+    PASS
+}
+
+/// Maps `pages` pages of `file` and opens them to merging.
+fn map_file(file: &File, pages: usize, flags: libc::c_int) -> Result<Region> {
+    // SAFETY: a new mapping at an address that the kernel chooses.
+    let addr = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            pages * PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    ensure!(
+        addr != libc::MAP_FAILED,
+        "{}",
+        std::io::Error::last_os_error()
+    );
+    let region = Region::adopt(addr as usize, pages);
+    region.advise(0, pages, libc::MADV_MERGEABLE)?;
+    Ok(region)
+}
+
+/// A file of `pages` zero pages that no path leads to any more.
+fn scratch_file(pages: usize) -> Result<File> {
+    let path = format!("/tmp/rksm-test-{}", std::process::id());
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .with_context(|| path.clone())?;
+    std::fs::remove_file(&path)?;
+    file.write_all(&vec![0u8; pages * PAGE])?;
+    Ok(file)
+}
+
+fn shared_mapping() -> Outcome {
+    let mut region = map_file(&scratch_file(N)?, N, libc::MAP_SHARED)?;
+    region.fill(0, N, 100, 0);
+    scan::passes(4)?;
+    ensure!(merged(here(&region))? == 0);
+    region.verify()?;
+    PASS
+}
+
+fn private_file_pages() -> Outcome {
+    let mut region = map_file(&scratch_file(N)?, N, libc::MAP_PRIVATE)?;
+    // The first half becomes anonymous by being written; the rest, read only,
+    // is the page cache's and stays there.
+    region.fill(0, N / 2, 100, 0);
+    region.verify()?;
+    scan::until_merged(1, N as u64 / 2 - 1)?;
+    let span = here(&region);
+    ensure!(
+        merged(Span {
+            pages: N / 2,
+            ..span
+        })? == N / 2
+    );
+    ensure!(merged(span)? == N / 2, "page cache was merged");
+    region.verify()?;
+    PASS
+}
+
+fn merges_again() -> Outcome {
+    let mut workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
+    for round in 1..4u8 {
+        scan::until_merged(N as u64, N as u64)?;
+        for worker in &mut workers {
+            worker.poke(0, N, 77, round)?;
+            ensure!(worker.merged()? == 0, "a written page is still merged");
+        }
+        verify_all(&mut workers)?;
+    }
+    scan::until_merged(N as u64, N as u64)?;
+    verify_all(&mut workers)?;
+    PASS
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0
+//! All tests, by theme.
+
+use crate::harness::Theme;
+
+mod counters;
+mod cow;
+mod exit;
+mod huge;
+mod knobs;
+mod lifecycle;
+mod merge;
+mod pin;
+mod registration;
+mod scanning;
+mod soak;
+mod unmerge;
+mod vmops;
+
+/// A table of tests: name, seconds it may take, function.
+macro_rules! tests {
+    ($(($name:literal, $secs:literal, $run:path)),* $(,)?) => {
+        &[$($crate::harness::Test {
+            name: $name,
+            limit: std::time::Duration::from_secs($secs),
+            run: $run,
+        }),*]
+    };
+}
+use tests;
+
+/// The order in which they run: the simple before what builds on it.
+pub const ALL: &[&Theme] = &[
+    &knobs::THEME,
+    &merge::THEME,
+    &cow::THEME,
+    &unmerge::THEME,
+    &registration::THEME,
+    &exit::THEME,
+    &vmops::THEME,
+    &huge::THEME,
+    &pin::THEME,
+    &scanning::THEME,
+    &counters::THEME,
+    &soak::THEME,
+    &lifecycle::THEME,
+];
+
+/// Every order of three things.
+const ORDERS: [[usize; 3]; 6] = [
+    [0, 1, 2],
+    [0, 2, 1],
+    [1, 0, 2],
+    [1, 2, 0],
+    [2, 0, 1],
+    [2, 1, 0],
+];

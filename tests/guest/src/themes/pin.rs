@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Pages that somebody else holds: they must not be merged away under him.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use io_uring::{opcode, types, IoUring};
+
+use super::tests;
+use crate::engine;
+use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::pageflags::{merged, Span};
+use crate::region::{Region, PAGE};
+use crate::scan;
+use crate::worker::Worker;
+
+pub const THEME: Theme = Theme {
+    name: "pin",
+    about: "pages under O_DIRECT, registered buffers and in pipes are left alone until free",
+    module: Module::Loaded,
+    tests: tests![
+        ("o-direct-read-in-flight", 90, o_direct),
+        ("io-uring-registered-buffer", 90, registered_buffer),
+        ("page-in-a-pipe", 90, vmspliced),
+    ],
+};
+
+const N: usize = 8;
+/// How long to watch pages that somebody holds.
+const PASSES: u64 = 6;
+
+fn here(region: &Region) -> Span {
+    Span {
+        pid: std::process::id(),
+        addr: region.addr(),
+        pages: region.pages(),
+    }
+}
+
+/// Scans for several passes and checks at each that nothing of `region`,
+/// which is held by somebody, is merged.
+fn expect_left_alone(region: &Region) -> Result<()> {
+    for _ in 0..PASSES {
+        scan::passes(1)?;
+        let n = merged(here(region))?;
+        ensure!(n == 0, "{n} pages were merged while held");
+    }
+    Ok(())
+}
+
+/// Scans until `n` pages of `region`, which nobody holds any more, are merged.
+fn expect_merge(region: &Region, n: usize) -> Result<()> {
+    scan::until("merge after release", 12, || Ok(merged(here(region))? == n))?;
+    region.verify()
+}
+
+/// `struct iocb` and `struct io_event` of the kernel's <linux/aio_abi.h>.
+#[repr(C)]
+#[derive(Default)]
+struct Iocb {
+    data: u64,
+    key: u32,
+    rw_flags: u32,
+    opcode: u16,
+    priority: i16,
+    fd: u32,
+    buf: u64,
+    len: u64,
+    offset: i64,
+    reserved: u64,
+    flags: u32,
+    result_fd: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct IoEvent {
+    data: u64,
+    obj: u64,
+    res: i64,
+    res2: i64,
+}
+
+/// An asynchronous read, by the kernel's own AIO; opcode 0 is a read.
+struct AsyncRead {
+    context: libc::c_ulong,
+}
+
+impl AsyncRead {
+    fn submit(fd: RawFd, addr: usize, len: usize) -> Result<Self> {
+        let mut context: libc::c_ulong = 0;
+        // SAFETY: `context` outlives the call.
+        let ret = unsafe { libc::syscall(libc::SYS_io_setup, 1, &raw mut context) };
+        ensure!(ret == 0, "io_setup: {}", std::io::Error::last_os_error());
+        let mut iocb = Iocb {
+            fd: fd as u32,
+            buf: addr as u64,
+            len: len as u64,
+            ..Iocb::default()
+        };
+        let mut list = [&raw mut iocb];
+        // SAFETY: the kernel copies the request; the buffer is a mapping that
+        // stays until the read is done.
+        let ret = unsafe { libc::syscall(libc::SYS_io_submit, context, 1, list.as_mut_ptr()) };
+        ensure!(ret == 1, "io_submit: {}", std::io::Error::last_os_error());
+        Ok(Self { context })
+    }
+
+    /// The number of bytes read, once it is done; waits for at most `limit`.
+    fn result(&self, limit: Duration) -> Result<Option<i64>> {
+        let mut event = IoEvent::default();
+        let limit = libc::timespec {
+            tv_sec: limit.as_secs() as libc::time_t,
+            tv_nsec: 0,
+        };
+        // SAFETY: `event` has room for the one event, and both outlive the call.
+        let n = unsafe {
+            libc::syscall(
+                libc::SYS_io_getevents,
+                self.context,
+                1,
+                1,
+                &raw mut event,
+                &raw const limit,
+            )
+        };
+        ensure!(n >= 0, "io_getevents: {}", std::io::Error::last_os_error());
+        Ok((n == 1).then_some(event.res))
+    }
+}
+
+impl Drop for AsyncRead {
+    fn drop(&mut self) {
+        // SAFETY: the context is ours; this waits for a read still in flight.
+        unsafe { libc::syscall(libc::SYS_io_destroy, self.context) };
+    }
+}
+
+/// A disk of zeroes whose every request takes `seconds`.
+struct SlowDisk;
+
+impl SlowDisk {
+    const PATH: &'static str = "/dev/nullb0";
+
+    /// `None` when the kernel has no such driver.
+    fn new(seconds: u64) -> Result<Option<Self>> {
+        let status = Command::new("modprobe")
+            .args(["null_blk", "nr_devices=1", "gb=1", "memory_backed=1"])
+            .args(["irqmode=2", "submit_queues=1"])
+            .arg(format!("completion_nsec={}", seconds * 1_000_000_000))
+            .status();
+        let there = status.is_ok_and(|s| s.success()) && Path::new(Self::PATH).exists();
+        Ok(there.then_some(Self))
+    }
+
+    fn open(&self) -> Result<File> {
+        File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(Self::PATH)
+            .context(Self::PATH)
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("rmmod").arg("null_blk").status();
+    }
+}
+
+fn o_direct() -> Outcome {
+    let Some(disk) = SlowDisk::new(2)? else {
+        return skip("no null_blk driver");
+    };
+    let file = disk.open()?;
+    // What the disk gives, zeroes, is what the partner holds already.
+    let mut partner = Worker::with_pages(N)?;
+    partner.fill(0, N, 0, 0)?;
+    partner.advise(0, N, libc::MADV_MERGEABLE)?;
+    let mut region = Region::new(N)?;
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+    // On a machine so busy that the read is over before the scan, once more.
+    for _ in 0..5 {
+        region.fill(0, N, 100, 1);
+        scan::passes(2)?;
+        let read = AsyncRead::submit(file.as_raw_fd(), region.addr(), N * PAGE)?;
+        let conclusive = left_alone_during(&read, &region)?;
+        (0..N).for_each(|i| region.note_fill(i, 0));
+        region.verify()?;
+        if conclusive {
+            expect_merge(&region, N)?;
+            partner.verify()?;
+            return PASS;
+        }
+    }
+    anyhow::bail!("no read lasted for {PASSES} passes")
+}
+
+/// Scans while `read` into `region` is in flight, then waits for its end;
+/// false if it ended too early to tell.
+fn left_alone_during(read: &AsyncRead, region: &Region) -> Result<bool> {
+    let mut result = None;
+    for _ in 0..PASSES {
+        scan::passes(1)?;
+        let n = merged(here(region))?;
+        result = read.result(Duration::ZERO)?;
+        if result.is_some() {
+            break;
+        }
+        ensure!(n == 0, "{n} pages were merged with a read in flight");
+    }
+    let conclusive = result.is_none();
+    if conclusive {
+        result = read.result(Duration::from_secs(20))?;
+    }
+    ensure!(
+        result == Some((N * PAGE) as i64),
+        "the read gave {result:?}"
+    );
+    Ok(conclusive)
+}
+
+fn registered_buffer() -> Outcome {
+    let mut partner = Worker::mergeable(N, 100)?;
+    let mut region = Region::new(N)?;
+    region.fill(0, N, 100, 1);
+    let mut ring = match IoUring::new(4) {
+        Ok(ring) => ring,
+        Err(e) => return skip(format!("no io_uring: {e}")),
+    };
+    let buffer = libc::iovec {
+        iov_base: region.addr() as *mut libc::c_void,
+        iov_len: N * PAGE,
+    };
+    // SAFETY: the mapping stays until the ring is gone.
+    unsafe { ring.submitter().register_buffers(&[buffer]) }.context("register_buffers")?;
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+
+    // A read into the held page 3 waits for data while the scan goes by; it
+    // writes to the frame that it holds, merged away or not.
+    let (output, input) = crate::sys::pipe()?;
+    let place = (region.at(3) + 100) as *mut u8;
+    let read = opcode::ReadFixed::new(types::Fd(output.as_raw_fd()), place, 4, 0).build();
+    // SAFETY: the buffer is registered, and stays until the read is done.
+    unsafe { ring.submission().push(&read) }.context("push")?;
+    ring.submit().context("submit")?;
+    expect_left_alone(&region)?;
+    region.verify()?;
+    File::from(input).write_all(&[1, 2, 3, 4])?;
+    ring.submit_and_wait(1).context("wait")?;
+    let got = ring.completion().next().context("completion")?.result();
+    ensure!(got == 4, "the read gave {got}");
+    for i in 0..4 {
+        region.note_poke(3, 100 + i, i as u8 + 1);
+    }
+    region.verify()?;
+
+    ring.submitter().unregister_buffers()?;
+    drop(ring);
+    // All but the page that was written to.
+    expect_merge(&region, N - 1)?;
+    partner.verify()?;
+    PASS
+}
+
+fn vmspliced() -> Outcome {
+    let mut partner = Worker::mergeable(N, 100)?;
+    let mut region = Region::new(N)?;
+    region.fill(0, N, 100, 1);
+    let (output, input) = crate::sys::pipe()?;
+    let pages = libc::iovec {
+        iov_base: region.addr() as *mut libc::c_void,
+        iov_len: N * PAGE,
+    };
+    // SAFETY: the range is our own mapping; the kernel only takes references.
+    let n = unsafe { libc::vmsplice(input.as_raw_fd(), &pages, 1, 0) };
+    ensure!(n == (N * PAGE) as isize, "vmsplice gave {n}");
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+    expect_left_alone(&region)?;
+
+    // What the pipe holds is what the pages hold; reading it lets go of them.
+    let mut have = vec![0u8; N * PAGE];
+    File::from(output).read_exact(&mut have)?;
+    let mut want = [0u8; PAGE];
+    for (i, page) in have.chunks_exact(PAGE).enumerate() {
+        crate::prng::fill(100 + i as u64, &mut want);
+        ensure!(page == want, "page {i} in the pipe differs");
+    }
+    expect_merge(&region, N)?;
+    partner.verify()?;
+    let c = engine::counters()?;
+    ensure!(c.shared == N as u64 && c.sharing == N as u64, "{c:?}");
+    PASS
+}

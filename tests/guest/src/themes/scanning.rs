@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The pace of the scan and the patience before a page merges.
+
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+
+use super::tests;
+use crate::engine::{self, wait_for};
+use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::proc;
+use crate::scan::Stepper;
+use crate::worker::{verify_all, Worker};
+
+pub const THEME: Theme = Theme {
+    name: "scanning",
+    about: "pace, patience with changing pages, and a thread that sleeps when idle",
+    module: Module::Loaded,
+    tests: tests![
+        ("first-pass-merges-nothing", 60, first_pass),
+        ("changed-since-the-last-look", 60, changed),
+        ("volatile-pages-never-merge", 60, volatile),
+        ("pages-to-scan-is-respected", 60, pages_to_scan),
+        ("sleep-millisecs-is-respected", 60, sleep_millisecs),
+        ("thread-is-nice-and-sleeps-when-idle", 60, idle),
+        ("thread-wakes-for-the-first-process", 60, wakes),
+    ],
+};
+
+const N: usize = 16;
+/// More than any test has registered, so that a batch is a pass.
+const ALL: u32 = 1_000_000;
+
+fn pair() -> Result<[Worker; 2]> {
+    Ok([Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?])
+}
+
+/// Steps until everything is merged; at most `max` batches.
+fn step_until_merged(stepper: &mut Stepper, max: u32) -> Result<()> {
+    for _ in 0..max {
+        if stepper.step()?.sharing == N as u64 {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("not merged: {:?}", engine::counters()?)
+}
+
+fn first_pass() -> Outcome {
+    let mut workers = pair()?;
+    let before = engine::read("full_scans")?;
+    let mut stepper = Stepper::new(ALL)?;
+    let c = stepper.step()?;
+    ensure!(
+        c.full_scans <= before + 1,
+        "a batch of {} passes",
+        c.full_scans - before
+    );
+    ensure!(
+        c.shared == 0 && c.sharing == 0,
+        "merged at first sight: {c:?}"
+    );
+    ensure!(workers[0].merged()? == 0 && workers[1].merged()? == 0);
+    step_until_merged(&mut stepper, 4)?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn changed() -> Outcome {
+    let mut workers = pair()?;
+    let mut stepper = Stepper::new(ALL)?;
+    stepper.step()?;
+    // Equal to each other all the time, yet not what they were at the first look.
+    for worker in &mut workers {
+        worker.fill(0, N, 500, 1)?;
+    }
+    let c = stepper.step()?;
+    ensure!(c.shared == 0 && c.sharing == 0, "{c:?}");
+    step_until_merged(&mut stepper, 4)?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn volatile() -> Outcome {
+    let mut workers = pair()?;
+    let mut stepper = Stepper::new(ALL)?;
+    for round in 0..5 {
+        for worker in &mut workers {
+            worker.fill(0, N, 1000 * (round + 1), 1)?;
+        }
+        let c = stepper.step()?;
+        ensure!(c.shared == 0 && c.sharing == 0, "round {round}: {c:?}");
+        ensure!(c.unshared == 0, "round {round}: {c:?}");
+        ensure!(c.volatile == 2 * N as u64, "round {round}: {c:?}");
+    }
+    // They settle down, and are no longer volatile.
+    step_until_merged(&mut stepper, 5)?;
+    ensure!(engine::read("pages_volatile")? == 0);
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn pages_to_scan() -> Outcome {
+    const BATCH: u64 = 10;
+    const PAGES: u64 = 64;
+    let worker = Worker::mergeable(PAGES as usize, 100)?;
+    let start = engine::counters()?;
+    let mut stepper = Stepper::new(BATCH as u32)?;
+    let mut last = start;
+    for batch in 0..20 {
+        let now = stepper.step()?;
+        let pages = now.scanned - last.scanned;
+        ensure!(pages <= BATCH, "batch {batch} scanned {pages} pages");
+        if now.scanned - start.scanned < PAGES {
+            ensure!(
+                now.full_scans == start.full_scans,
+                "a full scan counted after {} of {PAGES} pages",
+                now.scanned - start.scanned
+            );
+        }
+        last = now;
+    }
+    let pages = last.scanned - start.scanned;
+    ensure!(pages > 2 * PAGES, "20 batches scanned {pages} pages");
+    let passes = last.full_scans - start.full_scans;
+    ensure!(
+        (2..=3).contains(&passes),
+        "{passes} passes over {pages} pages"
+    );
+    worker.exit()?;
+    PASS
+}
+
+fn sleep_millisecs() -> Outcome {
+    const BATCH: u64 = 5;
+    let worker = Worker::mergeable(64, 100)?;
+    engine::write("pages_to_scan", BATCH)?;
+    engine::write("sleep_millisecs", 1000)?;
+    let before = engine::read("pages_scanned")?;
+    engine::write("run", 1)?;
+    std::thread::sleep(Duration::from_millis(3500));
+    engine::write("run", 0)?;
+    let pages = engine::read("pages_scanned")? - before;
+    // At 0, 1, 2 and 3 s; a late clock may lose some, and none may be added.
+    ensure!(pages >= 2 * BATCH, "only {pages} pages in 3.5 s");
+    ensure!(pages <= 5 * BATCH, "{pages} pages in 3.5 s");
+    worker.exit()?;
+    PASS
+}
+
+/// The pid of the scanning thread.
+fn thread() -> Result<u32> {
+    proc::kernel_thread(engine::thread_name())?.context("no scanning thread")
+}
+
+/// Checks that the thread sleeps and uses no CPU time.
+fn expect_idle(what: &str) -> Result<()> {
+    let pid = thread()?;
+    // It may have something to finish first.
+    wait_for("sleep", Duration::from_secs(5), || {
+        Ok(proc::stat(pid)?.state == 'S')
+    })?;
+    std::thread::sleep(Duration::from_millis(100));
+    let before = proc::cpu_time(pid)?;
+    std::thread::sleep(Duration::from_millis(1500));
+    let used = proc::cpu_time(pid)? - before;
+    ensure!(used < Duration::from_millis(5), "{what}: used {used:?}");
+    ensure!(proc::stat(pid)?.state == 'S', "{what}: does not sleep");
+    Ok(())
+}
+
+fn idle() -> Outcome {
+    let nice = proc::stat(thread()?)?.nice;
+    ensure!(nice == 5, "nice is {nice}");
+    engine::write("sleep_millisecs", 1)?;
+    engine::write("run", 1)?;
+    expect_idle("nothing registered")?;
+    let worker = Worker::mergeable(N, 100)?;
+    engine::write("run", 0)?;
+    expect_idle("stopped")?;
+    worker.exit()?;
+    PASS
+}
+
+fn wakes() -> Outcome {
+    engine::write("pages_to_scan", ALL)?;
+    engine::write("sleep_millisecs", 1)?;
+    engine::write("run", 1)?;
+    std::thread::sleep(Duration::from_millis(500));
+    let mut workers = pair()?;
+    wait_for("merge", Duration::from_secs(20), || {
+        Ok(engine::read("pages_sharing")? == N as u64)
+    })?;
+    verify_all(&mut workers)?;
+    PASS
+}
