@@ -29,8 +29,6 @@ const POINTER_SIZE: u64 = 8;
 
 /// How many modifiers, typedefs and array dimensions are followed before giving up.
 const CHAIN_MAX: u32 = 64;
-/// How deep nameless structures may nest.
-const NEST_MAX: u32 = 8;
 
 /// What can be wrong with BTF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,9 +53,10 @@ pub enum Error {
     Sink,
 }
 
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Error {
+    /// What went wrong, in words. (The kernel's print macros do not take [`fmt::Display`].)
+    pub fn as_str(self) -> &'static str {
+        match self {
             Error::BadHeader => "not BTF, or of an unknown version",
             Error::Truncated => "truncated BTF",
             Error::BadKind => "unknown or unexpected BTF kind",
@@ -67,7 +66,13 @@ impl fmt::Display for Error {
             Error::TooDeep => "BTF types nest too deeply",
             Error::TooLong => "BTF type is too long",
             Error::Sink => "description was not accepted",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 
@@ -403,20 +408,33 @@ impl Type<'_> {
     }
 }
 
-/// How much more of the BTF may be read. Bounds the work on types that refer to each other in a
-/// circle or a fan.
-pub struct Budget(u32);
+/// How much more of the BTF may be read, and how much deeper.
+///
+/// Bounds the work, and the stack, that types take which refer to each other in a circle or a fan.
+pub struct Budget {
+    steps: u32,
+    depth: u32,
+}
 
 impl Budget {
-    /// A budget of `steps` records or members.
-    pub fn new(steps: u32) -> Self {
-        Budget(steps)
+    /// A budget of `steps` types and members, nested at most `depth` deep.
+    pub fn new(steps: u32, depth: u32) -> Self {
+        Budget { steps, depth }
     }
 
     /// Use up one step.
     pub fn spend(&mut self) -> Result<()> {
-        self.0 = self.0.checked_sub(1).ok_or(Error::TooLong)?;
+        self.steps = self.steps.checked_sub(1).ok_or(Error::TooLong)?;
         Ok(())
+    }
+
+    /// Go one level deeper for as long as `f` takes.
+    pub fn deeper<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let depth = self.depth;
+        self.depth = depth.checked_sub(1).ok_or(Error::TooDeep)?;
+        let result = f(self);
+        self.depth = depth;
+        result
     }
 }
 
@@ -527,18 +545,16 @@ impl<'a> Btf<'a> {
         budget: &mut Budget,
         f: &mut dyn FnMut(&mut Budget, Member) -> Result<()>,
     ) -> Result<()> {
-        self.visit_members(ty, 0, NEST_MAX, budget, f)
+        self.visit_members(ty, 0, budget, f)
     }
 
     fn visit_members(
         &self,
         ty: &Type<'_>,
         base: u32,
-        nest: u32,
         budget: &mut Budget,
         f: &mut dyn FnMut(&mut Budget, Member) -> Result<()>,
     ) -> Result<()> {
-        let nest = nest.checked_sub(1).ok_or(Error::TooDeep)?;
         for i in 0..ty.len() {
             budget.spend()?;
             let mut member = ty.member(i)?;
@@ -547,7 +563,9 @@ impl<'a> Btf<'a> {
                 // Typedefs too: the kernel is built with -fms-extensions, which allows them here.
                 let inner = self.strip(member.type_id, true)?;
                 if inner.kind.is_aggregate() {
-                    self.visit_members(&inner, member.bit_offset, nest, budget, f)?;
+                    budget.deeper(|budget| {
+                        self.visit_members(&inner, member.bit_offset, budget, f)
+                    })?;
                     continue;
                 }
             }

@@ -17,7 +17,7 @@ use core::fmt::{self, Write};
 
 use super::btf::{Btf, Budget, Error, Kind, Result, Type};
 
-/// How deep types may nest in one description (pointers, qualifiers, prototypes).
+/// How deep types may nest in one description: pointers, qualifiers, prototypes, nameless members.
 const DEPTH_MAX: u32 = 12;
 /// How many members and types one description may have.
 const STEPS_MAX: u32 = 20_000;
@@ -66,110 +66,92 @@ impl Text<'_, '_> {
         self.out.write_fmt(args).map_err(|_| Error::Sink)
     }
 
-    fn members(&mut self, ty: &Type<'_>, depth: u32, budget: &mut Budget) -> Result<()> {
+    fn members(&mut self, ty: &Type<'_>, budget: &mut Budget) -> Result<()> {
         let btf = self.btf;
         btf.for_each_member(ty, budget, &mut |budget, member| {
             self.put(format_args!(
-                "\n {} @{}:{} [{}] ",
+                "\n {} @{}:{} ",
                 btf.text(member.name_off)?,
                 member.bit_offset,
-                member.bitfield_size,
-                btf.size_of(member.type_id)?
+                member.bitfield_size
             ))?;
-            self.type_name(member.type_id, depth, budget)
+            self.sized_type(member.type_id, budget)
         })
     }
 
-    fn prototype(
-        &mut self,
-        ty: &Type<'_>,
-        name: &str,
-        depth: u32,
-        budget: &mut Budget,
-    ) -> Result<()> {
-        self.sized_type(ty.target(), depth, budget)?;
+    fn prototype(&mut self, ty: &Type<'_>, name: &str, budget: &mut Budget) -> Result<()> {
+        self.sized_type(ty.target(), budget)?;
         self.put(format_args!(" {name}("))?;
         for i in 0..ty.len() {
-            let param = ty.param(i)?;
             // Void cannot be passed: as a parameter it stands for "...".
-            self.sized_type(param.type_id, depth, budget)?;
+            self.sized_type(ty.param(i)?.type_id, budget)?;
             self.put(format_args!(", "))?;
         }
         self.put(format_args!(")"))
     }
 
-    fn sized_type(&mut self, id: u32, depth: u32, budget: &mut Budget) -> Result<()> {
+    fn sized_type(&mut self, id: u32, budget: &mut Budget) -> Result<()> {
         self.put(format_args!("[{}] ", self.btf.size_of(id)?))?;
-        self.type_name(id, depth, budget)
+        self.type_name(id, budget)
     }
 
-    fn tagged(
-        &mut self,
-        keyword: &str,
-        ty: &Type<'_>,
-        depth: u32,
-        budget: &mut Budget,
-    ) -> Result<()> {
+    fn type_name(&mut self, id: u32, budget: &mut Budget) -> Result<()> {
+        budget.spend()?;
+        budget.deeper(|budget| self.type_name_within(&self.btf.get(id)?, budget))
+    }
+
+    fn type_name_within(&mut self, ty: &Type<'_>, budget: &mut Budget) -> Result<()> {
+        match ty.kind() {
+            Kind::Void => self.put(format_args!("void")),
+            Kind::Int | Kind::Float | Kind::Typedef => {
+                let name = self.btf.name_text(ty)?;
+                self.put(format_args!("{name}"))
+            }
+            Kind::Ptr => {
+                self.type_name(ty.target(), budget)?;
+                self.put(format_args!(" *"))
+            }
+            Kind::Array => {
+                let (element, count) = ty.array()?;
+                self.type_name(element, budget)?;
+                self.put(format_args!("[{count}]"))
+            }
+            Kind::Struct => self.tagged("struct", ty, budget),
+            Kind::Union => self.tagged("union", ty, budget),
+            Kind::Fwd if ty.is_union_fwd() => self.tagged("union", ty, budget),
+            Kind::Fwd => self.tagged("struct", ty, budget),
+            Kind::Enum | Kind::Enum64 => self.tagged("enum", ty, budget),
+            Kind::Const => self.qualified("const ", ty, budget),
+            Kind::Volatile => self.qualified("volatile ", ty, budget),
+            // Neither changes what is passed or stored, and whether they are recorded depends on
+            // the compiler.
+            Kind::Restrict | Kind::TypeTag => self.qualified("", ty, budget),
+            Kind::FuncProto => self.prototype(ty, "", budget),
+            Kind::Func | Kind::Var | Kind::Datasec | Kind::DeclTag => Err(Error::BadKind),
+        }
+    }
+
+    fn tagged(&mut self, keyword: &str, ty: &Type<'_>, budget: &mut Budget) -> Result<()> {
         let name = self.btf.name_text(ty)?;
         if !name.is_empty() || !ty.kind().is_aggregate() {
             return self.put(format_args!("{keyword} {name}"));
         }
         // Without a name, the members are all there is to tell one from another.
         self.put(format_args!("{keyword} {{"))?;
-        self.members(ty, depth, budget)?;
+        self.members(ty, budget)?;
         self.put(format_args!("}}"))
     }
 
-    fn type_name(&mut self, id: u32, depth: u32, budget: &mut Budget) -> Result<()> {
-        let depth = depth.checked_sub(1).ok_or(Error::TooDeep)?;
-        budget.spend()?;
-        let ty = self.btf.get(id)?;
-        match ty.kind() {
-            Kind::Void => self.put(format_args!("void")),
-            Kind::Int | Kind::Float | Kind::Typedef => {
-                let name = self.btf.name_text(&ty)?;
-                self.put(format_args!("{name}"))
-            }
-            Kind::Ptr => {
-                self.type_name(ty.target(), depth, budget)?;
-                self.put(format_args!(" *"))
-            }
-            Kind::Array => {
-                let (element, count) = ty.array()?;
-                self.type_name(element, depth, budget)?;
-                self.put(format_args!("[{count}]"))
-            }
-            Kind::Struct => self.tagged("struct", &ty, depth, budget),
-            Kind::Union => self.tagged("union", &ty, depth, budget),
-            Kind::Fwd if ty.is_union_fwd() => self.tagged("union", &ty, depth, budget),
-            Kind::Fwd => self.tagged("struct", &ty, depth, budget),
-            Kind::Enum | Kind::Enum64 => self.tagged("enum", &ty, depth, budget),
-            Kind::Const => self.qualified("const ", &ty, depth, budget),
-            Kind::Volatile => self.qualified("volatile ", &ty, depth, budget),
-            // Neither changes what is passed or stored, and whether they are recorded depends on
-            // the compiler.
-            Kind::Restrict | Kind::TypeTag => self.qualified("", &ty, depth, budget),
-            Kind::FuncProto => self.prototype(&ty, "", depth, budget),
-            Kind::Func | Kind::Var | Kind::Datasec | Kind::DeclTag => Err(Error::BadKind),
-        }
-    }
-
-    fn qualified(
-        &mut self,
-        word: &str,
-        ty: &Type<'_>,
-        depth: u32,
-        budget: &mut Budget,
-    ) -> Result<()> {
+    fn qualified(&mut self, word: &str, ty: &Type<'_>, budget: &mut Budget) -> Result<()> {
         self.put(format_args!("{word}"))?;
-        self.type_name(ty.target(), depth, budget)
+        self.type_name(ty.target(), budget)
     }
 }
 
 /// Write the canonical text of a structure, union or function.
 pub fn describe(btf: &Btf<'_>, ty: &Type<'_>, out: &mut dyn Write) -> Result<()> {
     let name = btf.name_text(ty)?;
-    let mut budget = Budget::new(STEPS_MAX);
+    let mut budget = Budget::new(STEPS_MAX, DEPTH_MAX);
     let mut text = Text { btf, out };
     match ty.kind() {
         Kind::Struct | Kind::Union => {
@@ -179,14 +161,14 @@ pub fn describe(btf: &Btf<'_>, ty: &Type<'_>, out: &mut dyn Write) -> Result<()>
                 "struct"
             };
             text.put(format_args!("{keyword} {name} [{}]", ty.own_size()))?;
-            text.members(ty, DEPTH_MAX, &mut budget)
+            text.members(ty, &mut budget)
         }
         Kind::Func => {
             let proto = btf.get(ty.target())?;
             if proto.kind() != Kind::FuncProto {
                 return Err(Error::BadKind);
             }
-            text.prototype(&proto, name, DEPTH_MAX, &mut budget)
+            text.prototype(&proto, name, &mut budget)
         }
         _ => Err(Error::BadKind),
     }
@@ -308,12 +290,13 @@ pub enum Mismatch {
     Different,
 }
 
-impl fmt::Display for Mismatch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Mismatch {
+    /// What stands after the name of the entry in a message.
+    pub fn as_str(self) -> &'static str {
+        match self {
             Mismatch::Missing => "is not in this kernel",
             Mismatch::Different => "differs in this kernel",
-        })
+        }
     }
 }
 
@@ -343,7 +326,8 @@ impl Bits {
 ///
 /// # Errors
 ///
-/// The BTF is malformed, or the table is too large or not sorted: then nothing can be said.
+/// The BTF is malformed ([`Error`] says how), or the table is too large ([`Error::TooLong`]) or not
+/// sorted ([`Error::BadIndex`]): then nothing can be said about any entry.
 pub fn check(
     btf: &Btf<'_>,
     expected: &[Entry],
@@ -366,18 +350,15 @@ pub fn check(
         };
         let key = (kind, btf.name(&ty)?);
         let first = expected.partition_point(|entry| entry.key() < key);
-        let same_name = |(_, entry): &(usize, &Entry)| entry.key() == key;
-        let mut candidates = expected
-            .iter()
-            .enumerate()
-            .skip(first)
-            .take_while(same_name)
-            .peekable();
-        if candidates.peek().is_none() {
-            continue;
-        }
-        let actual = signature(btf, &ty)?;
-        for (i, entry) in candidates {
+        let mut actual = None;
+        for i in first..expected.len() {
+            let Some(entry) = expected.get(i).filter(|entry| entry.key() == key) else {
+                break;
+            };
+            let actual = match actual {
+                Some(actual) => actual,
+                None => *actual.insert(signature(btf, &ty)?),
+            };
             found.set(i);
             if entry.signature == actual {
                 matched.set(i);
@@ -386,15 +367,13 @@ pub fn check(
     }
 
     let mut mismatches: usize = 0;
-    for (i, entry) in expected
-        .iter()
-        .enumerate()
-        .filter(|(i, _)| !matched.get(*i))
-    {
-        let mismatch = if found.get(i) {
-            Mismatch::Different
-        } else {
-            Mismatch::Missing
+    for i in 0..expected.len() {
+        let Some(entry) = expected.get(i).filter(|_| !matched.get(i)) else {
+            continue;
+        };
+        let mismatch = match found.get(i) {
+            true => Mismatch::Different,
+            false => Mismatch::Missing,
         };
         report(entry, mismatch);
         mismatches = mismatches.saturating_add(1);

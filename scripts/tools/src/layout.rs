@@ -176,7 +176,7 @@ fn shared_layout(
     let prefix = name.to_uppercase();
     let mut members = Vec::new();
     let mut align = 1;
-    btf.for_each_member(ty, &mut Budget::new(10_000), &mut |_, member| {
+    btf.for_each_member(ty, &mut Budget::new(10_000, NEST_MAX), &mut |_, member| {
         align = align.max(align_of(btf, member.type_id, NEST_MAX)?);
         members.push((btf.text(member.name_off)?, member));
         Ok(())

@@ -384,7 +384,7 @@ fn read_all(btf: &Btf<'_>) {
             let _ = ty.member(i);
             let _ = ty.param(i);
         }
-        let _ = btf.for_each_member(&ty, &mut Budget::new(1000), &mut |_, _| Ok(()));
+        let _ = btf.for_each_member(&ty, &mut Budget::new(1000, 8), &mut |_, _| Ok(()));
         let _ = signature::signature(btf, &ty);
     }
 }
