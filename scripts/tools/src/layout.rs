@@ -113,7 +113,7 @@ pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], structs: &[String]) -> Result
     let mut text = String::from(
         "// SPDX-License-Identifier: GPL-2.0\n\
          // Made by rksm-tools layout from the kernel's BTF. Do not edit.\n\n\
-         //! Layouts and signatures of the kernel that the module was built for.\n\n\
+         // Layouts and signatures of the kernel that the module was built for.\n\n\
          use super::signature::{Entry, Table, KIND_FUNC, KIND_STRUCT, TABLE_MAGIC};\n",
     );
     for (name, needed) in SHARED {
@@ -146,11 +146,13 @@ pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], structs: &[String]) -> Result
     for symbol in symbols {
         if !add(KIND_FUNC, &symbol.name)? {
             unchecked.push(symbol.name.as_str());
-            notes.push(format!(
-                "{}: no function of this name in BTF (a variable, or left out by pahole): its type is not checked",
-                symbol.name
-            ));
         }
+    }
+    if !unchecked.is_empty() {
+        notes.push(format!(
+            "no function in BTF (a variable, or left out by pahole), so the type is not checked: {}",
+            unchecked.join(" ")
+        ));
     }
     ensure!(
         entries.len() <= ENTRIES_MAX,
