@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The trees in which equal pages are found.
+//!
+//! Both are keyed by checksum, recorded when the page was hashed: a page that changes makes its entry
+//! useless, but never a tree wrong. Nothing is thrown away between passes.
+
+use super::checksum::Checksum;
+use kernel::{
+    alloc::Flags,
+    prelude::*,
+    rbtree::{RBTree, RBTreeNode},
+};
+
+/// Numbers a registered address space; never used twice.
+pub(crate) type SlotId = u64;
+
+/// The key of a stable node. Nodes with the same checksum (different content, or more sharers than
+/// one node takes) differ in `nth`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct StableKey {
+    /// The checksum of the page, which never changes while the node lives.
+    pub(crate) sum: Checksum,
+    /// Numbers all nodes ever made.
+    pub(crate) nth: u64,
+}
+
+/// Where a page is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The address space.
+    pub(crate) slot: SlotId,
+    /// The address, page aligned.
+    pub(crate) addr: usize,
+}
+
+/// The most stable nodes of one checksum that a page is compared with, so that nobody can craft
+/// collisions that keep the thread busy.
+pub(crate) const MAX_COMPARES: usize = 8;
+
+/// The index of one set of pages that may be merged with each other.
+pub(crate) struct Index<N> {
+    /// Nodes with at least one known mapping.
+    stable: RBTree<StableKey, N>,
+    stable_len: usize,
+    /// Nodes without known mappings: stale, or soon to be, or mapped by a child that was forked
+    /// since the last pass. No page is merged with these.
+    limbo: RBTree<StableKey, N>,
+    limbo_len: usize,
+    /// Pages that have no equal yet, by checksum; one page for each.
+    unstable: RBTree<Checksum, Place>,
+    unstable_len: usize,
+    next_nth: u64,
+}
+
+impl<N> Index<N> {
+    /// An index of nothing.
+    pub(crate) fn new() -> Self {
+        Self {
+            stable: RBTree::new(),
+            stable_len: 0,
+            limbo: RBTree::new(),
+            limbo_len: 0,
+            unstable: RBTree::new(),
+            unstable_len: 0,
+            next_nth: 0,
+        }
+    }
+
+    /// How many nodes have known mappings.
+    pub(crate) fn stable_len(&self) -> usize {
+        self.stable_len
+    }
+
+    /// How many nodes have none.
+    pub(crate) fn limbo_len(&self) -> usize {
+        self.limbo_len
+    }
+
+    /// How many pages are in the unstable tree.
+    pub(crate) fn unstable_len(&self) -> usize {
+        self.unstable_len
+    }
+
+    /// Whether there is no node at all.
+    pub(crate) fn has_no_nodes(&self) -> bool {
+        self.stable_len == 0 && self.limbo_len == 0
+    }
+
+    /// A key that no node has.
+    pub(crate) fn new_key(&mut self, sum: Checksum) -> StableKey {
+        let nth = self.next_nth;
+        self.next_nth = nth.wrapping_add(1);
+        StableKey { sum, nth }
+    }
+
+    /// Adds a node under a key from [`Self::new_key`]. The tree is unchanged on failure.
+    pub(crate) fn insert(&mut self, key: StableKey, node: N, flags: Flags) -> Result {
+        let node = RBTreeNode::new(key, node, flags)?;
+        if self.stable.insert(node).is_none() {
+            self.stable_len = self.stable_len.saturating_add(1);
+        }
+        Ok(())
+    }
+
+    /// The key of the first node with checksum `sum` behind `after`.
+    pub(crate) fn next_stable(&self, sum: Checksum, after: Option<StableKey>) -> Option<StableKey> {
+        let from = match after {
+            Some(key) => StableKey {
+                sum,
+                nth: key.nth.checked_add(1)?,
+            },
+            None => StableKey { sum, nth: 0 },
+        };
+        let cursor = self.stable.cursor_lower_bound(&from)?;
+        let (key, _) = cursor.current();
+        (key.sum == sum).then_some(*key)
+    }
+
+    /// The node with this key, in whichever tree it is.
+    pub(crate) fn node(&self, key: StableKey) -> Option<&N> {
+        self.stable.get(&key).or_else(|| self.limbo.get(&key))
+    }
+
+    /// Takes a node out of the index.
+    pub(crate) fn remove(&mut self, key: StableKey) -> Option<N> {
+        if let Some(node) = self.stable.remove(&key) {
+            self.stable_len = self.stable_len.saturating_sub(1);
+            return Some(node);
+        }
+        let node = self.limbo.remove(&key)?;
+        self.limbo_len = self.limbo_len.saturating_sub(1);
+        Some(node)
+    }
+
+    /// Marks a node as one without known mappings. Does not allocate.
+    pub(crate) fn to_limbo(&mut self, key: StableKey) {
+        if let Some(node) = self.stable.remove_node(&key) {
+            self.stable_len = self.stable_len.saturating_sub(1);
+            self.limbo.insert(node);
+            self.limbo_len = self.limbo_len.saturating_add(1);
+        }
+    }
+
+    /// Marks a node as one with known mappings. Does not allocate.
+    pub(crate) fn to_stable(&mut self, key: StableKey) {
+        if let Some(node) = self.limbo.remove_node(&key) {
+            self.limbo_len = self.limbo_len.saturating_sub(1);
+            self.stable.insert(node);
+            self.stable_len = self.stable_len.saturating_add(1);
+        }
+    }
+
+    /// The key of the first node without known mappings behind `after`.
+    pub(crate) fn next_limbo(&self, after: Option<StableKey>) -> Option<StableKey> {
+        let cursor = match after {
+            None => self.limbo.cursor_front(),
+            Some(key) => self.limbo.cursor_lower_bound(&StableKey {
+                nth: key.nth.checked_add(1)?,
+                ..key
+            }),
+        };
+        cursor.map(|at| *at.current().0)
+    }
+
+    /// The page that waits under checksum `sum`.
+    pub(crate) fn waiting(&self, sum: Checksum) -> Option<Place> {
+        self.unstable.get(&sum).copied()
+    }
+
+    /// Lets `place` wait under `sum`, instead of whoever did. Allocates only if nobody did.
+    pub(crate) fn wait(&mut self, sum: Checksum, place: Place, flags: Flags) -> Result {
+        if let Some(waiting) = self.unstable.get_mut(&sum) {
+            *waiting = place;
+            return Ok(());
+        }
+        self.unstable.try_create_and_insert(sum, place, flags)?;
+        self.unstable_len = self.unstable_len.saturating_add(1);
+        Ok(())
+    }
+
+    /// Takes `place` out of the unstable tree, if it is what waits under `sum`.
+    pub(crate) fn stop_waiting(&mut self, sum: Checksum, place: Place) {
+        if self.waiting(sum) == Some(place) && self.unstable.remove(&sum).is_some() {
+            self.unstable_len = self.unstable_len.saturating_sub(1);
+        }
+    }
+}

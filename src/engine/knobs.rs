@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The files in `/sys/kernel/mm/rksm/`: names, modes, formats, defaults and errors are those of the
+//! files of the same name in `/sys/kernel/mm/ksm/`.
+
+use super::{run, Engine};
+use crate::mm::{
+    oom::OomOrigin,
+    sysfs::{Directory, Input, Knob, Output},
+};
+use core::fmt::Write;
+use kernel::{
+    prelude::*,
+    sync::atomic::{Atomic, Relaxed},
+};
+
+/// Pages per batch.
+pub(super) const DEFAULT_PAGES_TO_SCAN: u32 = 100;
+/// Milliseconds between batches.
+pub(super) const DEFAULT_SLEEP_MILLISECS: u32 = 20;
+
+const RUN: usize = 0;
+const PAGES_TO_SCAN: usize = 1;
+const SLEEP_MILLISECS: usize = 2;
+const PAGES_SHARED: usize = 3;
+const PAGES_SHARING: usize = 4;
+const PAGES_UNSHARED: usize = 5;
+const PAGES_VOLATILE: usize = 6;
+const PAGES_SCANNED: usize = 7;
+const FULL_SCANS: usize = 8;
+
+impl Directory for Engine {
+    const NAME: &'static CStr = c"rksm";
+
+    // In the order of the constants above.
+    const KNOBS: &'static [Knob] = &[
+        Knob::rw(c"run"),
+        Knob::rw(c"pages_to_scan"),
+        Knob::rw(c"sleep_millisecs"),
+        Knob::ro(c"pages_shared"),
+        Knob::ro(c"pages_sharing"),
+        Knob::ro(c"pages_unshared"),
+        Knob::ro(c"pages_volatile"),
+        Knob::ro(c"pages_scanned"),
+        Knob::ro(c"full_scans"),
+    ];
+
+    fn show(&self, knob: usize, out: &mut Output<'_>) -> Result {
+        let value = match knob {
+            RUN => u64::from(self.run()),
+            PAGES_TO_SCAN => u64::from(self.pages_to_scan.load(Relaxed)),
+            SLEEP_MILLISECS => u64::from(self.sleep_millisecs.load(Relaxed)),
+            PAGES_SHARED => self.stats.shared.load(Relaxed),
+            PAGES_SHARING => self.stats.sharing.load(Relaxed),
+            PAGES_UNSHARED => self.stats.unshared.load(Relaxed),
+            PAGES_VOLATILE => self.stats.volatile.load(Relaxed),
+            PAGES_SCANNED => self.stats.scanned.load(Relaxed),
+            FULL_SCANS => self.stats.full_scans.load(Relaxed),
+            _ => return Err(EINVAL),
+        };
+        writeln!(out, "{value}").map_err(|_| EINVAL)
+    }
+
+    fn store(&self, knob: usize, input: Input<'_>) -> Result {
+        let set = |to: &Atomic<u32>| -> Result {
+            to.store(input.parse_u32()?, Relaxed);
+            Ok(())
+        };
+        match knob {
+            RUN => self.set_run(input.parse_u32()?),
+            PAGES_TO_SCAN => set(&self.pages_to_scan),
+            SLEEP_MILLISECS => {
+                set(&self.sleep_millisecs)?;
+                self.wake();
+                Ok(())
+            }
+            _ => Err(EINVAL),
+        }
+    }
+}
+
+impl Engine {
+    /// What a write to `run` does. Unmerging ends when everything is unmerged, or with `ENOMEM`,
+    /// or with `ERESTARTSYS` when the writer has a signal pending; `run` is 0 then.
+    fn set_run(&self, to: u32) -> Result {
+        if to > run::UNMERGE {
+            return Err(EINVAL);
+        }
+        let mut state = self.state.lock();
+        if self.run() == to {
+            return Ok(());
+        }
+        self.run.store(to, Relaxed);
+        if to == run::UNMERGE {
+            // Copies are about to be made: if memory runs out, blame the one who asked.
+            let _origin = OomOrigin::current();
+            self.unmerge_all(&mut state)
+                .inspect_err(|_| self.run.store(run::STOP, Relaxed))?;
+        }
+        drop(state);
+        self.wake();
+        Ok(())
+    }
+}

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Counters, as they are shown in sysfs. Readers take no lock.
+
+use super::State;
+use kernel::sync::atomic::{Atomic, Relaxed};
+
+/// All counters. The first four are states, the rest only grow.
+pub(crate) struct Stats {
+    /// Merged pages that are in use.
+    pub(crate) shared: Atomic<u64>,
+    /// Further places that map these: what is saved.
+    pub(crate) sharing: Atomic<u64>,
+    /// Pages that have no equal but are looked at again and again.
+    pub(crate) unshared: Atomic<u64>,
+    /// Pages that change too fast to be candidates.
+    pub(crate) volatile: Atomic<u64>,
+    /// Pages looked at since the module was loaded.
+    pub(crate) scanned: Atomic<u64>,
+    /// How often all mergeable areas were looked at.
+    pub(crate) full_scans: Atomic<u64>,
+}
+
+impl Stats {
+    pub(super) fn new() -> Self {
+        Self {
+            shared: Atomic::new(0),
+            sharing: Atomic::new(0),
+            unshared: Atomic::new(0),
+            volatile: Atomic::new(0),
+            scanned: Atomic::new(0),
+            full_scans: Atomic::new(0),
+        }
+    }
+
+    /// Shows the current state.
+    pub(super) fn publish(&self, state: &State) {
+        let shared = state.index.stable_len();
+        let unshared = state.index.unstable_len();
+        // Released nodes leave words behind that say "merged" until the scan comes by: volatile.
+        let volatile = state
+            .pages
+            .saturating_sub(state.items)
+            .saturating_sub(unshared);
+        self.shared.store(shared as u64, Relaxed);
+        self.sharing
+            .store(state.items.saturating_sub(shared) as u64, Relaxed);
+        self.unshared.store(unshared as u64, Relaxed);
+        self.volatile.store(volatile as u64, Relaxed);
+    }
+
+    /// Counts pages that were looked at.
+    pub(super) fn add_scanned(&self, pages: usize) {
+        self.scanned.add(pages as u64, Relaxed);
+    }
+
+    /// Counts a completed pass.
+    pub(super) fn add_full_scan(&self) {
+        self.full_scans.add(1u64, Relaxed);
+    }
+}

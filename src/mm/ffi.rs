@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Declarations of the functions in `shim.h`, made by bindgen from that header (see `Kbuild`).
+
+#![allow(
+    clippy::all,
+    dead_code,
+    improper_ctypes,
+    missing_docs,
+    non_camel_case_types,
+    non_upper_case_globals,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn
+)]
+
+use kernel::{bindings::*, ffi};
+
+include!(concat!(env!("RKSM_GEN"), "/shim_bindings.rs"));

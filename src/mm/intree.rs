@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Living beside in-tree KSM: its registrations are ours too, and its engine stays off while we are
+//! loaded, because each engine would take the other's stable nodes for its own.
+
+use super::{ffi, sysfs};
+use core::ptr::{self, NonNull};
+use kernel::{
+    bindings,
+    ffi::{c_char, c_uint, c_void},
+    mm::Mm,
+    prelude::*,
+    str::CStr,
+    sync::{aref::ARef, Arc},
+};
+
+/// Learns which address spaces come and go.
+///
+/// Called with preemption disabled or a spinlock held: must not sleep.
+pub(crate) trait Listener: Send + Sync {
+    /// `mm` has mergeable memory from now on. It may still be under construction by fork.
+    fn enter(&self, mm: ARef<Mm>);
+
+    /// `mm` has no users any more and is about to be torn down.
+    fn exit(&self, mm: &Mm);
+}
+
+/// Calls `enter` for every address space that in-tree KSM has registered.
+///
+/// One that `enter` was called for goes through the `ksm_exit` tracepoint later, as in-tree KSM takes
+/// it off its list first, under the lock that is held here.
+pub(crate) fn for_each_registered<F: Fn(ARef<Mm>)>(enter: F) {
+    /// # Safety
+    ///
+    /// `data` is an `F`, `mm` is kept by the in-tree registration.
+    unsafe extern "C" fn call<F: Fn(ARef<Mm>)>(data: *mut c_void, mm: *mut bindings::mm_struct) {
+        // SAFETY: the caller's promise.
+        let (enter, mm) = unsafe { (&*data.cast::<F>(), Mm::from_raw(mm)) };
+        enter(mm.into());
+    }
+    // SAFETY: `call` takes what it is given; `enter` lives until the call returns.
+    unsafe {
+        ffi::rksm_intree_for_each_mm(Some(call::<F>), (&raw const enter).cast_mut().cast());
+    }
+}
+
+/// One probe on one tracepoint.
+struct Probe {
+    tracepoint: NonNull<bindings::tracepoint>,
+    function: *mut c_void,
+}
+
+/// The probes on the `ksm_enter` and `ksm_exit` tracepoints. Dropping it removes them and waits until
+/// none is running.
+pub(crate) struct Probes<T: Listener + 'static> {
+    enter: Option<Probe>,
+    exit: Option<Probe>,
+    listener: Arc<T>,
+}
+
+// SAFETY: tracepoints are never freed (these are built in), and registering is locked by the kernel.
+unsafe impl<T: Listener> Send for Probes<T> {}
+// SAFETY: nothing can be done with a shared reference.
+unsafe impl<T: Listener> Sync for Probes<T> {}
+
+impl<T: Listener + 'static> Probes<T> {
+    /// Starts listening.
+    pub(crate) fn register(listener: Arc<T>) -> Result<Self> {
+        let mut this = Self {
+            enter: None,
+            exit: None,
+            listener,
+        };
+        // `exit` first: whoever is entered must be able to leave. A failure drops `this`.
+        this.exit = Some(this.attach(c"ksm_exit", on_exit::<T> as *mut c_void)?);
+        this.enter = Some(this.attach(c"ksm_enter", on_enter::<T> as *mut c_void)?);
+        Ok(this)
+    }
+
+    fn data(&self) -> *mut c_void {
+        (&raw const *self.listener).cast_mut().cast()
+    }
+
+    fn attach(&self, name: &CStr, function: *mut c_void) -> Result<Probe> {
+        let tracepoint = find_tracepoint(name).ok_or(ENOENT).inspect_err(|_| {
+            pr_err!("this kernel has no tracepoint {}\n", Text(name));
+        })?;
+        // SAFETY: `function` has the signature of the tracepoint (checked at load by BTF), and what
+        // `data` points at outlives the registration.
+        kernel::error::to_result(unsafe {
+            bindings::tracepoint_probe_register(tracepoint.as_ptr(), function, self.data())
+        })?;
+        Ok(Probe {
+            tracepoint,
+            function,
+        })
+    }
+
+    fn detach(&self, probe: Option<Probe>) {
+        let Some(probe) = probe else {
+            return;
+        };
+        // SAFETY: registered with the same arguments.
+        let ret = unsafe {
+            bindings::tracepoint_probe_unregister(
+                probe.tracepoint.as_ptr(),
+                probe.function,
+                self.data(),
+            )
+        };
+        if ret != 0 {
+            pr_err!("a probe could not be removed: {ret}\n");
+        }
+    }
+}
+
+impl<T: Listener + 'static> Drop for Probes<T> {
+    fn drop(&mut self) {
+        let (enter, exit) = (self.enter.take(), self.exit.take());
+        self.detach(enter);
+        self.detach(exit);
+        // SAFETY: called from process context with no locks held.
+        unsafe { ffi::rksm_tracepoint_synchronize_unregister() };
+    }
+}
+
+/// # Safety
+///
+/// `data` is the `T` the probe was registered with; `mm` is a valid mm.
+unsafe extern "C" fn on_enter<T: Listener>(data: *mut c_void, mm: *mut c_void) {
+    // SAFETY: the caller's promise.
+    let (listener, mm) = unsafe { (&*data.cast::<T>(), Mm::from_raw(mm.cast())) };
+    listener.enter(mm.into());
+}
+
+/// # Safety
+///
+/// As for [`on_enter`].
+unsafe extern "C" fn on_exit<T: Listener>(data: *mut c_void, mm: *mut c_void) {
+    // SAFETY: the caller's promise.
+    let (listener, mm) = unsafe { (&*data.cast::<T>(), Mm::from_raw(mm.cast())) };
+    listener.exit(mm);
+}
+
+fn find_tracepoint(name: &CStr) -> Option<NonNull<bindings::tracepoint>> {
+    struct Search<'a> {
+        name: &'a CStr,
+        found: *mut bindings::tracepoint,
+    }
+
+    /// # Safety
+    ///
+    /// `data` is a `Search`, `tracepoint` is valid.
+    unsafe extern "C" fn look(tracepoint: *mut bindings::tracepoint, data: *mut c_void) {
+        // SAFETY: the caller's promise; tracepoints have names.
+        unsafe {
+            let search = &mut *data.cast::<Search<'_>>();
+            if CStr::from_char_ptr((*tracepoint).name) == search.name {
+                search.found = tracepoint;
+            }
+        }
+    }
+
+    let mut search = Search {
+        name,
+        found: ptr::null_mut(),
+    };
+    // SAFETY: `look` takes what it is given.
+    unsafe { bindings::for_each_kernel_tracepoint(Some(look), (&raw mut search).cast()) };
+    NonNull::new(search.found)
+}
+
+/// A C string for a log line.
+struct Text<'a>(&'a CStr);
+
+impl kernel::fmt::Display for Text<'_> {
+    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        f.write_str(self.0.to_str().unwrap_or("?"))
+    }
+}
+
+/// The lock that serialises the in-tree engine.
+struct EngineLock;
+
+impl EngineLock {
+    fn lock() -> Self {
+        // SAFETY: called from process context without other locks of KSM.
+        unsafe { ffi::rksm_intree_lock() };
+        Self
+    }
+}
+
+impl Drop for EngineLock {
+    fn drop(&mut self) {
+        // SAFETY: locked in `lock`.
+        unsafe { ffi::rksm_intree_unlock() };
+    }
+}
+
+const RUN_MERGE: usize = 1;
+
+/// Whether the in-tree engine merges or holds merged pages, which makes `EBUSY`.
+fn check_idle() -> Result {
+    let _lock = EngineLock::lock();
+    // SAFETY: the lock is held.
+    let (run, shared, nodes) = unsafe {
+        (
+            ffi::rksm_intree_run(),
+            ffi::rksm_intree_pages_shared(),
+            ffi::rksm_intree_has_nodes(),
+        )
+    };
+    if run & RUN_MERGE != 0 {
+        pr_err!("in-tree KSM is merging: write 2 to /sys/kernel/mm/ksm/run first\n");
+        return Err(EBUSY);
+    }
+    if shared != 0 || nodes {
+        pr_err!("in-tree KSM holds merged pages: write 2 to /sys/kernel/mm/ksm/run first\n");
+        return Err(EBUSY);
+    }
+    Ok(())
+}
+
+/// Whether the in-tree engine, though idle, remembers pages.
+fn has_leftovers() -> bool {
+    let _lock = EngineLock::lock();
+    // SAFETY: the lock is held.
+    unsafe { ffi::rksm_intree_rmap_items() != 0 || ffi::rksm_intree_has_nodes() }
+}
+
+type StoreFn = unsafe extern "C" fn(
+    *mut bindings::kobject,
+    *mut bindings::kobj_attribute,
+    *const c_char,
+    usize,
+) -> isize;
+
+/// Keeps the in-tree engine from being started.
+///
+/// While this lives, `/sys/kernel/mm/ksm/run` takes nothing but 0. The file is taken out of the
+/// directory while its handler is exchanged: that waits for every write in progress, so no write gets
+/// past the check, and none is left in this module's code when it is unloaded.
+///
+/// # Invariants
+///
+/// `attr` is the in-tree attribute; its store function is ours, and `store` what it was.
+pub(crate) struct Blocked {
+    attr: NonNull<bindings::kobj_attribute>,
+    store: StoreFn,
+}
+
+// SAFETY: the attribute is static data of the kernel, and nothing of it is used until the drop.
+unsafe impl Send for Blocked {}
+// SAFETY: as above.
+unsafe impl Sync for Blocked {}
+
+const GROUP: &CStr = c"ksm";
+
+impl Blocked {
+    /// Blocks the in-tree engine, or fails with `EBUSY` and a line in the log if it is in use.
+    pub(crate) fn new() -> Result<Self> {
+        check_idle()?;
+        let attr = sysfs::find_mm_attribute(GROUP, c"run").ok_or(ENOENT).inspect_err(|_| {
+            pr_err!("/sys/kernel/mm/ksm/run is not there\n");
+        })?;
+        // SAFETY: the attribute is valid; a kobj_attribute of KSM is writable static data.
+        let store = unsafe { (*attr.as_ptr()).__bindgen_anon_2.store }.ok_or(ENOENT)?;
+        if has_leftovers() {
+            // What the in-tree engine remembers from an earlier run would be accounted to processes
+            // for ever. Have it forget.
+            for input in [c"2", c"0"] {
+                // SAFETY: this is what a write to the file does.
+                let ret = unsafe {
+                    store(
+                        sysfs::mm_kobj(),
+                        attr.as_ptr(),
+                        input.as_char_ptr(),
+                        input.count_bytes(),
+                    )
+                };
+                if ret < 0 {
+                    pr_err!("in-tree KSM could not be emptied: {ret}\n");
+                    return Err(EBUSY);
+                }
+            }
+        }
+        // INVARIANT: exchanged here, or the whole fails.
+        let this = Self { attr, store };
+        this.exchange(refuse_to_run)?;
+        // From here on `drop` puts the old handler back.
+        check_idle()?;
+        Ok(this)
+    }
+
+    fn exchange(&self, store: StoreFn) -> Result {
+        let attr = self.attr.as_ptr();
+        // SAFETY: the attribute is in the directory, and nobody else takes it out. When it is out,
+        // nobody uses its handlers.
+        unsafe {
+            let file = &raw const (*attr).attr;
+            bindings::sysfs_remove_file_from_group(sysfs::mm_kobj(), file, GROUP.as_char_ptr());
+            (*attr).__bindgen_anon_2.store = Some(store);
+            kernel::error::to_result(bindings::sysfs_add_file_to_group(
+                sysfs::mm_kobj(),
+                file,
+                GROUP.as_char_ptr(),
+            ))
+        }
+        .inspect_err(|_| pr_err!("/sys/kernel/mm/ksm/run could not be put back\n"))
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        // Whatever happens, the handler is not ours afterwards.
+        let _ = self.exchange(self.store);
+    }
+}
+
+/// Stands in for the handler of `/sys/kernel/mm/ksm/run`.
+///
+/// # Safety
+///
+/// Called by sysfs: `buf` is a C string.
+unsafe extern "C" fn refuse_to_run(
+    _kobj: *mut bindings::kobject,
+    _attr: *mut bindings::kobj_attribute,
+    buf: *const c_char,
+    count: usize,
+) -> isize {
+    let mut value: c_uint = 0;
+    // SAFETY: the caller's promise.
+    let ret = unsafe { bindings::kstrtouint(buf, 10, &raw mut value) };
+    let refusal = match value {
+        _ if ret != 0 => EINVAL,
+        0 => return isize::try_from(count).unwrap_or(isize::MAX),
+        1 | 2 => EBUSY,
+        _ => EINVAL,
+    };
+    if refusal == EBUSY {
+        pr_info!("in-tree KSM cannot run while rksm is loaded\n");
+    }
+    refusal.to_errno() as isize
+}
+
+/// Keeps the module from being unloaded while merged pages exist.
+///
+/// `delete_module(2)` refuses a module that has no exit function with `EBUSY`, so that is what it is
+/// given meanwhile. A reference would make it `EWOULDBLOCK`, of which rmmod says "in use", not why.
+pub(crate) struct UnloadPin {
+    module: &'static ThisModule,
+    pinned: bool,
+}
+
+impl UnloadPin {
+    pub(crate) fn new(module: &'static ThisModule) -> Self {
+        Self {
+            module,
+            pinned: false,
+        }
+    }
+
+    /// Pins the module. Fails with `EBUSY` when it is being unloaded already.
+    pub(crate) fn pin(&mut self) -> Result {
+        if self.pinned {
+            return Ok(());
+        }
+        // SAFETY: the module is ours.
+        if !unsafe { ffi::rksm_module_pin(self.module.as_ptr()) } {
+            return Err(EBUSY);
+        }
+        self.pinned = true;
+        pr_info!(
+            "merging: until everything is unmerged by writing 2 to /sys/kernel/mm/rksm/run, \
+             unloading is refused\n"
+        );
+        Ok(())
+    }
+
+    /// Allows unloading again.
+    pub(crate) fn unpin(&mut self) {
+        if core::mem::take(&mut self.pinned) {
+            // SAFETY: the module is ours, and was pinned.
+            unsafe { ffi::rksm_module_unpin(self.module.as_ptr()) };
+        }
+    }
+}

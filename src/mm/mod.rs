@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Safe abstractions over the kernel's memory management, for an engine that merges pages.
+//!
+//! All `unsafe` code of the module is in this directory. C is only in `shim.c`, for what bindgen
+//! cannot reach. What is used of the kernel but not exported stands in `symbols.klp`; what is used of
+//! structures that are private to mm/ksm.c comes from the target kernel's BTF ([`crate::abi::layout`]).
+//!
+//! Locks, in the order in which they are taken here:
+//!
+//! 1. `mmap_lock`, for reading (a [`vma::MergeableVma`] stands for it),
+//! 2. the folio lock of a merged page, then that of a page to be merged, which is only tried
+//!    ([`folio::LockedPage`]),
+//! 3. MMU notifier sections ([`pte::NotifierRange`]),
+//! 4. a page-table lock ([`pte::PteLock`], [`walk`]).
+
+pub(crate) mod abi;
+mod ffi;
+pub(crate) mod folio;
+pub(crate) mod intree;
+pub(crate) mod kthread;
+pub(crate) mod oom;
+mod pte;
+pub(crate) mod stable;
+pub(crate) mod sysfs;
+pub(crate) mod vma;
+pub(crate) mod walk;
+pub(crate) mod word;
+
+use kernel::{bindings, mm::Mm};
+
+/// A seed that nobody can know.
+pub(crate) fn random_seed() -> u64 {
+    let mut seed = 0u64;
+    // SAFETY: writes exactly the bytes of `seed`.
+    unsafe { bindings::get_random_bytes((&raw mut seed).cast(), core::mem::size_of::<u64>()) };
+    seed
+}
+
+/// Empties the per-CPU batches of the LRU lists, whose references keep pages from being merged. May
+/// sleep.
+pub(crate) fn lru_add_drain_all() {
+    // SAFETY: called without spinlocks held.
+    unsafe { ffi::rksm_lru_add_drain_all() };
+}
+
+/// How many of the pages that `mm` maps are listed as merged.
+pub(crate) fn merging_pages(mm: &Mm) -> usize {
+    // SAFETY: the mm is kept; the counter is a word that only the engine writes.
+    unsafe { (&raw const (*mm.as_raw()).__bindgen_anon_1.ksm_merging_pages).read_volatile() }
+}
+
+/// Has `/proc/<pid>/ksm_stat` account `bytes` of metadata to `mm`.
+///
+/// The kernel multiplies `ksm_rmap_items` by the size of an in-tree item to compute
+/// `ksm_process_profit`, so this says how many of those would take as much.
+pub(crate) fn report_metadata(mm: &Mm, bytes: usize) {
+    // SAFETY: the mm is kept; the counter is a word that only the engine writes.
+    unsafe {
+        ffi::rksm_mm_set_rmap_items(mm.as_raw(), bytes.div_ceil(crate::abi::layout::KSM_RMAP_ITEM_SIZE))
+    };
+}

@@ -1,0 +1,586 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * One-line bodies for shim.h.  Anything longer than a line or two that is not
+ * forced by a macro belongs in Rust.
+ */
+#include <linux/ksm.h>
+#include <linux/kthread.h>
+#include <linux/leafops.h>
+#include <linux/memory_hotplug.h>
+#include <linux/module.h>
+#include <linux/oom.h>
+#include <linux/pagewalk.h>
+#include <linux/tracepoint.h>
+#include <linux/xxhash.h>
+#include <asm/tlbflush.h>
+
+/* mm/internal.h and mm/mm_slot.h: -I$(srctree)/mm, see Kbuild. */
+#include "internal.h"
+#include "mm_slot.h"
+
+#include "shim.h"
+
+/* Asks the module loader to resolve the relocations that rksm-tools made. */
+MODULE_INFO(livepatch, "Y");
+
+/* Folios and pages. */
+
+struct folio *rksm_page_folio(struct page *page)
+{
+	return page_folio(page);
+}
+
+/* NULL for a frame that is not in the memory map (any more). */
+struct folio *rksm_pfn_folio(unsigned long pfn)
+{
+	struct page *page = pfn_to_online_page(pfn);
+
+	return page ? page_folio(page) : NULL;
+}
+
+unsigned long rksm_page_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+struct page *rksm_nth_page(struct page *page, unsigned long n)
+{
+	return page + n;
+}
+
+void *rksm_folio_mapping(const struct folio *folio)
+{
+	return READ_ONCE(folio->mapping);
+}
+
+void rksm_folio_set_ksm_node(struct folio *folio, void *node)
+{
+	WRITE_ONCE(folio->mapping, (void *)((unsigned long)node | FOLIO_MAPPING_KSM));
+}
+
+bool rksm_folio_test_ksm(const struct folio *folio)
+{
+	return folio_test_ksm(folio);
+}
+
+bool rksm_folio_test_plain_anon(const struct folio *folio)
+{
+	return folio_test_anon(folio) && !folio_test_ksm(folio) && !folio_is_zone_device(folio);
+}
+
+bool rksm_folio_test_large(const struct folio *folio)
+{
+	return folio_test_large(folio);
+}
+
+bool rksm_folio_test_swapcache(const struct folio *folio)
+{
+	return folio_test_swapcache(folio);
+}
+
+bool rksm_folio_mapped(const struct folio *folio)
+{
+	return folio_mapped(folio);
+}
+
+int rksm_folio_mapcount(const struct folio *folio)
+{
+	return folio_mapcount(folio);
+}
+
+int rksm_folio_ref_count(const struct folio *folio)
+{
+	return folio_ref_count(folio);
+}
+
+void rksm_folio_get(struct folio *folio)
+{
+	folio_get(folio);
+}
+
+bool rksm_folio_try_get(struct folio *folio)
+{
+	return folio_try_get(folio);
+}
+
+void rksm_folio_put(struct folio *folio)
+{
+	folio_put(folio);
+}
+
+void rksm_folio_lock(struct folio *folio)
+{
+	folio_lock(folio);
+}
+
+bool rksm_folio_trylock(struct folio *folio)
+{
+	return folio_trylock(folio);
+}
+
+void rksm_folio_unlock(struct folio *folio)
+{
+	folio_unlock(folio);
+}
+
+/* Reclaim frees a clean folio without dirty ptes; a merged one must be swapped. */
+void rksm_folio_keep_dirty(struct folio *folio)
+{
+	folio_mark_accessed(folio);
+	if (!folio_test_dirty(folio))
+		folio_mark_dirty(folio);
+}
+
+void rksm_folio_set_dirty(struct folio *folio)
+{
+	folio_mark_dirty(folio);
+}
+
+void rksm_folio_drop_swap(struct folio *folio)
+{
+	if (!folio_mapped(folio))
+		folio_free_swap(folio);
+}
+
+bool rksm_page_anon_exclusive(const struct page *page)
+{
+	return PageAnonExclusive(page);
+}
+
+int rksm_page_try_share(struct page *page)
+{
+	return folio_try_share_anon_rmap_pte(page_folio(page), page);
+}
+
+int rksm_split_huge_page(struct page *page)
+{
+	return split_huge_page(page);
+}
+
+void rksm_page_add_rmap(struct page *page, struct vm_area_struct *vma, unsigned long addr)
+{
+	folio_add_anon_rmap_pte(page_folio(page), page, vma, addr, RMAP_NONE);
+}
+
+void rksm_page_remove_rmap(struct page *page, struct vm_area_struct *vma)
+{
+	folio_remove_rmap_pte(page_folio(page), page, vma);
+}
+
+bool rksm_pages_differ(struct page *a, struct page *b)
+{
+	void *pa = kmap_local_page(a), *pb = kmap_local_page(b);
+	bool differ = memcmp(pa, pb, PAGE_SIZE) != 0;
+
+	kunmap_local(pb);
+	kunmap_local(pa);
+	return differ;
+}
+
+u64 rksm_page_hash(struct page *page, u64 seed)
+{
+	void *p = kmap_local_page(page);
+	u64 hash = xxh64(p, PAGE_SIZE, seed);
+
+	kunmap_local(p);
+	return hash;
+}
+
+void rksm_lru_add_drain_all(void)
+{
+	lru_add_drain_all();
+}
+
+/* Page tables. */
+
+/* src/mm/walk.rs */
+int rksm_walk_pmd(void *ctx, struct vm_area_struct *vma, pmd_t *pmd,
+		  unsigned long addr, unsigned long end);
+
+static int rksm_pmd_entry(pmd_t *pmd, unsigned long addr, unsigned long end,
+			  struct mm_walk *walk)
+{
+	return rksm_walk_pmd(walk->private, walk->vma, pmd, addr, end);
+}
+
+static const struct mm_walk_ops rksm_walk_ops = {
+	.pmd_entry = rksm_pmd_entry,
+	.walk_lock = PGWALK_RDLOCK,
+};
+
+int rksm_walk_vma(struct vm_area_struct *vma, unsigned long start, unsigned long end, void *ctx)
+{
+	return walk_page_range_vma(vma, start, end, &rksm_walk_ops, ctx);
+}
+
+pmd_t rksm_pmd_lockless(pmd_t *pmd)
+{
+	return pmdp_get_lockless(pmd);
+}
+
+bool rksm_pmd_present(pmd_t pmd)
+{
+	return pmd_present(pmd);
+}
+
+bool rksm_pmd_leaf(pmd_t pmd)
+{
+	return pmd_leaf(pmd);
+}
+
+spinlock_t *rksm_pmd_lock(struct mm_struct *mm, pmd_t *pmd)
+{
+	return pmd_lock(mm, pmd);
+}
+
+void rksm_ptl_unlock(spinlock_t *ptl)
+{
+	spin_unlock(ptl);
+}
+
+pte_t *rksm_pte_lock(struct mm_struct *mm, pmd_t *pmd, unsigned long addr, spinlock_t **ptl)
+{
+	return pte_offset_map_lock(mm, pmd, addr, ptl);
+}
+
+pte_t *rksm_pte_lock_addr(struct mm_struct *mm, unsigned long addr, spinlock_t **ptl)
+{
+	pmd_t *pmd = mm_find_pmd(mm, addr);
+
+	return pmd ? pte_offset_map_lock(mm, pmd, addr, ptl) : NULL;
+}
+
+void rksm_pte_unlock(pte_t *pte, spinlock_t *ptl)
+{
+	pte_unmap_unlock(pte, ptl);
+}
+
+pte_t rksm_ptep_get(pte_t *pte)
+{
+	return ptep_get(pte);
+}
+
+bool rksm_pte_present(pte_t pte)
+{
+	return pte_present(pte);
+}
+
+bool rksm_pte_none(pte_t pte)
+{
+	return pte_none(pte);
+}
+
+bool rksm_pte_write(pte_t pte)
+{
+	return pte_write(pte);
+}
+
+bool rksm_pte_dirty(pte_t pte)
+{
+	return pte_dirty(pte);
+}
+
+bool rksm_pte_uffd(pte_t pte)
+{
+	return pte_uffd(pte);
+}
+
+bool rksm_pte_same(pte_t a, pte_t b)
+{
+	return pte_same(a, b);
+}
+
+unsigned long rksm_pte_pfn(pte_t pte)
+{
+	return pte_pfn(pte);
+}
+
+pte_t rksm_pte_clean_wrprotect(pte_t pte)
+{
+	pte = pte_mkclean(pte);
+	return pte_write(pte) ? pte_wrprotect(pte) : pte;
+}
+
+/* The soft-dirty bit stays: a checkpointing tool must not miss the page. */
+pte_t rksm_mk_shared_pte(struct page *page, struct vm_area_struct *vma, pte_t old)
+{
+	pte_t pte = mk_pte(page, vma->vm_page_prot);
+
+	return pte_soft_dirty(old) ? pte_mksoft_dirty(pte) : pte;
+}
+
+pte_t rksm_ptep_clear_flush(struct vm_area_struct *vma, unsigned long addr, pte_t *pte)
+{
+	flush_cache_page(vma, addr, pte_pfn(ptep_get(pte)));
+	return ptep_clear_flush(vma, addr, pte);
+}
+
+void rksm_set_pte(struct mm_struct *mm, unsigned long addr, pte_t *pte, pte_t val)
+{
+	set_pte_at(mm, addr, pte, val);
+}
+
+struct page *rksm_normal_page(struct vm_area_struct *vma, unsigned long addr, pte_t pte)
+{
+	return vm_normal_page(vma, addr, pte);
+}
+
+struct page *rksm_normal_page_pmd(struct vm_area_struct *vma, unsigned long addr, pmd_t pmd)
+{
+	return vm_normal_page_pmd(vma, addr, pmd);
+}
+
+struct folio *rksm_migration_folio(pte_t pte)
+{
+	const softleaf_t entry = softleaf_from_pte(pte);
+
+	return softleaf_is_migration(entry) ? softleaf_to_folio(entry) : NULL;
+}
+
+bool rksm_is_ksm_zero_pte(pte_t pte)
+{
+	return is_ksm_zero_pte(pte);
+}
+
+/* Address spaces and VMAs. */
+
+bool rksm_mm_tlb_flush_pending(struct mm_struct *mm)
+{
+	return mm_tlb_flush_pending(mm);
+}
+
+void rksm_notify_start(struct mmu_notifier_range *range, struct mm_struct *mm,
+		       unsigned long start, unsigned long end)
+{
+	mmu_notifier_range_init(range, MMU_NOTIFY_CLEAR, 0, mm, start, end);
+	mmu_notifier_invalidate_range_start(range);
+}
+
+void rksm_notify_end(struct mmu_notifier_range *range)
+{
+	mmu_notifier_invalidate_range_end(range);
+}
+
+struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma)
+{
+	get_anon_vma(vma->anon_vma);
+	return vma->anon_vma;
+}
+
+void rksm_put_anon_vma(struct anon_vma *anon_vma)
+{
+	put_anon_vma(anon_vma);
+}
+
+bool rksm_vma_mergeable(struct vm_area_struct *vma)
+{
+	return (vma->vm_flags & VM_MERGEABLE) && vma->anon_vma;
+}
+
+unsigned long rksm_vma_page_index(struct vm_area_struct *vma, unsigned long addr)
+{
+	return linear_anon_page_index(vma, addr);
+}
+
+/* Both counters are plain longs with one writer: whoever runs the engine. */
+void rksm_mm_add_merging(struct mm_struct *mm, long n)
+{
+	mm->ksm_merging_pages += n;
+}
+
+void rksm_mm_set_rmap_items(struct mm_struct *mm, unsigned long n)
+{
+	mm->ksm_rmap_items = n;
+}
+
+int rksm_unshare(struct vm_area_struct *vma, unsigned long addr)
+{
+	return handle_mm_fault(vma, addr, FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE, NULL);
+}
+
+/* Lists whose heads the core kernel walks. */
+
+void rksm_hlist_add_head(struct hlist_node *node, struct hlist_head *head)
+{
+	hlist_add_head(node, head);
+}
+
+void rksm_hlist_del(struct hlist_node *node)
+{
+	hlist_del_init(node);
+}
+
+/* The scanning thread. */
+
+struct task_struct *rksm_kthread_create(int (*fn)(void *), void *data)
+{
+	return kthread_create(fn, data, "rksmd");
+}
+
+void rksm_kthread_stop(struct task_struct *task)
+{
+	kthread_stop_put(task);
+}
+
+bool rksm_kthread_should_stop(void)
+{
+	return kthread_should_stop();
+}
+
+void rksm_set_nice(struct task_struct *task, long nice)
+{
+	set_user_nice(task, nice);
+}
+
+void rksm_set_freezable(void)
+{
+	set_freezable();
+}
+
+void rksm_set_sleeping(void)
+{
+	set_current_state(TASK_INTERRUPTIBLE | TASK_FREEZABLE);
+}
+
+void rksm_set_running(void)
+{
+	__set_current_state(TASK_RUNNING);
+}
+
+bool rksm_freezing(void)
+{
+	return freezing(current);
+}
+
+bool rksm_try_to_freeze(void)
+{
+	return try_to_freeze();
+}
+
+unsigned long rksm_msecs_to_jiffies(unsigned int ms)
+{
+	return msecs_to_jiffies(ms);
+}
+
+void rksm_cond_resched(void)
+{
+	cond_resched();
+}
+
+void rksm_set_oom_origin(bool on)
+{
+	if (on)
+		set_current_oom_origin();
+	else
+		clear_current_oom_origin();
+}
+
+/* What is there since boot. */
+
+/* Bounds of the .BTF section, declared as in kernel/bpf. */
+extern char __start_BTF[];
+extern char __stop_BTF[];
+
+struct kobject *rksm_mm_kobj(void)
+{
+	return mm_kobj;
+}
+
+const void *rksm_btf(unsigned long *len)
+{
+	*len = __stop_BTF - __start_BTF;
+	return __start_BTF;
+}
+
+/* Tracepoints. */
+
+void rksm_tracepoint_synchronize_unregister(void)
+{
+	tracepoint_synchronize_unregister();
+}
+
+/* The in-tree engine: static data of mm/ksm.c, see symbols.klp. */
+
+extern struct mutex ksm_thread_mutex;
+extern spinlock_t ksm_mmlist_lock;
+extern struct mm_slot ksm_mm_head;
+extern unsigned long ksm_run;
+extern unsigned long ksm_pages_shared;
+extern unsigned long ksm_rmap_items;
+extern struct rb_root *root_stable_tree;
+extern int ksm_nr_node_ids;
+extern struct list_head migrate_nodes;
+
+void rksm_intree_lock(void)
+{
+	mutex_lock(&ksm_thread_mutex);
+}
+
+void rksm_intree_unlock(void)
+{
+	mutex_unlock(&ksm_thread_mutex);
+}
+
+unsigned long rksm_intree_run(void)
+{
+	return READ_ONCE(ksm_run);
+}
+
+unsigned long rksm_intree_pages_shared(void)
+{
+	return READ_ONCE(ksm_pages_shared);
+}
+
+unsigned long rksm_intree_rmap_items(void)
+{
+	return READ_ONCE(ksm_rmap_items);
+}
+
+bool rksm_intree_has_nodes(void)
+{
+	bool found = !list_empty(&migrate_nodes);
+	int nid;
+
+	for (nid = 0; nid < ksm_nr_node_ids; nid++)
+		found |= !RB_EMPTY_ROOT(&root_stable_tree[nid]);
+	return found;
+}
+
+void rksm_intree_for_each_mm(rksm_mm_fn fn, void *data)
+{
+	struct mm_slot *slot;
+
+	spin_lock(&ksm_mmlist_lock);
+	list_for_each_entry(slot, &ksm_mm_head.mm_node, mm_node)
+		fn(data, slot->mm);
+	spin_unlock(&ksm_mmlist_lock);
+}
+
+/* The module itself. */
+
+extern struct mutex module_mutex;
+
+/* Written and read under module_mutex. */
+static void (*rksm_module_exit)(void);
+
+/* A live module without an exit function is refused by delete_module(2) with EBUSY. */
+bool rksm_module_pin(struct module *mod)
+{
+	bool live;
+
+	mutex_lock(&module_mutex);
+	live = mod->state == MODULE_STATE_LIVE;
+	if (live && mod->exit) {
+		rksm_module_exit = mod->exit;
+		mod->exit = NULL;
+	}
+	mutex_unlock(&module_mutex);
+	return live;
+}
+
+void rksm_module_unpin(struct module *mod)
+{
+	mutex_lock(&module_mutex);
+	mod->exit = rksm_module_exit;
+	mutex_unlock(&module_mutex);
+}

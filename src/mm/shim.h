@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What bindgen cannot reach of the kernel's mm: static inlines and macros,
+ * each behind one function.  Nothing is decided here; the rules for calling
+ * are those of the wrapped function and stand at its Rust caller.
+ *
+ * bindgen reads this file too (src/mm/ffi.rs), so the Rust declarations can
+ * never disagree with these prototypes.
+ */
+#ifndef _RKSM_SHIM_H
+#define _RKSM_SHIM_H
+
+#include <linux/freezer.h>
+#include <linux/mm.h>
+#include <linux/mm_types.h>
+#include <linux/mmu_notifier.h>
+#include <linux/pagemap.h>
+#include <linux/rmap.h>
+#include <linux/swap.h>
+
+/* Folios and pages. */
+struct folio *rksm_page_folio(struct page *page);
+struct folio *rksm_pfn_folio(unsigned long pfn);
+unsigned long rksm_page_pfn(const struct page *page);
+struct page *rksm_nth_page(struct page *page, unsigned long n);
+void *rksm_folio_mapping(const struct folio *folio);
+void rksm_folio_set_ksm_node(struct folio *folio, void *node);
+bool rksm_folio_test_ksm(const struct folio *folio);
+bool rksm_folio_test_plain_anon(const struct folio *folio);
+bool rksm_folio_test_large(const struct folio *folio);
+bool rksm_folio_test_swapcache(const struct folio *folio);
+bool rksm_folio_mapped(const struct folio *folio);
+int rksm_folio_mapcount(const struct folio *folio);
+int rksm_folio_ref_count(const struct folio *folio);
+void rksm_folio_get(struct folio *folio);
+bool rksm_folio_try_get(struct folio *folio);
+void rksm_folio_put(struct folio *folio);
+void rksm_folio_lock(struct folio *folio);
+bool rksm_folio_trylock(struct folio *folio);
+void rksm_folio_unlock(struct folio *folio);
+void rksm_folio_keep_dirty(struct folio *folio);
+void rksm_folio_set_dirty(struct folio *folio);
+void rksm_folio_drop_swap(struct folio *folio);
+bool rksm_page_anon_exclusive(const struct page *page);
+int rksm_page_try_share(struct page *page);
+int rksm_split_huge_page(struct page *page);
+void rksm_page_add_rmap(struct page *page, struct vm_area_struct *vma, unsigned long addr);
+void rksm_page_remove_rmap(struct page *page, struct vm_area_struct *vma);
+bool rksm_pages_differ(struct page *a, struct page *b);
+u64 rksm_page_hash(struct page *page, u64 seed);
+void rksm_lru_add_drain_all(void);
+
+/* Page tables. */
+int rksm_walk_vma(struct vm_area_struct *vma, unsigned long start, unsigned long end, void *ctx);
+pmd_t rksm_pmd_lockless(pmd_t *pmd);
+bool rksm_pmd_present(pmd_t pmd);
+bool rksm_pmd_leaf(pmd_t pmd);
+spinlock_t *rksm_pmd_lock(struct mm_struct *mm, pmd_t *pmd);
+void rksm_ptl_unlock(spinlock_t *ptl);
+pte_t *rksm_pte_lock(struct mm_struct *mm, pmd_t *pmd, unsigned long addr, spinlock_t **ptl);
+pte_t *rksm_pte_lock_addr(struct mm_struct *mm, unsigned long addr, spinlock_t **ptl);
+void rksm_pte_unlock(pte_t *pte, spinlock_t *ptl);
+pte_t rksm_ptep_get(pte_t *pte);
+bool rksm_pte_present(pte_t pte);
+bool rksm_pte_none(pte_t pte);
+bool rksm_pte_write(pte_t pte);
+bool rksm_pte_dirty(pte_t pte);
+bool rksm_pte_uffd(pte_t pte);
+bool rksm_pte_same(pte_t a, pte_t b);
+unsigned long rksm_pte_pfn(pte_t pte);
+pte_t rksm_pte_clean_wrprotect(pte_t pte);
+pte_t rksm_mk_shared_pte(struct page *page, struct vm_area_struct *vma, pte_t old);
+pte_t rksm_ptep_clear_flush(struct vm_area_struct *vma, unsigned long addr, pte_t *pte);
+void rksm_set_pte(struct mm_struct *mm, unsigned long addr, pte_t *pte, pte_t val);
+struct page *rksm_normal_page(struct vm_area_struct *vma, unsigned long addr, pte_t pte);
+struct page *rksm_normal_page_pmd(struct vm_area_struct *vma, unsigned long addr, pmd_t pmd);
+struct folio *rksm_migration_folio(pte_t pte);
+bool rksm_is_ksm_zero_pte(pte_t pte);
+
+/* Address spaces and VMAs. */
+bool rksm_mm_tlb_flush_pending(struct mm_struct *mm);
+void rksm_notify_start(struct mmu_notifier_range *range, struct mm_struct *mm,
+		       unsigned long start, unsigned long end);
+void rksm_notify_end(struct mmu_notifier_range *range);
+struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma);
+void rksm_put_anon_vma(struct anon_vma *anon_vma);
+bool rksm_vma_mergeable(struct vm_area_struct *vma);
+unsigned long rksm_vma_page_index(struct vm_area_struct *vma, unsigned long addr);
+void rksm_mm_add_merging(struct mm_struct *mm, long n);
+void rksm_mm_set_rmap_items(struct mm_struct *mm, unsigned long n);
+int rksm_unshare(struct vm_area_struct *vma, unsigned long addr);
+
+/* Lists whose heads the core kernel walks. */
+void rksm_hlist_add_head(struct hlist_node *node, struct hlist_head *head);
+void rksm_hlist_del(struct hlist_node *node);
+
+/* The scanning thread. */
+struct task_struct *rksm_kthread_create(int (*fn)(void *), void *data);
+void rksm_kthread_stop(struct task_struct *task);
+bool rksm_kthread_should_stop(void);
+void rksm_set_nice(struct task_struct *task, long nice);
+void rksm_set_freezable(void);
+void rksm_set_sleeping(void);
+void rksm_set_running(void);
+bool rksm_freezing(void);
+bool rksm_try_to_freeze(void);
+unsigned long rksm_msecs_to_jiffies(unsigned int ms);
+void rksm_cond_resched(void);
+
+void rksm_set_oom_origin(bool on);
+
+/* What is there since boot. */
+struct kobject *rksm_mm_kobj(void);
+const void *rksm_btf(unsigned long *len);
+
+/* Tracepoints. */
+void rksm_tracepoint_synchronize_unregister(void);
+
+/* The in-tree engine. */
+typedef void (*rksm_mm_fn)(void *data, struct mm_struct *mm);
+void rksm_intree_lock(void);
+void rksm_intree_unlock(void);
+unsigned long rksm_intree_run(void);
+unsigned long rksm_intree_pages_shared(void);
+unsigned long rksm_intree_rmap_items(void);
+bool rksm_intree_has_nodes(void);
+void rksm_intree_for_each_mm(rksm_mm_fn fn, void *data);
+
+/* The module itself. */
+bool rksm_module_pin(struct module *mod);
+void rksm_module_unpin(struct module *mod);
+
+#endif /* _RKSM_SHIM_H */

@@ -1,0 +1,494 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Stable nodes and rmap items, in the layout that the core kernel walks.
+//!
+//! A merged page is a KSM folio whose `mapping` points at a [`NodeBox`]'s memory; the node's
+//! `hlist` holds one [`ItemBox`] for each place that is known to map the page. `rmap_walk_ksm()`,
+//! `collect_procs_ksm()` and `folio_migrate_ksm()` read both, under the folio lock. So:
+//!
+//! * a node's `hlist` changes only under the lock of its folio, or when no folio points at the
+//!   node any more;
+//! * a node is freed only when no folio points at it any more;
+//! * the node holds no reference on its folio ("keyhole"): it is stale once the folio at `kpfn` no
+//!   longer points back at it. Migration updates `kpfn` under the folio lock.
+//!
+//! All nodes and items of an engine are used under that engine's mutex only. Neither type is
+//! `Sync`, which keeps them there.
+
+use super::{
+    ffi,
+    folio::{LockedPage, PageRef},
+    vma::MergeableVma,
+};
+use crate::{abi::layout::*, engine::index::StableKey};
+use core::{
+    cell::{Cell, UnsafeCell},
+    mem::{align_of, size_of, ManuallyDrop},
+    num::NonZeroUsize,
+    ptr::{self, NonNull},
+    sync::atomic::{fence, Ordering},
+};
+use kernel::{alloc::Flags, bindings, prelude::*};
+
+/// Which stable node a KSM page belongs to. Only good for comparing: a node may be gone by the time
+/// its identity is looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct NodeId(NonZeroUsize);
+
+impl NodeId {
+    /// The identity of the node at `addr`, if there is one.
+    pub(super) fn new(addr: usize) -> Option<Self> {
+        NonZeroUsize::new(addr).map(Self)
+    }
+
+    /// The key of the node.
+    ///
+    /// # Safety
+    ///
+    /// A folio points at the node, and cannot leave it while this runs: its lock is held. The node
+    /// is one of this module: no in-tree node exists while the module is loaded, see `intree`.
+    pub(super) unsafe fn key(self) -> StableKey {
+        // SAFETY: by the caller's promise the node is not freed.
+        unsafe { (*(self.0.get() as *const StableNode)).key.get() }
+    }
+}
+
+const WORD: usize = size_of::<u64>();
+const NODE_WORDS: usize = KSM_STABLE_NODE_SIZE.div_ceil(WORD);
+const ITEM_WORDS: usize = KSM_RMAP_ITEM_SIZE.div_ceil(WORD);
+
+// The generated offsets must make sense for the types that are accessed through them, and the low
+// bits of a node's address must be free for the flags in `folio->mapping`.
+const _: () = {
+    assert!(KSM_STABLE_NODE_HLIST + size_of::<bindings::hlist_head>() <= KSM_STABLE_NODE_SIZE);
+    assert!(KSM_STABLE_NODE_KPFN + size_of::<usize>() <= KSM_STABLE_NODE_SIZE);
+    assert!(KSM_RMAP_ITEM_HLIST + size_of::<bindings::hlist_node>() <= KSM_RMAP_ITEM_SIZE);
+    assert!(KSM_RMAP_ITEM_ADDRESS + size_of::<usize>() <= KSM_RMAP_ITEM_SIZE);
+    assert!(KSM_RMAP_ITEM_LINEAR_PAGE_INDEX + size_of::<usize>() <= KSM_RMAP_ITEM_SIZE);
+    assert!(KSM_RMAP_ITEM_ANON_VMA + size_of::<usize>() <= KSM_RMAP_ITEM_SIZE);
+    assert!(KSM_RMAP_ITEM_MM + size_of::<usize>() <= KSM_RMAP_ITEM_SIZE);
+    assert!(KSM_STABLE_NODE_HLIST % WORD == 0 && KSM_STABLE_NODE_KPFN % WORD == 0);
+    assert!(KSM_RMAP_ITEM_HLIST % WORD == 0 && KSM_RMAP_ITEM_ADDRESS % WORD == 0);
+    assert!(align_of::<StableNode>() >= 8);
+};
+
+/// A stable node: what the core kernel knows, then what only the engine knows.
+#[repr(C, align(8))]
+struct StableNode {
+    /// `struct ksm_stable_node`. Of it only `hlist` and `kpfn` are used by the core kernel.
+    abi: UnsafeCell<[u64; NODE_WORDS]>,
+    key: Cell<StableKey>,
+    /// How many items are on `hlist`.
+    items: Cell<usize>,
+    /// Whether a folio may point at this node.
+    published: Cell<bool>,
+}
+
+impl StableNode {
+    /// A pointer to the member at `offset` of the part that the core kernel knows.
+    fn member<T>(&self, offset: usize) -> *mut T {
+        self.abi.get().cast::<u8>().wrapping_add(offset).cast()
+    }
+
+    fn hlist(&self) -> *mut bindings::hlist_head {
+        self.member(KSM_STABLE_NODE_HLIST)
+    }
+
+    fn kpfn(&self) -> usize {
+        // SAFETY: the member lies within `abi` (checked above); `folio_migrate_ksm()` may write it
+        // at the same time, as one word.
+        unsafe { self.member::<usize>(KSM_STABLE_NODE_KPFN).read_volatile() }
+    }
+
+    fn set_kpfn(&self, pfn: usize) {
+        // SAFETY: as in `kpfn`.
+        unsafe { self.member::<usize>(KSM_STABLE_NODE_KPFN).write_volatile(pfn) }
+    }
+
+    fn as_addr(&self) -> usize {
+        ptr::from_ref(self) as usize
+    }
+
+    /// Whether `folio` points at this node.
+    ///
+    /// # Safety
+    ///
+    /// `folio` is in the memory map (it need not be referenced).
+    unsafe fn is_node_of(&self, folio: *mut bindings::folio) -> bool {
+        // SAFETY: the memory map can be read at any time; the answer may be outdated.
+        unsafe { super::folio::node_id_of(folio) }.is_some_and(|id| id.0.get() == self.as_addr())
+    }
+
+    /// Peeps through the keyhole: the node's page with a reference, or `None` when it is stale.
+    ///
+    /// The order of the checks is that of `ksm_get_folio()` in mm/ksm.c, and so are the reasons.
+    fn page(&self) -> Option<PageRef> {
+        if !self.published.get() {
+            return None;
+        }
+        loop {
+            let kpfn = self.kpfn();
+            // SAFETY: returns null for a pfn that is not in an online section.
+            let folio = unsafe { ffi::rksm_pfn_folio(kpfn) };
+            if let Some(folio) = NonNull::new(folio) {
+                // SAFETY: `folio` is in the memory map.
+                if let Some(page) = unsafe { self.try_get(folio.as_ptr()) } {
+                    return Some(page);
+                }
+            }
+            // Stale, or just migrated: pairs with smp_wmb() in folio_migrate_ksm(), which writes
+            // the new kpfn before the old folio lets go of the node.
+            fence(Ordering::Acquire);
+            if self.kpfn() == kpfn {
+                return None;
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `folio` is in the memory map.
+    unsafe fn try_get(&self, folio: *mut bindings::folio) -> Option<PageRef> {
+        // SAFETY: `folio` is in the memory map.
+        if !unsafe { self.is_node_of(folio) } {
+            return None;
+        }
+        // SAFETY: taking a reference on a folio that may be free fails and does no harm.
+        while !unsafe { ffi::rksm_folio_try_get(folio) } {
+            // The count is zero: free or about to be, or frozen for a moment by migration, which
+            // only happens to a folio in the swap cache.
+            // SAFETY: `folio` is in the memory map.
+            if !unsafe { ffi::rksm_folio_test_swapcache(folio) } {
+                return None;
+            }
+            core::hint::spin_loop();
+        }
+        // A KSM folio is small: the folio is its only page.
+        // SAFETY: not null, and the reference was just taken.
+        let page = unsafe { PageRef::from_raw(NonNull::new_unchecked(folio.cast())) };
+        // SAFETY: `page` keeps the folio.
+        unsafe { self.is_node_of(folio) }.then_some(page)
+    }
+
+    /// Like [`Self::page`], with the folio lock held, under which the folio cannot leave the node.
+    fn locked_page(&self) -> Option<LockedPage> {
+        loop {
+            let page = self.page()?.lock();
+            if page.node_id().is_some_and(|id| id.0.get() == self.as_addr()) {
+                return Some(page);
+            }
+            // Migrated while we waited for the lock, or gone: look again.
+        }
+    }
+
+    /// # Safety
+    ///
+    /// The caller holds the lock of this node's folio, or no folio points at the node any more.
+    /// `item` is on this node's list.
+    unsafe fn unlink(&self, item: &Item) {
+        // SAFETY: the item is on our list, which the caller's lock protects.
+        unsafe { ffi::rksm_hlist_del(item.hlist()) };
+        // SAFETY: the reference was taken in `link` and the pointer not changed since; `mm` is kept
+        // by its registration until all items of it are dropped.
+        unsafe {
+            ffi::rksm_put_anon_vma(item.anon_vma());
+            ffi::rksm_mm_add_merging(item.mm(), -1);
+        }
+        item.node.set(None);
+        self.items.set(self.items.get().saturating_sub(1));
+    }
+
+    /// # Safety
+    ///
+    /// The caller holds the lock of this node's folio. `item` is on no list.
+    unsafe fn link(&self, item: &Item, vma: &MergeableVma<'_>, addr: usize) {
+        let page_addr = addr & !(kernel::page::PAGE_SIZE - 1);
+        // SAFETY: `vma` is stable under the mmap lock its type stands for and has an anon_vma; the
+        // item's members lie within it and nobody else reads them before it is on the list.
+        unsafe {
+            item.member::<*mut bindings::anon_vma>(KSM_RMAP_ITEM_ANON_VMA)
+                .write(ffi::rksm_vma_get_anon_vma(vma.as_ptr()));
+            item.member::<usize>(KSM_RMAP_ITEM_LINEAR_PAGE_INDEX)
+                .write(ffi::rksm_vma_page_index(vma.as_ptr(), page_addr));
+            item.member::<usize>(KSM_RMAP_ITEM_ADDRESS).write(page_addr);
+            item.member::<*mut bindings::mm_struct>(KSM_RMAP_ITEM_MM)
+                .write(vma.mm().as_raw());
+            ffi::rksm_hlist_add_head(item.hlist(), self.hlist());
+            ffi::rksm_mm_add_merging(vma.mm().as_raw(), 1);
+        }
+        item.node.set(Some(NonNull::from(self)));
+        self.items.set(self.items.get().saturating_add(1));
+    }
+}
+
+/// An owned stable node.
+///
+/// # Invariants
+///
+/// A folio points at the node only while the node is `published`.
+pub(crate) struct NodeBox(ManuallyDrop<KBox<StableNode>>);
+
+// SAFETY: nodes are used under the engine's mutex only, by whichever task holds it. What the core
+// kernel reads of them is protected by the folio lock.
+unsafe impl Send for NodeBox {}
+
+impl NodeBox {
+    /// A node that no page belongs to yet.
+    pub(crate) fn new(key: StableKey, flags: Flags) -> Result<Self> {
+        let node = StableNode {
+            abi: UnsafeCell::new([0; NODE_WORDS]),
+            key: Cell::new(key),
+            items: Cell::new(0),
+            published: Cell::new(false),
+        };
+        Ok(Self(ManuallyDrop::new(KBox::new(node, flags)?)))
+    }
+
+    /// The identity that the node's page shows.
+    pub(crate) fn id(&self) -> Option<NodeId> {
+        NodeId::new(self.0.as_addr())
+    }
+
+    /// How many places are known to map the page.
+    pub(crate) fn items(&self) -> usize {
+        self.0.items.get()
+    }
+
+    /// The node's page, with a reference; `None` when the node is stale.
+    pub(crate) fn page(&self) -> Option<PageRef> {
+        self.0.page()
+    }
+
+    /// The node's page, locked; `None` when the node is stale. May sleep.
+    pub(crate) fn locked_page(&self) -> Option<LockedPage> {
+        self.0.locked_page()
+    }
+
+    /// Makes `page`, which is write-protected wherever it is mapped, the page of this node, and
+    /// `item` the first place that maps it.
+    ///
+    /// # Safety
+    ///
+    /// `page` is a small anonymous folio, mapped at `addr` in `vma`, and no page table maps it
+    /// writable.
+    pub(super) unsafe fn publish(
+        &self,
+        page: &LockedPage,
+        item: &mut ItemBox,
+        vma: &MergeableVma<'_>,
+        addr: usize,
+    ) {
+        self.0.set_kpfn(page.pfn());
+        // SAFETY: no folio points at the node yet, so nobody looks at its list; the lock of the
+        // folio that will is held.
+        unsafe { self.0.link(&item.0, vma, addr) };
+        // INVARIANT: published before the folio can point here.
+        self.0.published.set(true);
+        // SAFETY: the folio is locked, and write-protected by the caller's promise.
+        unsafe {
+            ffi::rksm_folio_set_ksm_node(page.folio(), (&raw const **self.0).cast_mut().cast());
+            ffi::rksm_folio_keep_dirty(page.folio());
+        }
+    }
+
+    /// Adds `item` to the places that map the node's page `page`.
+    pub(crate) fn attach(
+        &self,
+        page: &LockedPage,
+        item: &mut ItemBox,
+        vma: &MergeableVma<'_>,
+        addr: usize,
+    ) -> Result {
+        if page.node_id() != self.id() || item.0.node.get().is_some() {
+            return Err(EINVAL);
+        }
+        // SAFETY: `page` is this node's and its lock is held; the item is on no list.
+        unsafe { self.0.link(&item.0, vma, addr) };
+        Ok(())
+    }
+
+    /// Lets go of an unmapped page that keeps the node from being freed: one in the swap cache, or
+    /// one on its way to be freed. Returns whether the node is stale afterwards. May sleep.
+    ///
+    /// Such a page stays a KSM page, but of no node, so that the next fault on it makes a copy.
+    pub(crate) fn abandon_unmapped(&self) -> bool {
+        let Some(page) = self.0.locked_page() else {
+            return true;
+        };
+        if page.is_mapped() {
+            return false;
+        }
+        page.clear_node();
+        true
+    }
+
+    /// Frees a node that no folio points at any more, and takes all items off it.
+    ///
+    /// Returns the node unchanged if a folio still points at it.
+    pub(crate) fn release(self) -> Result<(), NodeBox> {
+        if self.0.page().is_some() {
+            return Err(self);
+        }
+        self.unlink_all();
+        self.0.published.set(false);
+        Ok(())
+    }
+
+    /// Takes all items off a node that no folio points at.
+    fn unlink_all(&self) {
+        loop {
+            // SAFETY: the member lies within the node, and with no folio pointing at it nobody else
+            // looks at it.
+            let first = unsafe { (*self.0.hlist()).first };
+            if first.is_null() {
+                break;
+            }
+            let item = first
+                .cast::<u8>()
+                .wrapping_sub(KSM_RMAP_ITEM_HLIST)
+                .cast::<Item>();
+            // SAFETY: only items are put on the list, by `link`, and an item that is on a list is
+            // not freed (see `ItemBox::drop`).
+            unsafe { self.0.unlink(&*item) };
+            // SAFETY: no precondition but being allowed to sleep.
+            unsafe { ffi::rksm_cond_resched() };
+        }
+    }
+}
+
+impl Drop for NodeBox {
+    fn drop(&mut self) {
+        if self.0.page().is_some() {
+            // A folio still points here. Freeing would be a use after free at its next rmap walk;
+            // losing the memory is not.
+            pr_err!("a stable node in use was dropped; its memory is lost\n");
+            return;
+        }
+        self.unlink_all();
+        // SAFETY: dropped here only, once, and no folio points at the node.
+        unsafe { ManuallyDrop::drop(&mut self.0) };
+    }
+}
+
+/// A place that maps a merged page: what the core kernel knows, then what only the engine knows.
+#[repr(C, align(8))]
+struct Item {
+    /// `struct ksm_rmap_item`. Of it only `hlist`, `address`, `linear_page_index`, `anon_vma` and
+    /// `mm` are used by the core kernel.
+    abi: UnsafeCell<[u64; ITEM_WORDS]>,
+    /// The node on whose list this item is. The node is not freed before it took the item off.
+    node: Cell<Option<NonNull<StableNode>>>,
+}
+
+impl Item {
+    /// A pointer to the member at `offset` of the part that the core kernel knows.
+    fn member<T>(&self, offset: usize) -> *mut T {
+        self.abi.get().cast::<u8>().wrapping_add(offset).cast()
+    }
+
+    fn hlist(&self) -> *mut bindings::hlist_node {
+        self.member(KSM_RMAP_ITEM_HLIST)
+    }
+
+    fn anon_vma(&self) -> *mut bindings::anon_vma {
+        // SAFETY: the member lies within `abi`, and is written by `StableNode::link` only.
+        unsafe { self.member::<*mut bindings::anon_vma>(KSM_RMAP_ITEM_ANON_VMA).read() }
+    }
+
+    fn mm(&self) -> *mut bindings::mm_struct {
+        // SAFETY: the member lies within `abi`, and is written by `StableNode::link` only.
+        unsafe { self.member::<*mut bindings::mm_struct>(KSM_RMAP_ITEM_MM).read() }
+    }
+}
+
+/// What became of an item that was to be taken off its node.
+pub(crate) enum Detached {
+    /// It was on no list.
+    Idle,
+    /// It was taken off the node with this key, which has so many items left.
+    Done(StableKey, usize),
+    /// Nothing was done: the node with this key is stale and must be released, which takes off all
+    /// its items.
+    Stale(StableKey),
+}
+
+/// An owned rmap item.
+///
+/// # Invariants
+///
+/// The item is on the list of `node`, or on none when that is `None`.
+pub(crate) struct ItemBox(ManuallyDrop<KBox<Item>>);
+
+// SAFETY: items are used under the engine's mutex only, by whichever task holds it. What the core
+// kernel reads of them is protected by the folio lock.
+unsafe impl Send for ItemBox {}
+
+impl ItemBox {
+    /// What one item takes, in bytes.
+    pub(crate) const SIZE: usize = size_of::<Item>();
+
+    /// An item that is on no list.
+    pub(crate) fn new(flags: Flags) -> Result<Self> {
+        let item = Item {
+            abi: UnsafeCell::new([0; ITEM_WORDS]),
+            node: Cell::new(None),
+        };
+        Ok(Self(ManuallyDrop::new(KBox::new(item, flags)?)))
+    }
+
+    /// Takes the item off its node. May sleep for the folio lock.
+    pub(crate) fn detach(&mut self) -> Detached {
+        let Some(node) = self.0.node.get() else {
+            return Detached::Idle;
+        };
+        // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
+        // before it took off all its items.
+        let node = unsafe { node.as_ref() };
+        let key = node.key.get();
+        match node.locked_page() {
+            None => Detached::Stale(key),
+            Some(_page) => {
+                // SAFETY: `_page` is the node's page and locked.
+                unsafe { node.unlink(&self.0) };
+                Detached::Done(key, node.items.get())
+            }
+        }
+    }
+
+    /// Moves the box's memory into one word, to be given back to [`ItemBox::from_word`].
+    pub(super) fn into_word(self) -> NonNull<u8> {
+        let this = ManuallyDrop::new(self);
+        NonNull::from(&**this.0).cast()
+    }
+
+    /// # Safety
+    ///
+    /// `word` came from [`ItemBox::into_word`] and is used once.
+    pub(super) unsafe fn from_word(word: NonNull<u8>) -> Self {
+        // SAFETY: `into_word` gave up the box that this pointer is.
+        Self(ManuallyDrop::new(unsafe { KBox::from_raw(word.as_ptr().cast()) }))
+    }
+
+    /// The identity of the node that the item in `word` is listed with.
+    ///
+    /// # Safety
+    ///
+    /// `word` came from [`ItemBox::into_word`] and was not given back yet.
+    pub(super) unsafe fn node_id_in(word: NonNull<u8>) -> Option<NodeId> {
+        // SAFETY: the item is alive by the caller's promise.
+        let item = unsafe { word.cast::<Item>().as_ref() };
+        item.node.get().and_then(|node| NodeId::new(node.as_ptr() as usize))
+    }
+}
+
+impl Drop for ItemBox {
+    fn drop(&mut self) {
+        if self.0.node.get().is_some() {
+            // The core kernel still finds the item on its node's list.
+            pr_err!("an rmap item in use was dropped; its memory is lost\n");
+            return;
+        }
+        // SAFETY: dropped here only, once, and the item is on no list.
+        unsafe { ManuallyDrop::drop(&mut self.0) };
+    }
+}

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A directory of knobs in `/sys/kernel/mm/`.
+
+use super::ffi;
+use core::ptr::{self, NonNull};
+use kernel::{
+    bindings,
+    ffi::{c_char, c_uint},
+    page::PAGE_SIZE,
+    prelude::*,
+    str::CStr,
+    sync::Arc,
+};
+
+/// One file.
+pub(crate) struct Knob {
+    name: &'static CStr,
+    mode: u16,
+}
+
+impl Knob {
+    /// A file that everybody may read and root may write.
+    pub(crate) const fn rw(name: &'static CStr) -> Self {
+        Self { name, mode: 0o644 }
+    }
+
+    /// A file that everybody may read.
+    pub(crate) const fn ro(name: &'static CStr) -> Self {
+        Self { name, mode: 0o444 }
+    }
+}
+
+/// The files of a directory, and what reading and writing them does. May sleep.
+pub(crate) trait Directory: Send + Sync {
+    /// The directory's name.
+    const NAME: &'static CStr;
+    /// Its files.
+    const KNOBS: &'static [Knob];
+
+    /// Writes what file number `knob` holds to `out`.
+    fn show(&self, knob: usize, out: &mut Output<'_>) -> Result;
+
+    /// Takes what was written to file number `knob`.
+    fn store(&self, knob: usize, input: Input<'_>) -> Result;
+}
+
+/// The content of a file that is being read: one page at most.
+pub(crate) struct Output<'a> {
+    buf: &'a mut [u8],
+    len: usize,
+}
+
+impl core::fmt::Write for Output<'_> {
+    fn write_str(&mut self, s: &str) -> core::fmt::Result {
+        let end = self.len.checked_add(s.len()).ok_or(core::fmt::Error)?;
+        let room = self.buf.get_mut(self.len..end).ok_or(core::fmt::Error)?;
+        room.copy_from_slice(s.as_bytes());
+        self.len = end;
+        Ok(())
+    }
+}
+
+/// What was written to a file.
+pub(crate) struct Input<'a>(&'a CStr);
+
+impl Input<'_> {
+    /// The number that it is, in base 10, as `kstrtouint()` takes it. `EINVAL` for anything else.
+    pub(crate) fn parse_u32(&self) -> Result<u32> {
+        let mut value: c_uint = 0;
+        // SAFETY: a C string, and a place for the result.
+        let ret = unsafe { bindings::kstrtouint(self.0.as_char_ptr(), 10, &raw mut value) };
+        if ret == 0 {
+            Ok(value)
+        } else {
+            Err(EINVAL)
+        }
+    }
+}
+
+/// The kobject of `/sys/kernel/mm`.
+pub(super) fn mm_kobj() -> *mut bindings::kobject {
+    // SAFETY: set at boot and never changed.
+    unsafe { ffi::rksm_mm_kobj() }
+}
+
+/// The attribute behind `/sys/kernel/mm/<group>/<file>`, made by `kobj_attribute`.
+pub(super) fn find_mm_attribute(
+    group: &CStr,
+    file: &CStr,
+) -> Option<NonNull<bindings::kobj_attribute>> {
+    /// A reference on a node of sysfs.
+    struct Node(NonNull<bindings::kernfs_node>);
+
+    impl Node {
+        /// # Safety
+        ///
+        /// `parent` is valid.
+        unsafe fn find(parent: *mut bindings::kernfs_node, name: &CStr) -> Option<Self> {
+            // SAFETY: the caller's promise.
+            let node =
+                unsafe { bindings::kernfs_find_and_get_ns(parent, name.as_char_ptr(), ptr::null()) };
+            NonNull::new(node).map(Self)
+        }
+    }
+
+    impl Drop for Node {
+        fn drop(&mut self) {
+            // SAFETY: got in `find`.
+            unsafe { bindings::kernfs_put(self.0.as_ptr()) };
+        }
+    }
+
+    // SAFETY: /sys/kernel/mm exists for ever, and the group is kept by a reference.
+    unsafe {
+        let group = Node::find((*mm_kobj()).sd, group)?;
+        let file = Node::find(group.0.as_ptr(), file)?;
+        // A sysfs file's node points at its attribute, the first member of a kobj_attribute.
+        NonNull::new((*file.0.as_ptr()).priv_.cast())
+    }
+}
+
+/// The kernel's view of one file, with the way back to its owner.
+#[repr(C)]
+struct Attribute<T> {
+    kernel: bindings::kobj_attribute,
+    owner: *const T,
+    knob: usize,
+}
+
+/// A directory that is shown. Dropping it removes the files and waits for whoever is using one.
+///
+/// # Invariants
+///
+/// `group` is registered; it and all it points at, `owner` included, stay where they are until it is
+/// removed.
+pub(crate) struct Shown<T: Directory + 'static> {
+    group: KBox<bindings::attribute_group>,
+    _attributes: KVec<Attribute<T>>,
+    _pointers: KVec<*mut bindings::attribute>,
+    _owner: Arc<T>,
+}
+
+// SAFETY: sysfs serialises what it does with the group; the rest is not used before the drop.
+unsafe impl<T: Directory> Send for Shown<T> {}
+// SAFETY: nothing can be done with a shared reference.
+unsafe impl<T: Directory> Sync for Shown<T> {}
+
+impl<T: Directory + 'static> Shown<T> {
+    /// Makes the directory.
+    pub(crate) fn new(owner: Arc<T>) -> Result<Self> {
+        let mut attributes = KVec::with_capacity(T::KNOBS.len(), GFP_KERNEL)?;
+        let mut pointers = KVec::with_capacity(T::KNOBS.len().saturating_add(1), GFP_KERNEL)?;
+        for (knob, spec) in T::KNOBS.iter().enumerate() {
+            let mut kernel: bindings::kobj_attribute = pin_init::zeroed();
+            kernel.attr.name = spec.name.as_char_ptr();
+            kernel.attr.mode = spec.mode;
+            kernel.__bindgen_anon_1.show = Some(show::<T>);
+            kernel.__bindgen_anon_2.store = Some(store::<T>);
+            attributes.push(
+                Attribute {
+                    kernel,
+                    owner: &raw const *owner,
+                    knob,
+                },
+                GFP_KERNEL,
+            )?;
+        }
+        for attribute in &mut attributes {
+            pointers.push(&raw mut attribute.kernel.attr, GFP_KERNEL)?;
+        }
+        pointers.push(ptr::null_mut(), GFP_KERNEL)?;
+        let mut group: bindings::attribute_group = pin_init::zeroed();
+        group.name = T::NAME.as_char_ptr();
+        group.__bindgen_anon_2.attrs = pointers.as_mut_ptr();
+        let group = KBox::new(group, GFP_KERNEL)?;
+        // SAFETY: the group and all it points at live in allocations that are not touched until
+        // `drop` removed it.
+        kernel::error::to_result(unsafe { bindings::sysfs_create_group(mm_kobj(), &*group) })?;
+        // INVARIANT: just registered.
+        Ok(Self {
+            group,
+            _attributes: attributes,
+            _pointers: pointers,
+            _owner: owner,
+        })
+    }
+}
+
+impl<T: Directory + 'static> Drop for Shown<T> {
+    fn drop(&mut self) {
+        // SAFETY: registered by the type invariant; this waits for all users of the files.
+        unsafe { bindings::sysfs_remove_group(mm_kobj(), &*self.group) };
+    }
+}
+
+/// # Safety
+///
+/// Called by sysfs for an attribute made by [`Shown::new`], with a page to write to.
+unsafe extern "C" fn show<T: Directory>(
+    _kobj: *mut bindings::kobject,
+    attr: *mut bindings::kobj_attribute,
+    buf: *mut c_char,
+) -> isize {
+    // SAFETY: the attribute is the first member of ours, which outlives its use by sysfs; the buffer
+    // is one page and nobody else's.
+    let (attribute, buf) = unsafe {
+        (
+            &*attr.cast::<Attribute<T>>(),
+            core::slice::from_raw_parts_mut(buf.cast::<u8>(), PAGE_SIZE),
+        )
+    };
+    let mut out = Output { buf, len: 0 };
+    // SAFETY: `Shown` keeps the owner as long as the file exists.
+    match unsafe { &*attribute.owner }.show(attribute.knob, &mut out) {
+        Ok(()) => out.len as isize,
+        Err(err) => err.to_errno() as isize,
+    }
+}
+
+/// # Safety
+///
+/// Called by sysfs for an attribute made by [`Shown::new`], with a C string.
+unsafe extern "C" fn store<T: Directory>(
+    _kobj: *mut bindings::kobject,
+    attr: *mut bindings::kobj_attribute,
+    buf: *const c_char,
+    count: usize,
+) -> isize {
+    // SAFETY: as in `show`; sysfs ends what was written with a NUL.
+    let (attribute, input) = unsafe { (&*attr.cast::<Attribute<T>>(), CStr::from_char_ptr(buf)) };
+    // SAFETY: `Shown` keeps the owner as long as the file exists.
+    match unsafe { &*attribute.owner }.store(attribute.knob, Input(input)) {
+        Ok(()) => count as isize,
+        Err(err) => err.to_errno() as isize,
+    }
+}

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! VMAs that may hold merged pages, and the pages in them.
+
+use super::{
+    ffi,
+    folio::{LockedPage, PageRef},
+    pte::{NotifierRange, PteLock},
+    stable::{ItemBox, NodeBox},
+    walk,
+};
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    mm::{virt::VmaRef, MmWithUser, MmapReadGuard},
+    page::PAGE_SIZE,
+    prelude::*,
+};
+
+/// A VMA with `VM_MERGEABLE` set and an `anon_vma`, under `mmap_lock` held for reading.
+///
+/// # Invariants
+///
+/// The VMA has an `anon_vma`, and the `mmap_lock` of its mm is held for reading for `'a`. (So
+/// neither its bounds, its flags nor its `anon_vma` change.)
+#[derive(Clone, Copy)]
+pub(crate) struct MergeableVma<'a> {
+    vma: &'a VmaRef,
+}
+
+/// The result of trying to merge one page.
+pub(crate) type MergeResult = Result;
+
+impl<'a> MergeableVma<'a> {
+    fn new(vma: &'a VmaRef) -> Option<Self> {
+        // SAFETY: `vma` is valid and its flags are stable, as `mmap_lock` is held.
+        // INVARIANT: the test includes the anon_vma.
+        unsafe { ffi::rksm_vma_mergeable(vma.as_ptr()) }.then_some(Self { vma })
+    }
+
+    /// The mergeable VMA that holds `addr`.
+    pub(crate) fn at(guard: &'a MmapReadGuard<'_>, addr: usize) -> Option<Self> {
+        guard.vma_lookup(addr).and_then(Self::new)
+    }
+
+    /// The first mergeable VMA that ends after `addr`, in an mm whose `mmap_lock` is `guard`.
+    pub(crate) fn next(
+        mm: &'a MmWithUser,
+        _guard: &'a MmapReadGuard<'_>,
+        addr: usize,
+    ) -> Option<Self> {
+        let mut from = addr;
+        loop {
+            // SAFETY: `mmap_lock` is held for reading.
+            let vma = NonNull::new(unsafe { bindings::find_vma(mm.as_raw(), from) })?;
+            // SAFETY: the VMA is valid while `mmap_lock` is held, which is for 'a.
+            let vma: &'a VmaRef = unsafe { VmaRef::from_raw(vma.as_ptr()) };
+            if let Some(found) = Self::new(vma) {
+                return Some(found);
+            }
+            from = vma.end();
+        }
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut bindings::vm_area_struct {
+        self.vma.as_ptr()
+    }
+
+    /// The address space.
+    pub(crate) fn mm(&self) -> &MmWithUser {
+        self.vma.mm()
+    }
+
+    /// The first address.
+    pub(crate) fn start(&self) -> usize {
+        self.vma.start()
+    }
+
+    /// The first address behind it.
+    pub(crate) fn end(&self) -> usize {
+        self.vma.end()
+    }
+
+    /// The anonymous page at `addr`, with a reference.
+    pub(crate) fn page_at(&self, addr: usize) -> Option<PageRef> {
+        walk::page_at(self, addr)
+    }
+
+    /// Makes the page at `addr` the page of `node`, with `item` as the first place that maps it.
+    ///
+    /// The page is split off its huge page if need be, write-protected, and left alone with
+    /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked. `EAGAIN`
+    /// means that it is not there any more. Takes the folio lock and a page-table lock.
+    pub(crate) fn publish(
+        &self,
+        addr: usize,
+        page: PageRef,
+        node: &NodeBox,
+        item: &mut ItemBox,
+    ) -> Result<PageRef> {
+        let page = self.lock_small(page)?;
+        self.write_protect(addr, &page)?;
+        // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
+        // it is either mapped here only, or shared by fork and so write-protected everywhere.
+        unsafe { node.publish(&page, item, self, addr) };
+        Ok(page.unlock())
+    }
+
+    /// Maps `kpage`, the page of `node`, at `addr` in place of `page`, if both have the same
+    /// content, and lists `item` with the node.
+    ///
+    /// Both stay write-protected and locked from the comparison to the end. Errors are as in
+    /// [`Self::publish`], and `EAGAIN` if the content differs.
+    pub(crate) fn join(
+        &self,
+        addr: usize,
+        page: PageRef,
+        kpage: &LockedPage,
+        node: &NodeBox,
+        item: &mut ItemBox,
+    ) -> MergeResult {
+        let page = self.lock_small(page)?;
+        let old = self.write_protect(addr, &page)?;
+        if page.differs_from(kpage) {
+            return Err(EAGAIN);
+        }
+        self.replace(addr, &page, kpage, old)?;
+        node.attach(kpage, item, self, addr)
+    }
+
+    /// Locks a page that can be merged and splits it off its folio.
+    fn lock_small(&self, page: PageRef) -> Result<LockedPage> {
+        // Do not wait: whoever has the lock is busy with the page, and there are other pages.
+        let page = page.try_lock().map_err(|_| EBUSY)?;
+        if !page.is_plain_anon() {
+            return Err(EAGAIN);
+        }
+        page.split()?;
+        Ok(page)
+    }
+
+    /// Write-protects the page at `addr`, and checks that nobody can still write to it by another
+    /// way. Returns the page-table entry that it leaves there.
+    ///
+    /// The order of the checks is that of `write_protect_page()` in mm/ksm.c, and so are the reasons.
+    fn write_protect(&self, addr: usize, page: &LockedPage) -> Result<bindings::pte_t> {
+        if page.is_large() {
+            return Err(EBUSY);
+        }
+        let _range = NotifierRange::start(self.mm(), addr);
+        let mut pte = PteLock::new(self, addr).ok_or(EAGAIN)?;
+        let entry = pte.get();
+        if !pte.maps(entry, page) {
+            return Err(EAGAIN);
+        }
+        // Merging would lose the mark, and with it somebody's notification.
+        // SAFETY: looks at a value only.
+        if unsafe { ffi::rksm_pte_uffd(entry) } {
+            return Err(EBUSY);
+        }
+        // SAFETY: looks at values, at the page that we keep, and at a counter of the mm.
+        let (exclusive, may_write) = unsafe {
+            (
+                ffi::rksm_page_anon_exclusive(page.as_ptr()),
+                ffi::rksm_pte_write(entry) || ffi::rksm_mm_tlb_flush_pending(self.mm().as_raw()),
+            )
+        };
+        if !(exclusive || may_write || pte.is_dirty(entry)) {
+            return Ok(entry);
+        }
+        // Clear and flush first, then count: get_user_pages_fast() takes references without any
+        // lock, and cannot any more once the entry is gone.
+        let entry = pte.clear_flush();
+        // SAFETY: the page is kept by our reference; the folio lock keeps the swap-cache flag.
+        let (maps, refs) = unsafe {
+            (
+                ffi::rksm_folio_mapcount(page.folio()),
+                ffi::rksm_folio_ref_count(page.folio()),
+            )
+        };
+        let expected = i64::from(maps) + 1 + i64::from(page.is_swapcache());
+        // SAFETY: the entry is cleared and flushed, as trying to share demands.
+        let shareable = expected == i64::from(refs)
+            && (!exclusive || unsafe { ffi::rksm_page_try_share(page.as_ptr()) } == 0);
+        if !shareable {
+            pte.set(entry);
+            return Err(EBUSY);
+        }
+        if pte.is_dirty(entry) {
+            // SAFETY: the folio is locked and kept.
+            unsafe { ffi::rksm_folio_set_dirty(page.folio()) };
+        }
+        // SAFETY: looks at a value only.
+        let entry = unsafe { ffi::rksm_pte_clean_wrprotect(entry) };
+        pte.set(entry);
+        Ok(entry)
+    }
+
+    /// Maps `kpage` in place of `page`, if the entry at `addr` still is `old`.
+    fn replace(
+        &self,
+        addr: usize,
+        page: &LockedPage,
+        kpage: &LockedPage,
+        old: bindings::pte_t,
+    ) -> Result {
+        let _range = NotifierRange::start(self.mm(), addr);
+        let mut pte = PteLock::new(self, addr).ok_or(EAGAIN)?;
+        // SAFETY: compares two values.
+        if !unsafe { ffi::rksm_pte_same(pte.get(), old) } {
+            return Err(EAGAIN);
+        }
+        // SAFETY: both folios are locked and kept by references of ours; the page-table lock is
+        // held and the entry maps `page`, so the mapping's reference and rmap of `page` are there
+        // to be dropped, and those of `kpage` are taken before the entry shows it.
+        unsafe {
+            ffi::rksm_folio_get(kpage.folio());
+            ffi::rksm_page_add_rmap(kpage.as_ptr(), self.as_ptr(), addr);
+            let new = ffi::rksm_mk_shared_pte(kpage.as_ptr(), self.as_ptr(), old);
+            pte.clear_flush();
+            pte.set(new);
+            ffi::rksm_page_remove_rmap(page.as_ptr(), self.as_ptr());
+            ffi::rksm_folio_drop_swap(page.folio());
+            ffi::rksm_folio_put(page.folio());
+        }
+        Ok(())
+    }
+
+    /// Replaces every KSM page in `start..end` by an ordinary page of the process, by the kernel's
+    /// own unshare fault.
+    ///
+    /// Fails with `ENOMEM` when there is no memory for a copy and `ERESTARTSYS` when the calling
+    /// task has a signal pending; what was not reached stays merged.
+    pub(crate) fn unmerge(&self, start: usize, end: usize) -> Result {
+        let mut from = start.max(self.start());
+        let end = end.min(self.end());
+        while from < end {
+            // SAFETY: no precondition but being allowed to sleep.
+            unsafe { ffi::rksm_cond_resched() };
+            if kernel::current!().signal_pending() {
+                return Err(ERESTARTSYS);
+            }
+            let Some(addr) = walk::next_ksm_page(self, from, end) else {
+                break;
+            };
+            // Again from the same address: the fault may back out, e.g. when another one raced.
+            from = addr;
+            // SAFETY: `mmap_lock` is held by the type invariant and `addr` lies in the VMA. Without
+            // FAULT_FLAG_ALLOW_RETRY the fault does not drop the lock.
+            let ret = unsafe { ffi::rksm_unshare(self.as_ptr(), addr) } as u32;
+            if ret & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
+                return Err(ENOMEM);
+            }
+            let gone = bindings::vm_fault_reason_VM_FAULT_SIGBUS
+                | bindings::vm_fault_reason_VM_FAULT_SIGSEGV;
+            if ret & gone != 0 {
+                // The backing file was truncated and its private pages went with it.
+                from = addr.saturating_add(PAGE_SIZE);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! rksm: merges equal anonymous pages of processes that ask for it.
+//!
+//! The module does what in-tree KSM does, with the kernel's own KSM pages, beside an in-tree engine
+//! that stays off. See `Documentation/architecture.md`.
+
+pub mod abi;
+mod engine;
+mod mm;
+
+use engine::Engine;
+use kernel::prelude::*;
+use mm::{intree, kthread::Kthread, sysfs::Shown};
+
+module! {
+    type: Rksm,
+    name: "rksm",
+    authors: ["rksm developers"],
+    description: "Merges equal anonymous pages",
+    license: "GPL",
+}
+
+/// The loaded module. Its parts are dropped in this order: nobody can ask for anything any more, then
+/// nobody reports anything, then nothing runs, and only then may in-tree KSM run again.
+struct Rksm {
+    _knobs: Shown<Engine>,
+    _probes: intree::Probes<Engine>,
+    _thread: Kthread<Engine>,
+    _blocked: intree::Blocked,
+}
+
+impl kernel::Module for Rksm {
+    fn init(module: &'static ThisModule) -> Result<Self> {
+        mm::abi::check()?;
+        let blocked = intree::Blocked::new()?;
+        let engine = Engine::new(module)?;
+        let thread = Kthread::spawn(engine.clone())?;
+        engine.set_waker(thread.waker());
+        let probes = intree::Probes::register(engine.clone())?;
+        engine.enter_registered();
+        let knobs = Shown::new(engine)?;
+        pr_info!("loaded\n");
+        Ok(Self {
+            _knobs: knobs,
+            _probes: probes,
+            _thread: thread,
+            _blocked: blocked,
+        })
+    }
+}
