@@ -3,7 +3,7 @@
 
 use crate::abi::btf::{self, Blob, Btf, Budget, Kind, Type};
 use crate::abi::signature::{self, ENTRIES_MAX, KIND_FUNC, KIND_STRUCT, NAME_MAX};
-use crate::list::Symbol;
+use crate::list::{Interface, Symbol};
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use object::read::elf::{FileHeader, SectionHeader};
 use object::{elf, Endianness};
@@ -105,8 +105,8 @@ fn distinct<'a>(
         .collect()
 }
 
-/// Make the file from BTF, the listed symbols and the listed structures.
-pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], structs: &[String]) -> Result<Generated> {
+/// Make the file from BTF, the listed symbols and the listed interfaces.
+pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], interfaces: &[Interface]) -> Result<Generated> {
     let types = by_name(btf)?;
     let mut notes = Vec::new();
 
@@ -136,10 +136,14 @@ pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], structs: &[String]) -> Result
         entries.extend(found.keys().map(|&signature| (kind, name, signature)));
         Ok(!found.is_empty())
     };
-    for name in structs {
+    for interface in interfaces {
+        let (kind, what, name) = match interface {
+            Interface::Struct(name) => (KIND_STRUCT, "struct", name),
+            Interface::Func(name) => (KIND_FUNC, "function", name),
+        };
         ensure!(
-            add(KIND_STRUCT, name)?,
-            "struct {name} is listed, but not in the kernel's BTF"
+            add(kind, name)?,
+            "{what} {name} is listed, but not in the kernel's BTF"
         );
     }
     let mut unchecked = Vec::new();

@@ -33,11 +33,23 @@ pub fn parse_symbols(text: &str) -> Result<Vec<Symbol>> {
     })
 }
 
-/// Parse a list of structures: `name` a line.
-pub fn parse_structs(text: &str) -> Result<Vec<String>> {
+/// A structure, union or function of the kernel whose signature is checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Interface {
+    /// Structure or union of this name.
+    Struct(String),
+    /// Function of this name, used otherwise than through a listed symbol.
+    Func(String),
+}
+
+/// Parse a list of interfaces: `name` of a structure, or `func name`, a line.
+pub fn parse_interfaces(text: &str) -> Result<Vec<Interface>> {
     parse(text, |item| {
-        let name = identifier(item)?;
-        Ok((name.clone(), name))
+        let interface = match item.split_once(char::is_whitespace) {
+            Some(("func", name)) => Interface::Func(identifier(name.trim())?),
+            _ => Interface::Struct(identifier(item)?),
+        };
+        Ok((format!("{interface:?}"), interface))
     })
 }
 
@@ -60,7 +72,7 @@ fn parse<T>(text: &str, mut item: impl FnMut(&str) -> Result<(String, T)>) -> Re
         }
         let (name, value) = item(line).with_context(|| format!("line {number}"))?;
         if !seen.insert(name.clone()) {
-            bail!("line {number}: {name} is listed twice");
+            bail!("line {number}: '{line}' is listed twice");
         }
         items.push(value);
     }
@@ -87,11 +99,31 @@ mod tests {
     }
 
     #[test]
+    fn interfaces() {
+        let list = parse_interfaces("page # why\nfunc  walk\nfunc\nfunc page\n").unwrap();
+        let expected = [
+            Interface::Struct("page".into()),
+            Interface::Func("walk".into()),
+            Interface::Struct("func".into()),
+            Interface::Func("page".into()),
+        ];
+        assert_eq!(list, expected);
+        for (text, says) in [
+            ("struct page\n", "line 1: 'struct page' is not a name"),
+            ("func a b\n", "line 1: 'a b' is not a name"),
+            ("func a\nfunc a\n", "line 2: 'func a' is listed twice"),
+        ] {
+            let error = format!("{:#}", parse_interfaces(text).unwrap_err());
+            assert!(error.starts_with(says), "{error}");
+        }
+    }
+
+    #[test]
     fn errors_name_the_line() {
         for (text, says) in [
             ("a\n\nb c\n", "line 3: 'b c' is not a name"),
             ("a,x\n", "line 1: the position is not a number"),
-            ("a\n# x\na,1\n", "line 3: a is listed twice"),
+            ("a\n# x\na,1\n", "line 3: 'a,1' is listed twice"),
             (",1\n", "line 1: '' is not a name"),
         ] {
             let error = format!("{:#}", parse_symbols(text).unwrap_err());

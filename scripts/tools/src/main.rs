@@ -54,7 +54,7 @@ fn layout(mut args: Arguments) -> Result<()> {
     let [] = rest(args, [])?;
 
     let symbols = parsed(&symbols, list::parse_symbols)?;
-    let structs = parsed(&structs, list::parse_structs)?;
+    let structs = parsed(&structs, list::parse_interfaces)?;
     let image = read(&vmlinux)?;
     let generated = layout::find_btf(&image)
         .and_then(|btf| Ok(Types::parse(btf)?))

@@ -5,9 +5,9 @@ mod common;
 
 use common::{small_kernel, Maker, STRUCT};
 use rksm_tools::layout::{find_btf, generate, Generated, Types};
-use rksm_tools::list::Symbol;
+use rksm_tools::list::{parse_interfaces, Symbol};
 
-fn run(data: &[u8], symbols: &[&str], structs: &[&str]) -> anyhow::Result<Generated> {
+fn run(data: &[u8], symbols: &[&str], interfaces: &[&str]) -> anyhow::Result<Generated> {
     let types = Types::parse(data)?;
     let symbols: Vec<_> = symbols
         .iter()
@@ -16,8 +16,8 @@ fn run(data: &[u8], symbols: &[&str], structs: &[&str]) -> anyhow::Result<Genera
             sympos: 0,
         })
         .collect();
-    let structs: Vec<_> = structs.iter().map(|name| name.to_string()).collect();
-    generate(&types.btf(), &symbols, &structs)
+    let interfaces = parse_interfaces(&interfaces.join("\n"))?;
+    generate(&types.btf(), &symbols, &interfaces)
 }
 
 fn error(data: &[u8], symbols: &[&str], structs: &[&str]) -> String {
@@ -80,7 +80,7 @@ fn constants_and_table() {
 fn the_same_input_makes_the_same_file() {
     let data = small_kernel().finish();
     let one = run(&data, &["walk", "drain"], &["mm_struct", "all"]).unwrap();
-    let other = run(&data, &["drain", "walk"], &["all", "mm_struct"]).unwrap();
+    let other = run(&data, &["drain"], &["func walk", "all", "mm_struct"]).unwrap();
     assert_eq!(one.text, other.text);
 }
 
@@ -100,6 +100,12 @@ fn what_is_missing_is_told() {
     let says = error(&data, &[], &["no_such_struct"]);
     assert!(
         says.contains("struct no_such_struct is listed, but not in"),
+        "{says}"
+    );
+
+    let says = error(&data, &[], &["func mm_struct"]);
+    assert!(
+        says.contains("function mm_struct is listed, but not in"),
         "{says}"
     );
 
