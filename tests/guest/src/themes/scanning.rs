@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The pace of the scan and the patience before a page merges.
 
-use std::time::Duration;
+use std::fs;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine::{self, wait_for};
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::proc;
-use crate::scan::Stepper;
+use crate::scan::{self, Stepper};
 use crate::worker::{verify_all, Worker};
 
 pub const THEME: Theme = Theme {
@@ -24,6 +25,7 @@ pub const THEME: Theme = Theme {
         ("sleep-millisecs-is-respected", 60, sleep_millisecs),
         ("thread-is-nice-and-sleeps-when-idle", 60, idle),
         ("thread-wakes-for-the-first-process", 60, wakes),
+        ("thread-freezes-with-the-system", 90, freezes),
     ],
 };
 
@@ -190,6 +192,46 @@ fn wakes() -> Outcome {
     wait_for("merge", Duration::from_secs(20), || {
         Ok(engine::read("pages_sharing")? == N as u64)
     })?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+/// Freezes all tasks for `seconds` and thaws them; false where the kernel
+/// has no test mode for that.
+fn freeze(seconds: u64) -> Result<bool> {
+    let delay = "/sys/module/suspend/parameters/pm_test_delay";
+    let set = fs::write("/sys/power/pm_test", "freezer")
+        .and_then(|()| fs::write(delay, seconds.to_string()));
+    if set.is_err() {
+        return Ok(false);
+    }
+    let frozen = fs::write("/sys/power/state", "freeze");
+    fs::write("/sys/power/pm_test", "none").context("pm_test")?;
+    frozen.context("freezing all tasks")?;
+    Ok(true)
+}
+
+fn freezes() -> Outcome {
+    const SECONDS: u64 = 2;
+    let mut workers = pair()?;
+    scan::passes(3)?;
+    // What it scans in a while when nothing stops it.
+    let rate = |limit: Duration| -> Result<u64> {
+        let before = engine::read("pages_scanned")?;
+        std::thread::sleep(limit);
+        Ok(engine::read("pages_scanned")? - before)
+    };
+    let awake = rate(Duration::from_secs(SECONDS))?;
+    let (before, start) = (engine::read("pages_scanned")?, Instant::now());
+    if !freeze(SECONDS)? {
+        return skip("the kernel has no freezer test");
+    }
+    let (frozen, took) = (engine::read("pages_scanned")? - before, start.elapsed());
+    println!("{awake} pages while awake, {frozen} around a freeze, which took {took:?}");
+    // It runs before and after, while other tasks are frozen and thawed.
+    ensure!(took >= Duration::from_secs(SECONDS));
+    ensure!(frozen < awake / 2, "it went on scanning while frozen");
+    ensure!(rate(Duration::from_secs(1))? > 0, "it did not thaw");
     verify_all(&mut workers)?;
     PASS
 }
