@@ -30,6 +30,7 @@ pub const THEME: Theme = Theme {
         ),
         ("in-tree-cannot-start-while-loaded", 60, in_tree_blocked),
         ("refused-unload-with-merged-pages", 60, refused_unload),
+        ("unload-after-the-sharers-are-gone", 60, unload_after_exit),
         ("unload-while-scanning", 60, unload_scanning),
         ("unload-with-registered-processes", 60, unload_registered),
         ("100-cycles", 240, cycles),
@@ -160,7 +161,7 @@ fn in_tree_blocked() -> Outcome {
     module::load()?;
     for value in ["1", "2"] {
         let result = write_to(in_tree(), "run", value.as_bytes());
-        ensure!(result.is_err(), "in-tree run={value} was accepted");
+        expect_errno(&format!("in-tree run={value}"), result, libc::EBUSY)?;
         ensure!(engine::read_from(in_tree(), "run")? == 0);
     }
     // Stopping what is stopped does no harm, whatever the answer.
@@ -182,17 +183,17 @@ fn in_tree_blocked() -> Outcome {
 
 fn refused_unload() -> Outcome {
     let mut workers = pair()?;
+    let mut log = Log::from_now()?;
     module::load()?;
     scan::until_merged(N as u64, N as u64)?;
     for running in [true, false] {
         engine::write("run", u8::from(running))?;
-        let mut log = Log::from_now()?;
         expect_errno("unload", module::unload(), libc::EBUSY)?;
-        log.expect(&["rksm", "2", "run"])?;
         ensure!(module::loaded());
         ensure!(workers[0].merged()? == N && workers[1].merged()? == N);
         verify_all(&mut workers)?;
     }
+    log.expect(&["rksm", "writing 2", "/sys/kernel/mm/rksm/run"])?;
     // It goes on working after the refusal.
     let mut late = Worker::mergeable(N, 100)?;
     scan::until_merged(N as u64, 2 * N as u64)?;
@@ -201,6 +202,25 @@ fn refused_unload() -> Outcome {
     expect_gone()?;
     verify_all(&mut workers)?;
     late.verify()?;
+    PASS
+}
+
+fn unload_after_exit() -> Outcome {
+    let mut log = Log::from_now()?;
+    module::load()?;
+    for end in [Worker::exit, Worker::kill] {
+        let workers = pair()?;
+        scan::until_merged(N as u64, N as u64)?;
+        scan::stop()?;
+        workers.into_iter().try_for_each(end)?;
+        // No merged page is left, so nobody has to write anything.
+        wait_for("unload", Duration::from_secs(5), || {
+            Ok(module::unload().is_ok())
+        })?;
+        expect_gone()?;
+        module::load()?;
+    }
+    log.expect(&["rksm", "loaded"])?;
     PASS
 }
 
@@ -312,19 +332,24 @@ fn places(hay: &[u8], needle: &[u8]) -> Vec<usize> {
 }
 
 fn other_layout() -> Outcome {
-    // The table of expected interfaces: a magic number, the number of
-    // entries, then entries of which the first 8 bytes are the signature.
+    // The table of expected interfaces (scripts/tools/README.md): magic and
+    // number, then entries of signature, kind, length of the name, and name.
+    let mut name = String::new();
     let patched = Patched::new(|image| {
         let found = places(image, b"RKSMABI1");
         ensure!(found.len() == 1, "{} tables in the module", found.len());
-        image[found[0] + 16] ^= 1;
+        let entry = found[0] + 16;
+        image[entry] ^= 1;
+        let (text, len) = (entry + 10, usize::from(image[entry + 9]));
+        name = String::from_utf8_lossy(&image[text..text + len]).into_owned();
         Ok(())
     })?;
     let mut log = Log::from_now()?;
     let result = module::load_file(&patched.0);
     ensure!(result.is_err(), "loaded on a kernel that it does not fit");
     expect_gone()?;
-    log.expect(&["rksm", "struct", "layout"])?;
+    println!("changed the signature of {name}");
+    log.expect(&["rksm", "struct", &name])?;
     // The module as built is fine.
     module::load()?;
     PASS
