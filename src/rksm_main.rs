@@ -11,7 +11,7 @@ mod mm;
 
 use engine::Engine;
 use kernel::prelude::*;
-use mm::{intree, kthread::Kthread, sysfs::Shown};
+use mm::{intree, kthread::Kthread, sysfs::Shown, unload};
 
 module! {
     type: Rksm,
@@ -27,6 +27,7 @@ struct Rksm {
     _knobs: Shown<Engine>,
     _probes: intree::Probes<Engine>,
     _thread: Kthread<Engine>,
+    _explainer: Option<unload::Explainer>,
     _blocked: intree::Blocked,
 }
 
@@ -45,6 +46,7 @@ impl kernel::Module for Rksm {
             _knobs: knobs,
             _probes: probes,
             _thread: thread,
+            _explainer: unload::Explainer::new(),
             _blocked: blocked,
         })
     }

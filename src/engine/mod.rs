@@ -16,6 +16,7 @@ mod stats;
 use crate::mm::{
     intree, kthread,
     stable::{Detached, ItemBox, NodeBox},
+    unload,
     word::{PageState, PageWord},
 };
 use index::{Index, Place, SlotId, StableKey};
@@ -91,7 +92,7 @@ pub(crate) struct State {
     /// Pages that are remembered, merged ones included.
     pages: usize,
     cursor: scan::Cursor,
-    pin: intree::UnloadPin,
+    pin: unload::Pin,
 }
 
 impl Engine {
@@ -228,7 +229,7 @@ impl State {
             items: 0,
             pages: 0,
             cursor: scan::Cursor::new(),
-            pin: intree::UnloadPin::new(module),
+            pin: unload::Pin::new(module),
         }
     }
 

@@ -4,6 +4,7 @@
  * forced by a macro belongs in Rust.
  */
 #include <linux/ksm.h>
+#include <linux/kprobes.h>
 #include <linux/kthread.h>
 #include <linux/leafops.h>
 #include <linux/memory_hotplug.h>
@@ -11,6 +12,7 @@
 #include <linux/oom.h>
 #include <linux/pagewalk.h>
 #include <linux/tracepoint.h>
+#include <linux/uaccess.h>
 #include <linux/xxhash.h>
 #include <asm/tlbflush.h>
 
@@ -583,4 +585,40 @@ void rksm_module_unpin(struct module *mod)
 	mutex_lock(&module_mutex);
 	mod->exit = rksm_module_exit;
 	mutex_unlock(&module_mutex);
+}
+
+bool rksm_module_pinned(struct module *mod)
+{
+	return !READ_ONCE(mod->exit);
+}
+
+/* src/mm/unload.rs */
+void rksm_unload_attempt(unsigned long name);
+
+static int rksm_before_delete_module(struct kprobe *kp, struct pt_regs *regs)
+{
+	const struct pt_regs *args = (void *)regs_get_kernel_argument(regs, 0);
+
+	rksm_unload_attempt(regs_get_kernel_argument((struct pt_regs *)args, 0));
+	return 0;
+}
+
+static struct kprobe rksm_delete_module_probe = {
+	.symbol_name = "__x64_sys_delete_module",
+	.pre_handler = rksm_before_delete_module,
+};
+
+int rksm_watch_unload(void)
+{
+	return register_kprobe(&rksm_delete_module_probe);
+}
+
+void rksm_unwatch_unload(void)
+{
+	unregister_kprobe(&rksm_delete_module_probe);
+}
+
+long rksm_copy_user_nofault(void *to, unsigned long from, unsigned long len)
+{
+	return copy_from_user_nofault(to, (void __user *)from, len);
 }

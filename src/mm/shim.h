@@ -129,5 +129,9 @@ void rksm_intree_for_each_mm(rksm_mm_fn fn, void *data);
 /* The module itself. */
 bool rksm_module_pin(struct module *mod);
 void rksm_module_unpin(struct module *mod);
+bool rksm_module_pinned(struct module *mod);
+int rksm_watch_unload(void);
+void rksm_unwatch_unload(void);
+long rksm_copy_user_nofault(void *to, unsigned long from, unsigned long len);
 
 #endif /* _RKSM_SHIM_H */
