@@ -68,6 +68,7 @@ cache_paths()
 		RKSM_TREE=$(cd "$KDIR" 2>/dev/null && pwd -P) ||
 			die "KDIR=$KDIR is not a directory"
 		RKSM_VMLINUX=$RKSM_TREE/vmlinux
+		[[ -e $RKSM_VMLINUX ]] || RKSM_VMLINUX=$RKSM_CACHE/vmlinux-$rootkey
 	else
 		RKSM_TREE=$RKSM_STOCK_TREE
 		RKSM_VMLINUX=$RKSM_TREE/vmlinux.stock

@@ -81,7 +81,7 @@ extern "C" fn rksm_unload_attempt(name: usize) {
     };
     if ret == 0 && given == *NAME {
         pr_err!(
-            "unloading is refused while pages are merged: write 2 to /sys/kernel/mm/rksm/run first\n"
+            "unloading is refused while pages are merged; writing 2 to /sys/kernel/mm/rksm/run unmerges them\n"
         );
     }
 }
