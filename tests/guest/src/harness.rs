@@ -75,6 +75,13 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Runs a check of the runner's own as a test.
+    fn guard(&mut self, name: &str, check: fn() -> Outcome) {
+        let begin = Instant::now();
+        let report = guarded(RESET_LIMIT, check);
+        self.report(name, &report, begin.elapsed());
+    }
+
     fn report(&mut self, name: &str, report: &Report, took: Duration) {
         self.number += 1;
         let n = self.number;
@@ -95,8 +102,9 @@ impl Tally {
 /// Runs `themes` and says whether all tests passed.
 pub fn run(themes: &[&Theme]) -> Result<bool> {
     sys::become_subreaper().context("subreaper")?;
-    // Each theme ends with one more test, about the in-tree engine.
-    let plan: usize = themes.iter().map(|t| t.tests.len() + 1).sum();
+    // Each theme ends with one more test, about the in-tree engine, and the
+    // whole with one about unloading.
+    let plan: usize = themes.iter().map(|t| t.tests.len() + 1).sum::<usize>() + 1;
     println!("KTAP version 1");
     println!("1..{plan}");
     let mut tally = Tally::default();
@@ -104,6 +112,7 @@ pub fn run(themes: &[&Theme]) -> Result<bool> {
         println!("# {}: {}", theme.name, theme.about);
         run_theme(theme, &mut tally);
     }
+    tally.guard("unloads-after-all-tests", unloads);
     Ok(tally.failed == 0)
 }
 
@@ -114,9 +123,7 @@ fn run_theme(theme: &Theme, tally: &mut Tally) {
         let report = run_test(theme, test);
         tally.report(&name(test.name), &report, begin.elapsed());
     }
-    let begin = Instant::now();
-    let report = guarded(RESET_LIMIT, in_tree_stopped);
-    tally.report(&name("in-tree-run-stays-0"), &report, begin.elapsed());
+    tally.guard(&name("in-tree-run-stays-0"), in_tree_stopped);
 }
 
 fn run_test(theme: &Theme, test: &Test) -> Report {
@@ -162,6 +169,14 @@ fn in_tree_stopped() -> Outcome {
     }
     let run = engine::read_from(Path::new(engine::IN_TREE), "run")?;
     anyhow::ensure!(run == 0, "{}/run reads {run}", engine::IN_TREE);
+    PASS
+}
+
+fn unloads() -> Outcome {
+    if engine::is_in_tree() {
+        return skip("the in-tree engine is not a module");
+    }
+    module::ensure_loaded(false)?;
     PASS
 }
 

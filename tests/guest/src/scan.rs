@@ -5,9 +5,10 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 
 use crate::engine::{self, wait_for, Counters};
+use crate::proc;
 use crate::region::Region;
 
 /// Long enough for a pass over a test's few pages on a slow emulated CPU.
@@ -106,12 +107,17 @@ impl Stepper {
             let now = engine::counters()?;
             Ok(now.scanned != before.scanned || now.full_scans != before.full_scans)
         })?;
-        // The batch is over when nothing moves any more.
+        self.settle()
+    }
+
+    /// Waits until the batch is over: the thread sleeps, and nothing moves.
+    fn settle(&self) -> Result<Counters> {
+        let thread = proc::kernel_thread(engine::thread_name())?.context("no scanning thread")?;
         let mut last = engine::counters()?;
         loop {
-            std::thread::sleep(Duration::from_millis(60));
+            std::thread::sleep(Duration::from_millis(40));
             let now = engine::counters()?;
-            if now == last {
+            if now == last && proc::stat(thread)?.state == 'S' {
                 return Ok(now);
             }
             last = now;

@@ -138,13 +138,16 @@ fn sleep_millisecs() -> Outcome {
     engine::write("pages_to_scan", BATCH)?;
     engine::write("sleep_millisecs", 1000)?;
     let before = engine::read("pages_scanned")?;
+    let start = Instant::now();
     engine::write("run", 1)?;
     std::thread::sleep(Duration::from_millis(3500));
     engine::write("run", 0)?;
     let pages = engine::read("pages_scanned")? - before;
-    // At 0, 1, 2 and 3 s; a late clock may lose some, and none may be added.
-    ensure!(pages >= 2 * BATCH, "only {pages} pages in 3.5 s");
-    ensure!(pages <= 5 * BATCH, "{pages} pages in 3.5 s");
+    // One batch at once, and one each second; a busy machine may lose some.
+    let took = start.elapsed();
+    ensure!(pages >= 2 * BATCH, "only {pages} pages in {took:?}");
+    let most = (took.as_secs() + 2) * BATCH;
+    ensure!(pages <= most, "{pages} pages in {took:?}");
     worker.exit()?;
     PASS
 }
