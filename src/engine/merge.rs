@@ -152,7 +152,7 @@ impl State {
         }
         // A merged page that nobody shares is no gain: undo it. This page waits from now on, so
         // that it is the other one's turn to be tried first, which costs nothing when it is pinned.
-        self.undo(mm, place, sum);
+        self.undo(mm, place, key);
         self.wait(place, sum);
     }
 
@@ -228,7 +228,7 @@ impl State {
     }
 
     /// Makes the merged page at `place` an ordinary page again.
-    fn undo(&mut self, mm: &MmWithUser, place: Place, sum: Checksum) {
+    fn undo(&mut self, mm: &MmWithUser, place: Place, key: StableKey) {
         {
             let guard = mm.mmap_read_lock();
             if let Some(vma) = MergeableVma::at(&guard, place.addr) {
@@ -247,11 +247,11 @@ impl State {
             .get_mut(&place.slot)
             .and_then(|mm| mm.pages.get_mut(place.addr))
             .and_then(PageWord::take_item);
-        self.reword(place, PageWord::seen(sum));
+        self.reword(place, PageWord::seen(key.sum));
         if let Some(item) = item {
             self.detach(item);
         }
-        self.sweep_limbo(false);
+        self.settle(key, false);
     }
 
     /// Lists the page at `place` with the node whose page it is: a child inherited the mapping.
@@ -308,7 +308,8 @@ impl Engine {
             }
             state.forget_unmerged(id, &mm);
         }
-        state.sweep_limbo(true);
+        state.swept = None;
+        state.sweep_limbo(usize::MAX, true);
         self.publish_stats(state);
         Ok(())
     }

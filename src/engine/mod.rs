@@ -92,6 +92,8 @@ pub(crate) struct State {
     /// Pages that are remembered, merged ones included.
     pages: usize,
     cursor: scan::Cursor,
+    /// How far [`State::sweep_limbo`] has come.
+    swept: Option<StableKey>,
     pin: unload::Pin,
 }
 
@@ -161,7 +163,7 @@ impl Engine {
             state.forget_mm(id);
             drop(mm);
         }
-        state.sweep_limbo(self.run() != run::MERGE);
+        state.sweep_limbo(LIMBO_SWEEP, self.run() != run::MERGE);
         self.publish_stats(state);
     }
 
@@ -220,6 +222,8 @@ impl kthread::Main for Engine {
 /// How soon to look again at nodes whose pages are about to be freed.
 const LIMBO_RETRY_MS: u32 = 20;
 const LIMBO_RETRY_MAX_MS: u32 = 1000;
+/// How many of them at a time.
+const LIMBO_SWEEP: usize = 1024;
 
 impl State {
     fn new(module: &'static ThisModule) -> Self {
@@ -229,6 +233,7 @@ impl State {
             items: 0,
             pages: 0,
             cursor: scan::Cursor::new(),
+            swept: None,
             pin: unload::Pin::new(module),
         }
     }
@@ -279,6 +284,7 @@ impl State {
                 break;
             };
             self.forget(Place { slot, addr });
+            crate::mm::cond_resched();
         }
     }
 
@@ -329,26 +335,41 @@ impl State {
         self.unpin_if_empty();
     }
 
-    /// Frees the nodes without known mappings whose pages are gone. With `force`, also those whose
-    /// pages are only left in the swap cache.
-    fn sweep_limbo(&mut self, force: bool) {
-        let mut key = self.index.next_limbo(None);
-        while let Some(at) = key {
-            key = self.index.next_limbo(Some(at));
-            let gone = match self.index.node(at).map(|node| (node, node.page())) {
-                None | Some((_, None)) => true,
-                Some((_, Some(page))) if page.is_mapped() => false,
-                Some((_, Some(page))) if page.is_swapcache() && !force => false,
-                Some((node, Some(page))) => {
-                    drop(page);
-                    node.abandon_unmapped()
-                }
+    /// Frees nodes without known mappings whose pages are gone: all of them, or some each time. With
+    /// `force`, also those whose pages are only left in the swap cache.
+    fn sweep_limbo(&mut self, most: usize, force: bool) {
+        let mut next = self.index.next_limbo(self.swept);
+        for _ in 0..most {
+            let Some(key) = next else {
+                break;
             };
-            if gone {
-                self.release(at);
-            }
+            self.swept = Some(key);
+            next = self.index.next_limbo(self.swept);
+            self.settle(key, force);
+            crate::mm::cond_resched();
         }
-        self.unpin_if_empty();
+        if next.is_none() {
+            self.swept = None;
+        }
+    }
+
+    /// Frees a node without known mappings if its page is gone.
+    fn settle(&mut self, key: StableKey, force: bool) {
+        let Some(node) = self.index.node(key) else {
+            return;
+        };
+        let gone = match node.page() {
+            None => true,
+            Some(page) if page.is_mapped() => false,
+            Some(page) if page.is_swapcache() && !force => false,
+            Some(page) => {
+                drop(page);
+                node.abandon_unmapped()
+            }
+        };
+        if gone {
+            self.release(key);
+        }
     }
 
     fn unpin_if_empty(&mut self) {
@@ -365,6 +386,7 @@ impl Drop for State {
         while let Some(slot) = self.mms.cursor_front().map(|first| *first.current().0) {
             self.forget_mm(slot);
         }
-        self.sweep_limbo(true);
+        self.swept = None;
+        self.sweep_limbo(usize::MAX, true);
     }
 }

@@ -207,8 +207,9 @@ impl<W> PageMap<W> {
     pub(crate) fn bytes(&self) -> usize {
         // Three words of `struct rb_node`, then key and value.
         let node = 4 * size_of::<usize>() + size_of::<Leaf<W>>();
-        self.leaves.iter().fold(0, |sum, (_, leaf)| {
-            sum + node + leaf.words.capacity() * size_of::<W>()
+        self.leaves.iter().fold(0usize, |sum, (_, leaf)| {
+            let words = leaf.words.capacity().saturating_mul(size_of::<W>());
+            sum.saturating_add(node).saturating_add(words)
         })
     }
 

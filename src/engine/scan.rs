@@ -9,7 +9,7 @@ use super::{
 };
 use crate::mm::{
     kthread::Current,
-    stable::NodeId,
+    stable::{ItemBox, NodeId},
     vma::MergeableVma,
     walk::{self, Batch, Seen, SeenPage, BATCH_PAGES},
     word::{PageState, PageWord},
@@ -133,7 +133,7 @@ impl Engine {
             Some(pages) => Step::Looked(pages),
             None => {
                 if let Some(known) = state.mms.get(&slot) {
-                    crate::mm::report_metadata(&mm, known.pages.bytes() + self.item_bytes(known));
+                    crate::mm::report_metadata(&mm, known.bytes());
                 }
                 state.cursor.slot = slot.wrapping_add(1);
                 state.cursor.addr = 0;
@@ -211,10 +211,13 @@ impl Engine {
         }
         Some(batch.len())
     }
+}
 
-    /// What the items of an address space take, in bytes.
-    fn item_bytes(&self, known: &super::MmState) -> usize {
-        crate::mm::merging_pages(&known.mm) * crate::mm::stable::ItemBox::SIZE
+impl super::MmState {
+    /// What is kept for the address space, in bytes.
+    fn bytes(&self) -> usize {
+        let items = crate::mm::merging_pages(&self.mm).saturating_mul(ItemBox::SIZE);
+        self.pages.bytes().saturating_add(items)
     }
 }
 

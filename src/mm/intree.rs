@@ -25,6 +25,9 @@ pub(crate) trait Listener: Send + Sync {
     fn exit(&self, mm: &Mm);
 }
 
+// shim.c walks the in-tree registrations as a list of their first member.
+const _: () = assert!(crate::abi::layout::KSM_MM_SLOT_SLOT == 0);
+
 /// Calls `enter` for every address space that in-tree KSM has registered.
 ///
 /// One that `enter` was called for goes through the `ksm_exit` tracepoint later, as in-tree KSM takes

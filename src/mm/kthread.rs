@@ -56,10 +56,12 @@ impl Current {
             // SAFETY: the state was set; no lock is held.
             left = unsafe { bindings::schedule_timeout(left) };
         }
-        // SAFETY: concerns the current task only; no lock is held.
+        // SAFETY: concerns the current task only; no lock is held. (A sleep of no time at all must
+        // still let others run.)
         unsafe {
             ffi::rksm_set_running();
             ffi::rksm_try_to_freeze();
+            ffi::rksm_cond_resched();
         }
     }
 

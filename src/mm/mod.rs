@@ -45,6 +45,12 @@ pub(crate) fn lru_add_drain_all() {
     unsafe { ffi::rksm_lru_add_drain_all() };
 }
 
+/// Lets others run. Sleeping must be allowed.
+pub(crate) fn cond_resched() {
+    // SAFETY: reached from process context without spinlocks only, as all users of locks here are.
+    unsafe { ffi::rksm_cond_resched() };
+}
+
 /// How many of the pages that `mm` maps are listed as merged.
 pub(crate) fn merging_pages(mm: &Mm) -> usize {
     // SAFETY: the mm is kept; the counter is a word that only the engine writes.

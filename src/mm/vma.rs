@@ -28,8 +28,11 @@ pub(crate) struct MergeableVma<'a> {
     vma: &'a VmaRef,
 }
 
-/// The result of trying to merge one page.
-pub(crate) type MergeResult = Result;
+/// Outcomes of a fault after which trying again is no use.
+const HOPELESS: u32 = bindings::vm_fault_reason_VM_FAULT_SIGBUS
+    | bindings::vm_fault_reason_VM_FAULT_SIGSEGV
+    | bindings::vm_fault_reason_VM_FAULT_HWPOISON
+    | bindings::vm_fault_reason_VM_FAULT_HWPOISON_LARGE;
 
 impl<'a> MergeableVma<'a> {
     fn new(vma: &'a VmaRef) -> Option<Self> {
@@ -118,7 +121,7 @@ impl<'a> MergeableVma<'a> {
         kpage: &LockedPage,
         node: &NodeBox,
         item: &mut ItemBox,
-    ) -> MergeResult {
+    ) -> Result {
         let page = self.lock_small(page)?;
         let old = self.write_protect(addr, &page)?;
         if page.differs_from(kpage) {
@@ -251,10 +254,9 @@ impl<'a> MergeableVma<'a> {
             if ret & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
                 return Err(ENOMEM);
             }
-            let gone = bindings::vm_fault_reason_VM_FAULT_SIGBUS
-                | bindings::vm_fault_reason_VM_FAULT_SIGSEGV;
-            if ret & gone != 0 {
-                // The backing file was truncated and its private pages went with it.
+            if ret & HOPELESS != 0 {
+                // The backing file was truncated and its private pages went with it, or the memory
+                // of the page is broken.
                 from = addr.saturating_add(PAGE_SIZE);
             }
         }

@@ -12,12 +12,13 @@ use std::fmt::Write;
 
 /// Structures whose layout the module must share, with the members that the rest of the kernel
 /// looks at.
-const SHARED: [(&str, &[&str]); 2] = [
+const SHARED: [(&str, &[&str]); 3] = [
     ("ksm_stable_node", &["hlist", "kpfn"]),
     (
         "ksm_rmap_item",
         &["hlist", "address", "linear_page_index", "anon_vma", "mm"],
     ),
+    ("ksm_mm_slot", &["slot"]),
 ];
 
 /// Alignment is not in BTF. No member of these structures asks for more than a word.

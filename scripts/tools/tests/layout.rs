@@ -48,6 +48,7 @@ fn constants_and_table() {
         "pub const KSM_RMAP_ITEM_AGE: usize = 28;",
         "pub const KSM_RMAP_ITEM_LINEAR_PAGE_INDEX: usize = 24;",
         "pub const KSM_RMAP_ITEM_HLIST: usize = 32;",
+        "pub const KSM_MM_SLOT_SLOT: usize = 0;",
         "pub static EXPECTED: Table<3> = Table {",
         "// Not checked, no function in BTF: jiffies",
     ] {

@@ -195,6 +195,13 @@ pub fn small_kernel() -> Maker {
         ],
     );
 
+    m.aggregate(
+        STRUCT,
+        "ksm_mm_slot",
+        16,
+        &[("slot", mm_ptr, 0), ("rmap_list", mm_ptr, 64)],
+    );
+
     let constant = m.refer("", CONST, mm);
     let constant_ptr = m.ptr(constant);
     m.func("walk", int, &[constant_ptr, long, 0]);
