@@ -16,6 +16,7 @@ export RKSM_CACHE
 ROOT_RECIPE=3
 ROOT_SUITE=trixie
 KERNEL_SUITE=trixie-backports
+# shellcheck disable=SC2034 # for scripts/setup
 KERNEL_SERIES=7.3
 ROOT_PACKAGES=(
 	# building the kernel tree and the module

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# What is done where: Documentation/setup.md.
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo test check module shell setup clean distclean
+
+help:
+	@echo 'make demo       set up, build, and merge real memory in a guest'
+	@echo 'make test       set up, build, and run every test'
+	@echo 'make check      rustfmt, clippy, host tests: seconds, no guest'
+	@echo 'make module     build/rksm.ko'
+	@echo 'make shell      a guest with the module ready to load'
+	@echo 'make setup      only what the others need: Debian root and kernel tree'
+	@echo 'make clean      remove build/'
+	@echo 'make distclean  remove build/ and the cache'
+	@echo
+	@echo 'RKSM_CACHE=DIR    where the cache is (~/.cache/rksm)'
+	@echo 'RKSM_MIRROR=URL   Debian archive (the one of this machine'"'"'s apt)'
+	@echo 'KERNEL=VERSION    another kernel of the archive, such as 7.3.4+deb13-amd64'
+	@echo 'KDIR=DIR          build against this prepared kernel tree'
+
+setup:
+	@scripts/setup
+
+module: setup
+	@scripts/build-module
+
+demo: module
+	@tests/demo/run
+
+test: module
+	@scripts/test
+
+check: setup
+	@mkdir -p build; : > build/tally
+	@scripts/ktap-sum check build/tally scripts/check; scripts/ktap-sum --total build/tally
+
+shell: module
+	@scripts/shell
+
+clean:
+	rm -rf build
+
+distclean: clean
+	@scripts/setup --remove
