@@ -19,6 +19,30 @@ pub fn meminfo(key: &str) -> Result<i64> {
     number_after(&text, &format!("{key}:")).with_context(|| format!("{key} in meminfo"))
 }
 
+/// Free memory in KiB, with what each CPU keeps for itself, which can be
+/// much and which MemFree leaves out.
+pub fn free_kib() -> Result<i64> {
+    // Each CPU counts for itself and hands in its sum now and then: now.
+    fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
+    let text = fs::read_to_string("/proc/zoneinfo").context("zoneinfo")?;
+    Ok(free_pages(&text) * 4)
+}
+
+/// Sums up the free pages of /proc/zoneinfo.
+fn free_pages(zoneinfo: &str) -> i64 {
+    let mut words = zoneinfo.split_whitespace();
+    let mut sum = 0;
+    while let Some(word) = words.next() {
+        if word == "nr_free_pages" || word == "count:" {
+            sum += words
+                .next()
+                .and_then(|n| n.parse::<i64>().ok())
+                .unwrap_or(0);
+        }
+    }
+    sum
+}
+
 fn number_after(text: &str, key: &str) -> Result<i64> {
     text.lines()
         .find_map(|line| {
@@ -133,6 +157,14 @@ mod tests {
         let text = "ksm_rmap_items 3\nksm_process_profit -4096\n";
         assert_eq!(number_after(text, "ksm_process_profit").unwrap(), -4096);
         assert!(number_after(text, "ksm_process").is_err());
+    }
+
+    #[test]
+    fn free_pages_are_those_of_zones_and_of_cpus() {
+        let text = "Node 0, zone DMA\n      nr_free_pages 100\n  pagesets\n    cpu: 0\n\
+                    \x20             count:    20\n              high:     5\n    cpu: 1\n\
+                    \x20             count:    3\nNode 0, zone Normal\n      nr_free_pages 1000\n";
+        assert_eq!(free_pages(text), 1123);
     }
 
     #[test]

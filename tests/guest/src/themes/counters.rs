@@ -22,6 +22,8 @@ pub const THEME: Theme = Theme {
         ("scanned-and-full-scans-advance", 60, advance),
         ("run-0-keeps-them", 60, kept),
         ("profit-of-a-process", 60, profit),
+        ("merging-frees-memory", 90, frees_memory),
+        ("splitting-and-exit-free-all-memory", 120, leaks_nothing),
     ],
 };
 
@@ -164,5 +166,59 @@ fn profit() -> Outcome {
     scan::passes(2)?;
     let profit = proc::ksm_stat(worker.pid(), "ksm_process_profit")?;
     ensure!(profit <= 0, "profit {profit} with nothing merged");
+    PASS
+}
+
+/// Pages of the tests that look at the machine's memory as a whole: 16 MiB,
+/// well above what everything else in the guest does meanwhile.
+const MANY: usize = 4096;
+const MANY_KIB: i64 = 4 * MANY as i64;
+
+/// A worker with MANY pages of which each 64 are equal, merged.
+fn merge_many() -> Result<Worker> {
+    let mut worker = Worker::with_pages(MANY)?;
+    for i in (0..MANY).step_by(64) {
+        worker.fill(i, 64, 100 + i as u64, 0)?;
+    }
+    worker.advise(0, MANY, libc::MADV_MERGEABLE)?;
+    Ok(worker)
+}
+
+fn merged_many() -> Result<()> {
+    scan::until_merged(MANY as u64 / 64, MANY as u64 * 63 / 64)
+}
+
+fn frees_memory() -> Outcome {
+    let mut worker = merge_many()?;
+    let before = proc::free_kib()?;
+    merged_many()?;
+    scan::stop()?;
+    let gain = proc::free_kib()? - before;
+    println!("{gain} KiB freed of {MANY_KIB}");
+    ensure!(gain > MANY_KIB * 3 / 4, "{gain} KiB freed of {MANY_KIB}");
+    worker.verify()?;
+    PASS
+}
+
+fn leaks_nothing() -> Outcome {
+    const ROUNDS: usize = 4;
+    // Once before measuring: memory that is kept for the next time is no leak.
+    merge_many()?.exit()?;
+    let before = proc::free_kib()?;
+    for round in 0..ROUNDS {
+        let mut worker = merge_many()?;
+        merged_many()?;
+        match round % 3 {
+            0 => worker.poke(0, MANY, 1, 1)?,
+            1 => worker.advise(0, MANY, libc::MADV_UNMERGEABLE)?,
+            _ => {}
+        }
+        worker.exit()?;
+        scan::until_merged(0, 0)?;
+    }
+    engine::write("run", 2)?;
+    let loss = before - proc::free_kib()?;
+    println!("{loss} KiB less after {ROUNDS} rounds of {MANY_KIB} KiB");
+    ensure!(loss < MANY_KIB / 2, "{loss} KiB lost");
     PASS
 }
