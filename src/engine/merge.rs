@@ -8,7 +8,7 @@
 use super::{
     checksum::Checksum,
     index::{Place, SlotId, StableKey, MAX_COMPARES},
-    scan::use_mm,
+    scan::{use_mm, Cursor},
     Engine, State, GFP_SCAN,
 };
 use crate::mm::{
@@ -310,6 +310,9 @@ impl Engine {
         }
         state.swept = None;
         state.sweep_limbo(usize::MAX, true);
+        // As in-tree: counting starts again, and so does the scan.
+        state.cursor = Cursor::new();
+        self.stats.reset_full_scans();
         self.publish_stats(state);
         Ok(())
     }

@@ -5,7 +5,7 @@
 use super::State;
 use kernel::sync::atomic::{Atomic, Relaxed};
 
-/// All counters. The first four are states, the rest only grow.
+/// All counters. The first four are states.
 pub(crate) struct Stats {
     /// Merged pages that are in use.
     pub(crate) shared: Atomic<u64>,
@@ -17,7 +17,7 @@ pub(crate) struct Stats {
     pub(crate) volatile: Atomic<u64>,
     /// Pages looked at since the module was loaded.
     pub(crate) scanned: Atomic<u64>,
-    /// How often all mergeable areas were looked at.
+    /// How often all mergeable areas were looked at since everything was unmerged last.
     pub(crate) full_scans: Atomic<u64>,
 }
 
@@ -57,5 +57,10 @@ impl Stats {
     /// Counts a completed pass.
     pub(super) fn add_full_scan(&self) {
         self.full_scans.add(1u64, Relaxed);
+    }
+
+    /// Counts passes anew.
+    pub(super) fn reset_full_scans(&self) {
+        self.full_scans.store(0, Relaxed);
     }
 }
