@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Exact mode: pass by pass on one CPU whose nanoseconds are instructions.
+
+use std::time::Duration;
+
+use anyhow::{ensure, Result};
+
+use crate::crew::Crew;
+use crate::engine::{Engine, Pass, Stepper};
+use crate::memory::KernelMemory;
+use crate::results::{mean, median, Record, Sheet};
+use crate::workload::{self, Plan};
+
+/// Passes until a workload that does not converge is given up.
+const MOST_PASSES: usize = 8;
+/// Unchanged passes that are measured with nothing skipped.
+const IDLE_PASSES: usize = 3;
+/// `smart_scan` skips a page longer the older it is, eight passes at most:
+/// so it takes some passes to get there, and nine are one whole round.
+const AGEING_PASSES: usize = 12;
+const SMART_PASSES: usize = 9;
+
+pub const MODE: &str = "exact";
+
+/// Runs one workload on one engine and measures all but the lock holds.
+pub fn run(engine: Engine, name: &str, plan: &Plan) -> Result<Vec<Record>> {
+    let mut sheet = Sheet::new(name, engine.name(), MODE);
+    if plan.use_zero_pages && !engine.has("use_zero_pages") {
+        println!("# {}: {name}: no such knob yet", engine.name());
+        return Ok(sheet.into_records());
+    }
+    engine.reset()?;
+    engine.set("use_zero_pages", u64::from(plan.use_zero_pages))?;
+    let mut crew = Crew::start(name, plan)?;
+    let mut run = Run {
+        engine,
+        pages: plan.pages(),
+        expected: plan.expected_sharing(),
+        smart: engine.has("smart_scan").then_some(1),
+        sheet: &mut sheet,
+    };
+    let mut stepper = Stepper::new(engine)?;
+    run.sheet_sizes();
+    let before = quiet_memory()?;
+    run.converge(&mut stepper, &mut crew, plan)?;
+    run.metadata(&before)?;
+    run.idle(&mut stepper)?;
+    crew.verify()?;
+    drop(crew);
+    engine.reset()?;
+    Ok(sheet.into_records())
+}
+
+/// The kernel's memory use when nothing moves.
+fn quiet_memory() -> Result<KernelMemory> {
+    // The first read brings in what reading itself needs.
+    KernelMemory::read()?;
+    std::thread::sleep(Duration::from_millis(500));
+    KernelMemory::read()
+}
+
+struct Run<'a> {
+    engine: Engine,
+    pages: u64,
+    expected: u64,
+    smart: Option<u64>,
+    sheet: &'a mut Sheet,
+}
+
+impl Run<'_> {
+    fn put(&mut self, metric: &str, value: f64, unit: &str) {
+        self.sheet.put(self.smart, metric, value, unit);
+    }
+
+    fn sheet_sizes(&mut self) {
+        self.put("pages", self.pages as f64, "pages");
+        self.put("expected_sharing", self.expected as f64, "pages");
+    }
+
+    fn per_page(&self, cpu: u64) -> f64 {
+        cpu as f64 / self.pages as f64
+    }
+
+    fn show(&self, what: &str, number: usize, pass: &Pass) {
+        println!(
+            "#   {} {what} pass {number}: {:.0} instructions per page, scanned {}, sharing {} of {}",
+            self.engine.name(),
+            self.per_page(pass.cpu),
+            pass.scanned,
+            pass.saved,
+            self.expected
+        );
+    }
+
+    /// 99 % of the expected sharing.
+    fn goal(&self) -> u64 {
+        (self.expected * 99).div_ceil(100)
+    }
+
+    /// From the first look at the pages until merging has nothing left to do.
+    fn converge(&mut self, stepper: &mut Stepper, crew: &mut Crew, plan: &Plan) -> Result<()> {
+        let mut passes: Vec<Pass> = Vec::new();
+        while passes.len() < MOST_PASSES {
+            // No goal when it was reached before, or there is none.
+            let goal =
+                Some(self.goal()).filter(|&goal| goal > 0 && passes.iter().all(|p| p.saved < goal));
+            let pass = stepper.pass_to(goal)?;
+            self.show("first", passes.len() + 1, &pass);
+            let gained = pass.saved > passes.last().map_or(0, |p| p.saved);
+            passes.push(pass);
+            if passes.len() >= 3 && !gained && pass.saved >= self.goal() {
+                break;
+            }
+            if plan.is_volatile() {
+                crew.rewrite()?;
+            }
+        }
+        self.report_convergence(&passes);
+        Ok(())
+    }
+
+    fn report_convergence(&mut self, passes: &[Pass]) {
+        let last = passes.last().map_or(0, |p| p.saved);
+        self.put("sharing", last as f64, "pages");
+        if let Some(first) = passes.first() {
+            let value = self.per_page(first.cpu);
+            self.put("cpu_per_page_first", value, "instructions/page");
+        }
+        if self.expected == 0 {
+            return;
+        }
+        if let Some(n) = passes.iter().position(|p| p.saved >= self.goal()) {
+            let (last, before) = (&passes[n], &passes[..n]);
+            let count = last.passes + before.iter().map(|p| p.passes).sum::<u64>();
+            let in_last = last.cpu_to_goal.unwrap_or(last.cpu);
+            let cpu = in_last + before.iter().map(|p| p.cpu).sum::<u64>();
+            self.put("passes_to_99", count as f64, "passes");
+            self.put("cpu_to_99", cpu as f64, "instructions");
+        }
+        let before = std::iter::once(0).chain(passes.iter().map(|p| p.saved));
+        let merging = passes
+            .iter()
+            .zip(before)
+            .max_by_key(|(p, before)| p.saved.saturating_sub(*before));
+        if let Some((pass, _)) = merging {
+            let value = self.per_page(pass.cpu);
+            self.put("cpu_per_page_merging", value, "instructions/page");
+        }
+    }
+
+    fn metadata(&mut self, before: &KernelMemory) -> Result<()> {
+        let after = quiet_memory()?;
+        let bytes = after.total() - before.total();
+        println!(
+            "#   {} metadata: {bytes} bytes, caches {:?}",
+            self.engine.name(),
+            after.changed(before)
+        );
+        self.put("metadata_bytes", bytes as f64, "bytes");
+        let per_page = bytes as f64 / self.pages as f64;
+        self.put("metadata_bytes_per_page", per_page, "bytes/page");
+        Ok(())
+    }
+
+    /// Passes in which nothing has changed.
+    fn idle(&mut self, stepper: &mut Stepper) -> Result<()> {
+        if self.smart.is_none() {
+            let value = self.idle_passes(stepper, IDLE_PASSES)?;
+            self.put_idle(None, median(value));
+            return Ok(());
+        }
+        self.engine.write("smart_scan", 0)?;
+        // What was skipped until now gets its look first.
+        stepper.pass()?;
+        let value = self.idle_passes(stepper, IDLE_PASSES)?;
+        self.put_idle(Some(0), median(value));
+        self.engine.write("smart_scan", 1)?;
+        stepper.passes(AGEING_PASSES)?;
+        // Some passes skip nearly all, others nothing: only the mean says
+        // what it costs.
+        let value = self.idle_passes(stepper, SMART_PASSES)?;
+        self.put_idle(Some(1), mean(&value));
+        Ok(())
+    }
+
+    fn put_idle(&mut self, smart: Option<u64>, value: Option<f64>) {
+        if let Some(value) = value {
+            self.sheet
+                .put(smart, "cpu_per_page_idle", value, "instructions/page");
+        }
+    }
+
+    fn idle_passes(&self, stepper: &mut Stepper, n: usize) -> Result<Vec<f64>> {
+        let mut list = Vec::new();
+        for number in 1..=n {
+            let pass = stepper.pass()?;
+            ensure!(
+                pass.passes == 1,
+                "{} made more than one pass",
+                self.engine.name()
+            );
+            self.show("idle", number, &pass);
+            list.push(self.per_page(pass.cpu));
+        }
+        Ok(list)
+    }
+}
+
+/// Runs the workloads on one engine, loading and unloading it around them.
+pub fn run_all(engine: Engine, names: &[String]) -> Result<Vec<Record>> {
+    let mut records = Vec::new();
+    engine.load()?;
+    for name in names {
+        let Some(plan) = workload::plan(name, 1) else {
+            anyhow::bail!("there is no workload {name}");
+        };
+        println!("# {}: {name}: {} pages", engine.name(), plan.pages());
+        records.extend(run(engine, name, &plan)?);
+    }
+    engine.unload()?;
+    Ok(records)
+}
