@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Boxes.
+
+use super::{
+    allocator::{Allocator, KVmalloc, Kmalloc, Vmalloc},
+    AllocError, Flags,
+};
+use std::{
+    boxed::Box as StdBox,
+    fmt,
+    marker::PhantomData,
+    mem::MaybeUninit,
+    ops::{Deref, DerefMut},
+};
+
+/// A value in memory of its own.
+pub struct Box<T, A: Allocator> {
+    inner: StdBox<T>,
+    charge: Charge<T, A>,
+}
+
+/// A box from kmalloc().
+pub type KBox<T> = Box<T, Kmalloc>;
+/// A box from vmalloc().
+pub type VBox<T> = Box<T, Vmalloc>;
+/// A box from kvmalloc().
+pub type KVBox<T> = Box<T, KVmalloc>;
+
+/// The account of a box, given back when this is dropped.
+struct Charge<T, A: Allocator>(PhantomData<(fn() -> T, A)>);
+
+impl<T, A: Allocator> Charge<T, A> {
+    fn new(flags: Flags) -> Result<Self, AllocError> {
+        A::charge(0, size_of::<T>(), flags)?;
+        Ok(Self(PhantomData))
+    }
+
+    /// The same account for another type of the same size.
+    fn recast<U>(self) -> Charge<U, A> {
+        const { assert!(size_of::<T>() == size_of::<U>()) };
+        std::mem::forget(self);
+        Charge(PhantomData)
+    }
+}
+
+impl<T, A: Allocator> Drop for Charge<T, A> {
+    fn drop(&mut self) {
+        A::uncharge(size_of::<T>());
+    }
+}
+
+impl<T, A: Allocator> Box<T, A> {
+    /// Puts `value` into a box. Drops it on failure.
+    pub fn new(value: T, flags: Flags) -> Result<Self, AllocError> {
+        Ok(Box::write(Self::new_uninit(flags)?, value))
+    }
+
+    /// A box for a value to come.
+    pub fn new_uninit(flags: Flags) -> Result<Box<MaybeUninit<T>, A>, AllocError> {
+        let charge = Charge::new(flags)?;
+        Ok(Box {
+            inner: StdBox::new(MaybeUninit::uninit()),
+            charge,
+        })
+    }
+
+    /// Takes the value out and frees the box.
+    pub fn into_inner(b: Self) -> T {
+        *b.inner
+    }
+
+    /// Drops the value and keeps the box.
+    pub fn drop_contents(this: Self) -> Box<MaybeUninit<T>, A> {
+        let Self { inner, charge } = this;
+        // On the host the memory may as well be another.
+        drop(inner);
+        Box {
+            inner: StdBox::new(MaybeUninit::uninit()),
+            charge: charge.recast(),
+        }
+    }
+}
+
+impl<T, A: Allocator> Box<MaybeUninit<T>, A> {
+    /// Puts a value into the box.
+    pub fn write(self, value: T) -> Box<T, A> {
+        Box {
+            inner: StdBox::new(value),
+            charge: self.charge.recast(),
+        }
+    }
+}
+
+impl<T, A: Allocator> Deref for Box<T, A> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T, A: Allocator> DerefMut for Box<T, A> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+impl<T: fmt::Debug, A: Allocator> fmt::Debug for Box<T, A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.inner.fmt(f)
+    }
+}

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A stand-in for the kernel's Rust crate, for tests on the host.
+//!
+//! Names, signatures, trait bounds and meaning are those of the kernel's; what the module's pure
+//! logic does not use is left out. A file that needs more of it gets it added here. Only
+//! [`testing`] has no counterpart in the kernel: it makes allocations fail, and counts them and the
+//! references on address spaces.
+
+pub mod alloc;
+pub mod bindings;
+pub mod error;
+pub mod mm;
+pub mod page;
+pub mod prelude;
+pub mod rbtree;
+pub mod sync;
+pub mod testing;

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Page sizes, of x86-64.
+
+/// Bits of an address within its page.
+pub const PAGE_SHIFT: usize = 12;
+
+/// Bytes per page.
+pub const PAGE_SIZE: usize = 1 << PAGE_SHIFT;
+
+/// Bits of an address that say which page it is in.
+pub const PAGE_MASK: usize = !(PAGE_SIZE - 1);
+
+/// Rounds up to whole pages; `None` when that overflows.
+pub const fn page_align(addr: usize) -> Option<usize> {
+    match addr.checked_add(PAGE_SIZE - 1) {
+        Some(end) => Some(end & PAGE_MASK),
+        None => None,
+    }
+}
