@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The module's `engine`, as far as it is pure logic.
+
+// Much is used only by the rest of the module: what nobody uses is found when the module is built.
+// And it is the module's own clippy that judges its style, by the kernel's settings.
+#![allow(dead_code, clippy::style, clippy::precedence)]
+
+#[path = "../../../src/engine/checksum.rs"]
+pub(crate) mod checksum;
+#[path = "../../../src/engine/index.rs"]
+pub(crate) mod index;
+#[path = "../../../src/engine/pagemap.rs"]
+pub(crate) mod pagemap;
+#[path = "../../../src/engine/registry.rs"]
+pub(crate) mod registry;

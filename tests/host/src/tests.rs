@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tests, a file for each file of the module.
+
+mod checksum;
+mod counted;
+mod index;
+mod pagemap;
+mod registry;
+mod standin;
