@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Exact mode: pass by pass on one CPU whose nanoseconds are instructions.
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 
 use crate::crew::Crew;
 use crate::engine::{Engine, Pass, Stepper};
 use crate::memory::KernelMemory;
+use crate::phase;
 use crate::results::{mean, median, Record, Sheet};
 use crate::workload::{self, Plan};
 
@@ -34,6 +37,7 @@ pub fn run(engine: Engine, name: &str, plan: &Plan) -> Result<Vec<Record>> {
     let mut crew = Crew::start(name, plan)?;
     let mut run = Run {
         engine,
+        name,
         pages: plan.pages(),
         expected: plan.expected_sharing(),
         smart: engine.has("smart_scan").then_some(1),
@@ -61,6 +65,7 @@ fn quiet_memory() -> Result<KernelMemory> {
 
 struct Run<'a> {
     engine: Engine,
+    name: &'a str,
     pages: u64,
     expected: u64,
     smart: Option<u64>,
@@ -81,15 +86,27 @@ impl Run<'_> {
         cpu as f64 / self.pages as f64
     }
 
-    fn show(&self, what: &str, number: usize, pass: &Pass) {
+    /// Runs a pass, as a phase of its own, and shows what it came to.
+    fn pass(
+        &self,
+        stepper: &mut Stepper,
+        what: &str,
+        number: usize,
+        goal: Option<u64>,
+    ) -> Result<Pass> {
+        let what = format!("{what} {number}");
+        phase::begin(self.engine.name(), self.name, &what, self.pages);
+        let pass = stepper.pass_to(goal)?;
+        phase::end(pass.cpu);
         println!(
-            "#   {} {what} pass {number}: {:.0} instructions per page, scanned {}, sharing {} of {}",
+            "#   {} {what}: {:.0} instructions per page, scanned {}, sharing {} of {}",
             self.engine.name(),
             self.per_page(pass.cpu),
             pass.scanned,
             pass.saved,
             self.expected
         );
+        Ok(pass)
     }
 
     /// 99 % of the expected sharing.
@@ -104,8 +121,7 @@ impl Run<'_> {
             // No goal when it was reached before, or there is none.
             let goal =
                 Some(self.goal()).filter(|&goal| goal > 0 && passes.iter().all(|p| p.saved < goal));
-            let pass = stepper.pass_to(goal)?;
-            self.show("first", passes.len() + 1, &pass);
+            let pass = self.pass(stepper, "pass", passes.len() + 1, goal)?;
             let gained = pass.saved > passes.last().map_or(0, |p| p.saved);
             passes.push(pass);
             if passes.len() >= 3 && !gained && pass.saved >= self.goal() {
@@ -165,20 +181,20 @@ impl Run<'_> {
     /// Passes in which nothing has changed.
     fn idle(&mut self, stepper: &mut Stepper) -> Result<()> {
         if self.smart.is_none() {
-            let value = self.idle_passes(stepper, IDLE_PASSES)?;
+            let value = self.idle_passes(stepper, "idle", IDLE_PASSES)?;
             self.put_idle(None, median(value));
             return Ok(());
         }
         self.engine.write("smart_scan", 0)?;
         // What was skipped until now gets its look first.
         stepper.pass()?;
-        let value = self.idle_passes(stepper, IDLE_PASSES)?;
+        let value = self.idle_passes(stepper, "idle", IDLE_PASSES)?;
         self.put_idle(Some(0), median(value));
         self.engine.write("smart_scan", 1)?;
         stepper.passes(AGEING_PASSES)?;
         // Some passes skip nearly all, others nothing: only the mean says
         // what it costs.
-        let value = self.idle_passes(stepper, SMART_PASSES)?;
+        let value = self.idle_passes(stepper, "smart", SMART_PASSES)?;
         self.put_idle(Some(1), mean(&value));
         Ok(())
     }
@@ -190,16 +206,15 @@ impl Run<'_> {
         }
     }
 
-    fn idle_passes(&self, stepper: &mut Stepper, n: usize) -> Result<Vec<f64>> {
+    fn idle_passes(&self, stepper: &mut Stepper, what: &str, n: usize) -> Result<Vec<f64>> {
         let mut list = Vec::new();
         for number in 1..=n {
-            let pass = stepper.pass()?;
+            let pass = self.pass(stepper, what, number, None)?;
             ensure!(
                 pass.passes == 1,
                 "{} made more than one pass",
                 self.engine.name()
             );
-            self.show("idle", number, &pass);
             list.push(self.per_page(pass.cpu));
         }
         Ok(list)
@@ -207,9 +222,11 @@ impl Run<'_> {
 }
 
 /// Runs the workloads on one engine, loading and unloading it around them.
-pub fn run_all(engine: Engine, names: &[String]) -> Result<Vec<Record>> {
+/// The symbols of what runs then go to `out`, for the profile.
+pub fn run_all(engine: Engine, names: &[String], out: &Path) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     engine.load()?;
+    fs::copy("/proc/kallsyms", out.join("kallsyms")).context("kallsyms")?;
     for name in names {
         let Some(plan) = workload::plan(name, 1) else {
             anyhow::bail!("there is no workload {name}");

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `rksm-bench exact`: measures, in the guest.
+//! `rksm-bench join`: puts together what the guest and the plugin found.
 //! `rksm-bench table`: shows results on the terminal.
+//! `rksm-bench profile`: shows where instructions go.
 //! `rksm-bench worker`: a process of a workload, started by the former.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{bail, Context, Result};
 use lexopt::prelude::*;
 
 use rksm_bench::engine::Engine;
-use rksm_bench::results::Record;
-use rksm_bench::{exact, table, worker, workload};
+use rksm_bench::{exact, phase, profile, results, table, trace, worker, workload};
 
-const USAGE: &str = "usage: rksm-bench exact [--engine ksm|rksm|both] [--out FILE] [WORKLOAD…]
+const USAGE: &str = "usage: rksm-bench exact [--engine ksm|rksm|both] [--out DIR] [WORKLOAD…]
+       rksm-bench join DIR
        rksm-bench table FILE
+       rksm-bench profile DIR
        rksm-bench worker WORKLOAD INDEX SEED
 The workloads are all that the generator makes when none is named.";
 
@@ -37,7 +40,12 @@ fn dispatch() -> Result<()> {
     match (command.as_str(), rest) {
         ("exact", rest) => measure(rest),
         ("table", [file]) => {
-            print!("{}", table::plain(&load(Path::new(file))?));
+            print!("{}", table::plain(&results::load(Path::new(file))?));
+            Ok(())
+        }
+        ("join", [dir]) => trace::join(Path::new(dir)),
+        ("profile", [dir]) => {
+            print!("{}", profile::report(Path::new(dir))?);
             Ok(())
         }
         ("worker", [name, index, seed]) => worker::run(name, index.parse()?, seed.parse()?),
@@ -45,14 +53,9 @@ fn dispatch() -> Result<()> {
     }
 }
 
-fn load(file: &Path) -> Result<Vec<Record>> {
-    let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
-    serde_json::from_str(&text).with_context(|| file.display().to_string())
-}
-
 fn measure(args: &[String]) -> Result<()> {
     let mut engines = vec![Engine::Ksm, Engine::Rksm];
-    let mut out = None;
+    let mut out = PathBuf::from(".");
     let mut names: Vec<String> = Vec::new();
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
@@ -65,7 +68,7 @@ fn measure(args: &[String]) -> Result<()> {
                     other => bail!("no engine {other:?}"),
                 }
             }
-            Long("out") => out = Some(parser.value()?),
+            Long("out") => out = PathBuf::from(parser.value()?),
             Value(name) => names.push(name.string()?),
             _ => bail!("{USAGE}"),
         }
@@ -76,11 +79,9 @@ fn measure(args: &[String]) -> Result<()> {
     prepare_guest()?;
     let mut records = Vec::new();
     for engine in engines {
-        records.extend(exact::run_all(engine, &names)?);
-        // After each, so that a failure does not cost all.
-        if let Some(out) = &out {
-            fs::write(out, serde_json::to_string_pretty(&records)?)?;
-        }
+        records.extend(exact::run_all(engine, &names, &out)?);
+        results::save(&out.join("exact.json"), &records)?;
+        results::save(&out.join("phases.json"), &phase::all())?;
     }
     Ok(())
 }

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! One figure, as it stands in results.json.
 
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,6 +55,18 @@ impl Sheet {
     pub fn into_records(self) -> Vec<Record> {
         self.records
     }
+}
+
+/// Reads a list from a JSON file.
+pub fn load<T: DeserializeOwned>(file: &Path) -> Result<Vec<T>> {
+    let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| file.display().to_string())
+}
+
+/// Writes a list to a JSON file.
+pub fn save<T: Serialize>(file: &Path, list: &[T]) -> Result<()> {
+    let text = serde_json::to_string_pretty(list)? + "\n";
+    fs::write(file, text).with_context(|| file.display().to_string())
 }
 
 /// The middle one of the values; of an even number, the lower middle one.
