@@ -39,7 +39,7 @@ impl kernel::Module for Rksm {
         let thread = Kthread::spawn(engine.clone())?;
         engine.set_waker(thread.waker());
         let probes = intree::Probes::register(engine.clone())?;
-        engine.enter_registered();
+        engine.enter_registered()?;
         let knobs = Shown::new(engine)?;
         pr_info!("loaded\n");
         Ok(Self {

@@ -1,30 +1,153 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The key of both trees.
+//! What pages are compared by before they are compared.
+//!
+//! A [`Sample`] is made of eight of a page's 512 words, so looking at a page costs four cache lines. It
+//! is what is remembered of every page. Only when the samples of two pages are equal are all words
+//! read, for a [`Checksum`], which is the key of both trees.
+//!
+//! Both use the folded multiplication of wyhash and its kin (multiply two words to 128 bits, xor the
+//! halves): it takes half the instructions of xxh64 for each byte, and its weaknesses do not matter
+//! here. Nobody can see the results, the keys and the places of the sample are drawn anew at each load,
+//! and what decides a merge is the comparison of all bytes. Figures: `Documentation/benchmark.md`.
 
-/// A checksum of a page's content: the 61 high bits of a 64-bit hash that is seeded anew at each
-/// load. (Three bits are left to [`PageWord`](crate::mm::word::PageWord) for its tag.)
+/// Words of a page.
+pub(crate) const PAGE_WORDS: usize = 4096 / 8;
+
+/// Words of a cache line.
+pub(crate) const LINE_WORDS: usize = 8;
+
+/// Cache lines of a page.
+pub(crate) const LINES: usize = PAGE_WORDS / LINE_WORDS;
+
+/// Cache lines of which the sample has two words each; the last one is the page's last.
+const SAMPLED: usize = 4;
+
+/// A 32-bit hash of some words of a page.
+///
+/// Equal content has equal samples; the reverse is only a hint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Sample(u32);
+
+impl Sample {
+    /// Takes back what [`Self::get`] gave.
+    pub(crate) const fn from_raw(raw: u32) -> Self {
+        Self(raw)
+    }
+
+    /// The bits.
+    pub(crate) const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+/// A 61-bit checksum of a page's content: its sample, then 29 bits of a hash of all words. (Three bits
+/// are left to [`PageWord`](crate::mm::word::PageWord) for its tag.)
 ///
 /// Equal content has equal checksums. The reverse is only likely: what decides a merge is the
 /// comparison of all bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Checksum(u64);
 
-const DROPPED_BITS: u32 = 3;
+/// How many bits of a checksum are not the sample.
+pub(crate) const FULL_BITS: u32 = 29;
 
 impl Checksum {
-    /// The checksum of a page with this hash.
-    pub(crate) const fn from_hash(hash: u64) -> Self {
-        Self(hash >> DROPPED_BITS)
+    /// The checksum of a page with this sample whose words have this hash.
+    pub(crate) const fn new(sample: Sample, hash: u64) -> Self {
+        Self((sample.0 as u64) << FULL_BITS | hash >> (u64::BITS - FULL_BITS))
     }
 
     /// Takes back what [`Self::get`] gave.
     pub(crate) const fn from_raw(raw: u64) -> Self {
-        Self(raw & (u64::MAX >> DROPPED_BITS))
+        Self(raw & (u64::MAX >> 3))
     }
 
     /// The bits, of which the highest three are zero.
     pub(crate) const fn get(self) -> u64 {
         self.0
+    }
+
+    /// The sample of the page.
+    pub(crate) const fn sample(self) -> Sample {
+        Sample((self.0 >> FULL_BITS) as u32)
+    }
+
+    /// The next larger one.
+    pub(crate) const fn successor(self) -> Option<Self> {
+        if self.0 < u64::MAX >> 3 {
+            Some(Self(self.0.wrapping_add(1)))
+        } else {
+            None
+        }
+    }
+}
+
+/// Makes samples and checksums, in a way that is different at each load.
+pub(crate) struct Hasher {
+    /// The sampled words: two of each line.
+    places: [usize; 2 * SAMPLED],
+    keys: [u64; 2 * SAMPLED],
+}
+
+/// How many random words a [`Hasher`] is made of.
+pub(crate) const SEED_WORDS: usize = 9;
+
+/// Multiplies to 128 bits and folds.
+#[inline(always)]
+fn mix(a: u64, b: u64) -> u64 {
+    let product = u128::from(a).wrapping_mul(u128::from(b));
+    (product as u64) ^ (product >> 64) as u64
+}
+
+impl Hasher {
+    /// Makes one from random words.
+    pub(crate) fn new(seed: [u64; SEED_WORDS]) -> Self {
+        let [place, keys @ ..] = seed;
+        let mut places = [0; 2 * SAMPLED];
+        for (nth, pair) in places.chunks_exact_mut(2).enumerate() {
+            let random = (place >> (16 * nth)) as usize;
+            // One line in each quarter of the page, and two words of it, half a line apart.
+            let line = nth * LINES / SAMPLED + random % (LINES / SAMPLED);
+            let word = line * LINE_WORDS + (random >> 8) % (LINE_WORDS / 2);
+            pair.copy_from_slice(&[word, word + LINE_WORDS / 2]);
+        }
+        // In the last quarter it is always the last line, with the very last word: the ends of
+        // pages are where what is otherwise alike often differs.
+        let last = PAGE_WORDS - 1;
+        places[2 * SAMPLED - 2..].copy_from_slice(&[last - LINE_WORDS / 2, last]);
+        Self { places, keys }
+    }
+
+    /// The sample of a page whose word number `n` is `word(n)`.
+    #[inline(always)]
+    pub(crate) fn sample(&self, word: impl Fn(usize) -> u64) -> Sample {
+        let p = &self.places;
+        let k = &self.keys;
+        let hash = mix(word(p[0]) ^ k[0], word(p[1]) ^ k[1])
+            ^ mix(word(p[2]) ^ k[2], word(p[3]) ^ k[3])
+            ^ mix(word(p[4]) ^ k[4], word(p[5]) ^ k[5])
+            ^ mix(word(p[6]) ^ k[6], word(p[7]) ^ k[7]);
+        Sample((hash ^ hash >> 32) as u32)
+    }
+
+    /// The checksum of a page whose word number `n` is `word(n)`, and whose cache line number `n` is
+    /// `line(n)`. The content may change meanwhile; it is then the checksum of nothing in particular.
+    #[inline(always)]
+    pub(crate) fn checksum(
+        &self,
+        word: impl Fn(usize) -> u64,
+        line: impl Fn(usize) -> [u64; LINE_WORDS],
+    ) -> Checksum {
+        let k = self.keys;
+        let (mut left, mut right) = (k[0], k[1]);
+        for nth in 0..LINES {
+            let w = line(nth);
+            left = mix(w[0] ^ k[2], w[1] ^ left);
+            right = mix(w[2] ^ k[3], w[3] ^ right);
+            left = mix(w[4] ^ k[2], w[5] ^ left);
+            right = mix(w[6] ^ k[3], w[7] ^ right);
+        }
+        Checksum::new(self.sample(&word), mix(left ^ k[4], right ^ k[5]))
     }
 }

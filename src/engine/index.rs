@@ -5,7 +5,7 @@
 //! Both are keyed by checksum, recorded when the page was hashed: a page that changes makes its entry
 //! useless, but never a tree wrong. Nothing is thrown away between passes.
 
-use super::checksum::Checksum;
+use super::checksum::{Checksum, Sample};
 use kernel::{
     alloc::Flags,
     prelude::*,
@@ -19,9 +19,11 @@ pub(crate) type SlotId = u64;
 /// one node takes) differ in `nth`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct StableKey {
-    /// The checksum of the page, which never changes while the node lives.
+    /// The checksum that the page had when it was about to be merged. Only if it changed in that very
+    /// moment is it that of other content; then the node is found in vain, or not at all.
     pub(crate) sum: Checksum,
-    /// Numbers all nodes ever made.
+    /// Numbers all nodes ever made, downwards: the newest is found first, as it is the one that most
+    /// likely takes another page.
     pub(crate) nth: u64,
 }
 
@@ -34,9 +36,14 @@ pub(crate) struct Place {
     pub(crate) addr: usize,
 }
 
-/// The most stable nodes of one checksum that a page is compared with, so that nobody can craft
+/// The most stable nodes of one checksum that are looked at for a page, so that nobody can craft
 /// collisions that keep the thread busy.
 pub(crate) const MAX_COMPARES: usize = 8;
+
+/// The most places that are mapped to one merged page. More of them make walking all mappings of the
+/// page, which the kernel does under its lock, take too long (the default of in-tree KSM's
+/// `max_page_sharing`).
+pub(crate) const MAX_SHARING: usize = 256;
 
 /// The index of one set of pages that may be merged with each other.
 pub(crate) struct Index<N> {
@@ -63,7 +70,7 @@ impl<N> Index<N> {
             limbo_len: 0,
             unstable: RBTree::new(),
             unstable_len: 0,
-            next_nth: 0,
+            next_nth: u64::MAX,
         }
     }
 
@@ -90,15 +97,15 @@ impl<N> Index<N> {
     /// A key that no node has.
     pub(crate) fn new_key(&mut self, sum: Checksum) -> StableKey {
         let nth = self.next_nth;
-        self.next_nth = nth.wrapping_add(1);
+        self.next_nth = nth.wrapping_sub(1);
         StableKey { sum, nth }
     }
 
-    /// Adds a node under a key from [`Self::new_key`]. The tree is unchanged on failure.
+    /// Adds a node without mappings under its key, to limbo. The tree is unchanged on failure.
     pub(crate) fn insert(&mut self, key: StableKey, node: N, flags: Flags) -> Result {
         let node = RBTreeNode::new(key, node, flags)?;
-        if self.stable.insert(node).is_none() {
-            self.stable_len = self.stable_len.saturating_add(1);
+        if self.limbo.insert(node).is_none() {
+            self.limbo_len = self.limbo_len.saturating_add(1);
         }
         Ok(())
     }
@@ -115,6 +122,21 @@ impl<N> Index<N> {
         let cursor = self.stable.cursor_lower_bound(&from)?;
         let (key, _) = cursor.current();
         (key.sum == sum).then_some(*key)
+    }
+
+    /// The key of the first node whose page has this sample, if all nodes whose pages do have the same
+    /// checksum.
+    pub(crate) fn only_sum(&self, sample: Sample) -> Option<StableKey> {
+        let at_least = |sum| {
+            let cursor = self.stable.cursor_lower_bound(&StableKey { sum, nth: 0 })?;
+            let (key, _) = cursor.current();
+            (key.sum.sample() == sample).then_some(*key)
+        };
+        let first = at_least(Checksum::new(sample, 0))?;
+        match first.sum.successor().and_then(at_least) {
+            Some(_) => None,
+            None => Some(first),
+        }
     }
 
     /// The node with this key, in whichever tree it is.
@@ -134,7 +156,7 @@ impl<N> Index<N> {
     }
 
     /// Marks a node as one without known mappings. Does not allocate.
-    pub(crate) fn to_limbo(&mut self, key: StableKey) {
+    pub(crate) fn move_to_limbo(&mut self, key: StableKey) {
         if let Some(node) = self.stable.remove_node(&key) {
             self.stable_len = self.stable_len.saturating_sub(1);
             self.limbo.insert(node);
@@ -143,7 +165,7 @@ impl<N> Index<N> {
     }
 
     /// Marks a node as one with known mappings. Does not allocate.
-    pub(crate) fn to_stable(&mut self, key: StableKey) {
+    pub(crate) fn move_to_stable(&mut self, key: StableKey) {
         if let Some(node) = self.limbo.remove_node(&key) {
             self.limbo_len = self.limbo_len.saturating_sub(1);
             self.stable.insert(node);
@@ -153,14 +175,12 @@ impl<N> Index<N> {
 
     /// The key of the first node without known mappings behind `after`.
     pub(crate) fn next_limbo(&self, after: Option<StableKey>) -> Option<StableKey> {
-        let cursor = match after {
-            None => self.limbo.cursor_front(),
-            Some(key) => self.limbo.cursor_lower_bound(&StableKey {
-                nth: key.nth.checked_add(1)?,
-                ..key
-            }),
-        };
-        cursor.map(|at| *at.current().0)
+        next_key(&self.limbo, after)
+    }
+
+    /// The key of the first node with known mappings behind `after`, of whatever checksum.
+    pub(crate) fn next_node(&self, after: Option<StableKey>) -> Option<StableKey> {
+        next_key(&self.stable, after)
     }
 
     /// The page that waits under checksum `sum`.
@@ -185,4 +205,18 @@ impl<N> Index<N> {
             self.unstable_len = self.unstable_len.saturating_sub(1);
         }
     }
+}
+
+fn next_key<N>(tree: &RBTree<StableKey, N>, after: Option<StableKey>) -> Option<StableKey> {
+    let cursor = match after {
+        None => tree.cursor_front(),
+        Some(key) => match key.nth.checked_add(1) {
+            Some(nth) => tree.cursor_lower_bound(&StableKey { nth, ..key }),
+            None => tree.cursor_lower_bound(&StableKey {
+                sum: key.sum.successor()?,
+                nth: 0,
+            }),
+        },
+    };
+    cursor.map(|at| *at.current().0)
 }

@@ -87,7 +87,9 @@ impl Engine {
             return Err(EINVAL);
         }
         let mut state = self.state.lock();
-        if self.run() == to {
+        // Unmerging again makes sense as long as something is left.
+        let again = to == run::UNMERGE && !state.core.index.has_no_nodes();
+        if self.run() == to && !again {
             return Ok(());
         }
         self.run.store(to, Relaxed);

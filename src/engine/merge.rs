@@ -6,13 +6,15 @@
 //! way, memory stays as it was, and the page is looked at again in a later pass.
 
 use super::{
-    checksum::Checksum,
-    index::{Place, SlotId, StableKey, MAX_COMPARES},
-    scan::{use_mm, Cursor},
-    Engine, State, GFP_SCAN,
+    checksum::{Checksum, Hasher, Sample},
+    index::{Place, SlotId, StableKey, MAX_COMPARES, MAX_SHARING},
+    pagemap::Found,
+    scan::{known_mm, use_mm, Candidate, CandidateKind, Cursor},
+    Core, Engine, State, GFP_SCAN,
 };
 use crate::mm::{
-    folio::PageRef,
+    folio::{LockedPage, PageRef},
+    intree,
     stable::{ItemBox, NodeBox, NodeId},
     vma::MergeableVma,
     word::PageWord,
@@ -23,212 +25,266 @@ use kernel::{
     prelude::*,
 };
 
-/// What came of comparing the page at hand with the one that waits.
-enum Compared {
-    /// They are equal now.
-    Equal,
-    /// The one that waits is gone, or is not what it was.
-    OtherChanged,
-    /// Nothing can be done with the page at hand now.
+/// What came of looking for a merged page to join.
+#[derive(Clone, Copy)]
+pub(super) enum Joined {
+    /// Not looked for yet.
+    Unknown,
+    /// The page is merged.
+    Yes,
+    /// There is none. This is the page's checksum, and whether it may be mapped elsewhere, too.
+    NoneFits(Checksum, bool),
+    /// Nothing can be done with the page now.
     Hopeless,
 }
 
 impl State {
-    /// Tries to merge the page at `place` in `mm`, whose checksum `sum` held between two looks: into
-    /// a merged page, or with the page that waits under that checksum; or lets it wait.
-    pub(super) fn merge_steady(&mut self, seed: u64, mm: &MmWithUser, place: Place, sum: Checksum) {
-        if self.join_stable(mm, place, sum) {
-            return;
+    /// Tries to merge pages of `mm`, whose samples held between two looks, into merged pages. What
+    /// came of each is noted with it.
+    ///
+    /// Holds `mmap_lock` for all of them, so there should be few.
+    pub(super) fn join_all(
+        &mut self,
+        hasher: &Hasher,
+        mm: &MmWithUser,
+        slot: SlotId,
+        candidates: &mut [Option<Candidate>],
+    ) {
+        let guard = mm.mmap_read_lock();
+        let mut vma: Option<MergeableVma<'_>> = None;
+        for candidate in candidates.iter_mut().flatten() {
+            let CandidateKind::Steady(sample, joined) = &mut candidate.kind else {
+                continue;
+            };
+            let addr = candidate.addr;
+            vma = vma
+                .filter(|vma| vma.start() <= addr && addr < vma.end())
+                .or_else(|| MergeableVma::at(&guard, addr));
+            *joined = match &vma {
+                Some(vma) => self.join_stable(hasher, vma, Place { slot, addr }, *sample),
+                None => Joined::Hopeless,
+            };
+            if let Joined::Hopeless = joined {
+                self.core.try_again();
+            }
         }
-        match self.index.waiting(sum) {
+    }
+
+    /// Merges a page for which [`Self::join_all`] found no merged page with the one that waits under its
+    /// checksum, or lets it wait.
+    pub(super) fn merge_or_wait(
+        &mut self,
+        hasher: &Hasher,
+        mm: &MmWithUser,
+        place: Place,
+        sum: Checksum,
+        may_be_shared: bool,
+    ) {
+        match self.core.index.waiting(sum) {
             Some(other) if other == place => {}
-            Some(other) => self.merge_with_waiting(seed, mm, place, other, sum),
-            None => self.wait(place, sum),
+            Some(other) => self.merge_with_waiting(hasher, mm, place, other, sum, may_be_shared),
+            // One of the same batch may have been merged since.
+            None => match self.core.index.next_stable(sum, None) {
+                first @ Some(_) => {
+                    let guard = mm.mmap_read_lock();
+                    let joined = MergeableVma::at(&guard, place.addr)
+                        .and_then(|vma| self.join_one_of(&vma, place, first, false));
+                    drop(guard);
+                    // None of them takes any more.
+                    if joined.is_none() {
+                        self.wait(place, sum);
+                    }
+                }
+                None => self.wait(place, sum),
+            },
         }
     }
 
     /// Puts a page into the unstable tree, in the place of whoever waits under that checksum.
     fn wait(&mut self, place: Place, sum: Checksum) {
-        let before = self.index.waiting(sum);
-        if self.index.wait(sum, place, GFP_SCAN).is_err() {
+        let before = self.core.index.waiting(sum);
+        if self.core.index.wait(sum, place, GFP_SCAN).is_err() {
             return;
         }
         if let Some(other) = before {
-            self.reword(other, PageWord::seen(sum));
+            if let (Some(word), core) = self.word(other) {
+                core.relabel(word, PageWord::steady(sum.sample()));
+            }
         }
-        self.reword(place, PageWord::unstable(sum));
+        match self.word(place) {
+            (Some(word), core) => {
+                core.try_again();
+                core.relabel(word, PageWord::waiting(sum));
+            }
+            // Every candidate is remembered.
+            (None, core) => core.index.stop_waiting(sum, place),
+        }
     }
 
     /// Tries to merge a page into one of the merged pages with its checksum.
-    fn join_stable(&mut self, mm: &MmWithUser, place: Place, sum: Checksum) -> bool {
-        let mut key = self.index.next_stable(sum, None);
+    ///
+    /// As long as all merged pages with its sample have the same content, as far as anybody knows, the
+    /// checksum is not even computed: the page is as likely to be another one of these, and the
+    /// comparison that follows anyway says so for certain.
+    fn join_stable(
+        &mut self,
+        hasher: &Hasher,
+        vma: &MergeableVma<'_>,
+        place: Place,
+        sample: Sample,
+    ) -> Joined {
+        if let Some(first) = self.core.index.only_sum(sample) {
+            match self.join_one_of(vma, place, Some(first), true) {
+                Some(Ok(())) => return Joined::Yes,
+                Some(Err(err)) if err != EAGAIN => return Joined::Hopeless,
+                _ => {}
+            }
+        }
+        let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
+            return Joined::Hopeless;
+        };
+        let sum = page.checksum(hasher);
+        let may_be_shared = page.may_be_shared();
+        drop(page);
+        if sum.sample() != sample {
+            if let (Some(word), core) = self.word(place) {
+                core.renew(place, word, sum.sample());
+            }
+            return Joined::Hopeless;
+        }
+        let first = self.core.index.next_stable(sum, None);
+        match self.join_one_of(vma, place, first, false) {
+            Some(Ok(())) => Joined::Yes,
+            Some(Err(err)) if err != EAGAIN => Joined::Hopeless,
+            _ => Joined::NoneFits(sum, may_be_shared),
+        }
+    }
+
+    /// Tries to merge a page into a merged page, beginning with the node `first` and going on with others
+    /// of the same checksum. `None`: there is none
+    /// that takes another page. With `guessing`, only those are tried whose sample was never found to
+    /// be that of other content.
+    fn join_one_of(
+        &mut self,
+        vma: &MergeableVma<'_>,
+        place: Place,
+        first: Option<StableKey>,
+        guessing: bool,
+    ) -> Option<Result> {
+        let mut result = None;
+        let mut key = first;
         for _ in 0..MAX_COMPARES {
             let Some(at) = key else {
-                return false;
+                break;
             };
-            key = self.index.next_stable(sum, Some(at));
-            let stale = match self.index.node(at) {
-                Some(node) => node.page().is_none(),
-                None => continue,
-            };
-            if stale {
-                self.release(at);
-                continue;
-            }
-            match self.join(mm, place, at) {
-                Ok(()) => {
-                    self.index.stop_waiting(sum, place);
-                    return true;
+            match self.core.join_node(vma, place, at, guessing) {
+                Some(Ok(item)) => {
+                    self.merged(place, item, at);
+                    return Some(Ok(()));
                 }
                 // Other content, or the page changed: another node may still fit.
-                Err(err) if err == EAGAIN => {}
+                Some(Err(err)) if err == EAGAIN => result = Some(Err(err)),
                 // Pinned or locked; that will not be different with another node.
-                Err(_) => return false,
+                Some(Err(err)) => return Some(Err(err)),
+                None => {}
             }
+            key = self.core.index.next_stable(at.sum, Some(at));
         }
-        false
+        result
     }
 
-    /// Merges the page at `place` into the page of the node `key`.
-    fn join(&mut self, mm: &MmWithUser, place: Place, key: StableKey) -> Result {
-        let mut item = ItemBox::new(GFP_SCAN)?;
-        {
-            let node = self.index.node(key).ok_or(EAGAIN)?;
-            let guard = mm.mmap_read_lock();
-            let vma = MergeableVma::at(&guard, place.addr).ok_or(EAGAIN)?;
-            let page = vma.page_at(place.addr).ok_or(EAGAIN)?;
-            let kpage = node.page().ok_or(EAGAIN)?;
-            // Without any lock first: most pages that are not equal end here, left alone.
-            if page.is_ksm() || page.differs_from(&kpage) {
-                return Err(EAGAIN);
-            }
-            drop(kpage);
-            let kpage = node.locked_page().ok_or(EAGAIN)?;
-            vma.join(place.addr, page, &kpage, node, &mut item)?;
-        }
-        self.merged(place, item, key);
-        Ok(())
-    }
-
-    /// Notes that the page at `place`, which is remembered, was merged.
+    /// Notes that the page at `place`, which is remembered with the same sample, was merged.
     fn merged(&mut self, place: Place, item: ItemBox, key: StableKey) {
-        self.items = self.items.saturating_add(1);
-        self.index.to_stable(key);
-        let word = self
-            .mms
-            .get_mut(&place.slot)
-            .and_then(|mm| mm.pages.get_mut(place.addr));
-        match word {
-            Some(word) => *word = PageWord::merged(item),
+        self.core.items = self.core.items.saturating_add(1);
+        self.core.try_again();
+        self.core.index.move_to_stable(key);
+        match self.word(place) {
+            (Some(word), core) => {
+                let old = core::mem::replace(word, PageWord::merged(item));
+                core.retire(place, old);
+            }
             // Every candidate is remembered.
-            None => self.detach(item),
+            (None, core) => core.detach(item),
         }
     }
 
     /// Merges the page at `place` with the one that waits at `other`, or lets it wait in its stead.
     fn merge_with_waiting(
         &mut self,
-        seed: u64,
+        hasher: &Hasher,
         mm: &MmWithUser,
         place: Place,
         other: Place,
         sum: Checksum,
+        may_be_shared: bool,
     ) {
         let other_mm = self.mms.get(&other.slot).map(|known| known.mm.clone());
         let Some(other_mm) = other_mm.and_then(|mm| use_mm(&mm)) else {
             return self.wait(place, sum);
         };
-        match self.compare(seed, mm, place, &other_mm, other, sum) {
-            Compared::Equal => {}
-            Compared::OtherChanged => return self.wait(place, sum),
-            Compared::Hopeless => return,
-        }
-        let Ok(key) = self.publish(mm, place, sum) else {
+        // Looked at without a lock, to be spared undoing a merge that cannot be completed.
+        let Some(other_page) = page_at(&other_mm, other.addr).filter(|page| {
+            page.is_plain_anon() && !page.is_held_by_others() && page.sample(hasher) == sum.sample()
+        }) else {
+            return self.wait(place, sum);
+        };
+        if may_be_shared && page_at(mm, place.addr).is_some_and(|page| page.is_same(&other_page)) {
+            // Shared by fork: nothing to gain.
             return;
+        }
+        drop(other_page);
+        let Ok(key) = self.publish(mm, place, sum) else {
+            return self.core.try_again();
         };
         if self.join(&other_mm, other, key).is_ok() {
-            self.index.stop_waiting(sum, other);
             return;
         }
         // A merged page that nobody shares is no gain: undo it. This page waits from now on, so
         // that it is the other one's turn to be tried first, which costs nothing when it is pinned.
-        self.undo(mm, place, key);
-        self.wait(place, sum);
+        if self.undo(mm, place, key) {
+            self.wait(place, sum);
+        }
     }
 
-    /// Compares two pages as they are, without any lock held.
-    fn compare(
-        &self,
-        seed: u64,
-        mm: &MmWithUser,
-        place: Place,
-        other_mm: &MmWithUser,
-        other: Place,
-        sum: Checksum,
-    ) -> Compared {
-        let Some(page) = page_at(mm, place.addr) else {
-            return Compared::Hopeless;
+    /// Merges the page at `place` into the page of the node `key`.
+    fn join(&mut self, mm: &MmWithUser, place: Place, key: StableKey) -> Result {
+        let item = {
+            let guard = mm.mmap_read_lock();
+            let vma = MergeableVma::at(&guard, place.addr).ok_or(EBUSY)?;
+            let node = self.core.index.node(key).ok_or(EBUSY)?;
+            let kpage = node.locked_page().ok_or(EBUSY)?;
+            join_page(&vma, place, &kpage, node, key)?
         };
-        let Some(other) = page_at(other_mm, other.addr) else {
-            return Compared::OtherChanged;
-        };
-        if page.is_same(&other) {
-            // Shared by fork: nothing to gain.
-            return Compared::Hopeless;
-        }
-        if other.is_ksm() {
-            return Compared::OtherChanged;
-        }
-        if !page.differs_from(&other) {
-            Compared::Equal
-        } else if other.checksum(seed) != sum {
-            Compared::OtherChanged
-        } else {
-            // This one changed, or the checksums collide.
-            Compared::Hopeless
-        }
+        self.merged(place, item, key);
+        Ok(())
     }
 
     /// Makes the page at `place` a merged page, with a node of its own.
     fn publish(&mut self, mm: &MmWithUser, place: Place, sum: Checksum) -> Result<StableKey> {
-        let mut item = ItemBox::new(GFP_SCAN)?;
-        let key = self.index.new_key(sum);
+        let mut item = ItemBox::new(sum.sample(), GFP_SCAN)?;
+        let core = &mut self.core;
+        let key = core.index.new_key(sum);
         let node = NodeBox::new(key, GFP_SCAN)?;
-        self.index.insert(key, node, GFP_SCAN)?;
+        core.index.insert(key, node, GFP_SCAN)?;
         // From here on the module may not be unloaded.
-        let result = self
+        let result = core
             .pin
             .pin()
-            .and_then(|()| self.publish_at(mm, place, key, &mut item));
+            .and_then(|()| core.publish_at(mm, place, key, &mut item));
         match result {
-            Ok(page) => {
+            Ok(_page) => {
                 self.merged(place, item, key);
-                drop(page);
                 Ok(key)
             }
             Err(err) => {
-                self.release(key);
+                core.release(key);
                 Err(err)
             }
         }
     }
 
-    fn publish_at(
-        &self,
-        mm: &MmWithUser,
-        place: Place,
-        key: StableKey,
-        item: &mut ItemBox,
-    ) -> Result<PageRef> {
-        let node = self.index.node(key).ok_or(EAGAIN)?;
-        let guard = mm.mmap_read_lock();
-        let vma = MergeableVma::at(&guard, place.addr).ok_or(EAGAIN)?;
-        let page = vma.page_at(place.addr).ok_or(EAGAIN)?;
-        vma.publish(place.addr, page, node, item)
-    }
-
-    /// Makes the merged page at `place` an ordinary page again.
-    fn undo(&mut self, mm: &MmWithUser, place: Place, key: StableKey) {
+    /// Makes the merged page at `place` an ordinary page again. Returns whether that worked.
+    fn undo(&mut self, mm: &MmWithUser, place: Place, key: StableKey) -> bool {
         {
             let guard = mm.mmap_read_lock();
             if let Some(vma) = MergeableVma::at(&guard, place.addr) {
@@ -238,63 +294,116 @@ impl State {
                     .unmerge(place.addr, place.addr.saturating_add(PAGE_SIZE))
                     .is_err()
                 {
-                    return;
+                    return false;
                 }
             }
         }
-        let item = self
-            .mms
-            .get_mut(&place.slot)
-            .and_then(|mm| mm.pages.get_mut(place.addr))
-            .and_then(PageWord::take_item);
-        self.reword(place, PageWord::seen(key.sum));
-        if let Some(item) = item {
-            self.detach(item);
+        if let (Some(word), core) = self.word(place) {
+            core.renew(place, word, key.sum.sample());
+            core.relabel(word, PageWord::steady(key.sum.sample()));
         }
-        self.settle(key, false);
+        self.core.settle(key, false);
+        true
     }
 
     /// Lists the page at `place` with the node whose page it is: a child inherited the mapping.
     pub(super) fn list(&mut self, mm: &MmWithUser, place: Place, id: NodeId) {
-        // Whatever it was before, it is not any more. The word itself stays, or is made.
+        // Whatever it was before, it is not any more.
         self.forget(place);
-        self.remember_new(mm, place, Checksum::from_raw(0));
-        if self.recall(place).is_none() {
-            return;
-        }
-        if self.try_list(mm, place, id).is_err() {
-            self.forget(place);
-        }
+        // Without memory the next pass tries again.
+        let _ = self.try_list(mm, place, id);
     }
 
     fn try_list(&mut self, mm: &MmWithUser, place: Place, id: NodeId) -> Result {
-        let mut item = ItemBox::new(GFP_SCAN)?;
-        let key;
-        {
-            let guard = mm.mmap_read_lock();
-            let vma = MergeableVma::at(&guard, place.addr).ok_or(EAGAIN)?;
-            let page = vma.page_at(place.addr).ok_or(EAGAIN)?.lock();
-            if page.node_id() != Some(id) {
-                return Err(EAGAIN);
-            }
-            key = page.node_key().ok_or(EAGAIN)?;
-            let node = self.index.node(key).ok_or(EAGAIN)?;
-            node.attach(&page, &mut item, &vma, place.addr)?;
+        let guard = mm.mmap_read_lock();
+        let vma = MergeableVma::at(&guard, place.addr).ok_or(EBUSY)?;
+        let page = vma.page_at(place.addr).ok_or(EBUSY)?.lock();
+        if page.node_id() != Some(id) {
+            return Err(EBUSY);
         }
-        self.merged(place, item, key);
-        Ok(())
+        let key = page.node_key().ok_or(EBUSY)?;
+        let sample = key.sum.sample();
+        let mut item = ItemBox::new(sample, GFP_SCAN)?;
+        self.remember(mm, place, sample)?;
+        let node = self.core.index.node(key).ok_or(EBUSY)?;
+        let result = node.attach(&page, &mut item, &vma, place.addr);
+        // Locks are given up first: taking an item off again would take the folio lock.
+        drop(page);
+        drop(guard);
+        match result {
+            Ok(()) => self.merged(place, item, key),
+            Err(_) => self.forget(place),
+        }
+        result
     }
 
-    /// Whether there is anything left of an address space after its pages were unmerged.
-    fn forget_unmerged(&mut self, slot: SlotId, mm: &Mm) {
-        self.forget_range(slot, 0, usize::MAX);
-        crate::mm::report_metadata(mm, 0);
+    /// Remembers a page that is not remembered.
+    fn remember(&mut self, mm: &Mm, place: Place, sample: Sample) -> Result {
+        let known = known_mm(&mut self.mms, mm, place.slot).ok_or(ENOMEM)?;
+        let mut leaf = known.pages.leaf_from(place.addr, GFP_SCAN)?;
+        let result = match leaf.seek(place.addr) {
+            Found::Nothing => leaf
+                .insert(PageWord::seen(sample), 1, GFP_SCAN)
+                .map_err(|_| ENOMEM),
+            _ => Err(EEXIST),
+        };
+        match result {
+            Ok(()) => self.core.enter(sample),
+            Err(_) => known.pages.prune(place.addr),
+        }
+        result
+    }
+}
+
+impl Core {
+    /// Tries to merge the page at `place`, which is in `vma`, into the page of the node `key`. `None`:
+    /// that one takes no more pages, or is gone.
+    fn join_node(
+        &mut self,
+        vma: &MergeableVma<'_>,
+        place: Place,
+        key: StableKey,
+        guessing: bool,
+    ) -> Option<Result<ItemBox>> {
+        let node = self.index.node(key)?;
+        if node.items() >= MAX_SHARING || guessing && node.is_ambiguous() {
+            return None;
+        }
+        let Some(kpage) = node.locked_page() else {
+            self.release(key);
+            return None;
+        };
+        let result = join_page(vma, place, &kpage, node, key);
+        if guessing && matches!(&result, Err(err) if *err == EAGAIN) {
+            node.set_ambiguous();
+        }
+        Some(result)
+    }
+
+    fn publish_at(
+        &self,
+        mm: &MmWithUser,
+        place: Place,
+        key: StableKey,
+        item: &mut ItemBox,
+    ) -> Result<PageRef> {
+        let node = self.index.node(key).ok_or(EBUSY)?;
+        let guard = mm.mmap_read_lock();
+        let vma = MergeableVma::at(&guard, place.addr).ok_or(EBUSY)?;
+        let page = vma.page_at(place.addr).ok_or(EBUSY)?;
+        vma.publish(place.addr, page, node, item)
     }
 }
 
 impl Engine {
     /// Gives every process back pages of its own, and forgets all that is known of pages.
+    ///
+    /// A process that cannot be served does not keep others from being: the first error is returned when
+    /// all were tried. `ERESTARTSYS` ends it at once.
     pub(super) fn unmerge_all(&self, state: &mut State) -> Result {
+        // From here on the swap-in path hands out copies of merged pages, not the pages.
+        let _copying = intree::SwapInCopies::new();
+        let mut result = self.enter_registered();
         let mut slot = 0;
         loop {
             // Children that are forked meanwhile come later, so they are not missed.
@@ -304,17 +413,29 @@ impl Engine {
             };
             slot = id;
             if let Some(user) = use_mm(&mm) {
-                unmerge_mm(&user)?;
+                match unmerge_mm(&user) {
+                    Err(err) if err == ERESTARTSYS => return Err(err),
+                    served => result = result.and(served),
+                }
             }
-            state.forget_unmerged(id, &mm);
+            state.forget_range(id, 0, usize::MAX);
+            crate::mm::report_metadata(&mm, 0);
         }
-        state.swept = None;
-        state.sweep_limbo(usize::MAX, true);
+        result = result.and(if self.registry.lock().has_missed() {
+            Err(ENOMEM)
+        } else {
+            Ok(())
+        });
+        state.core.release_stale();
+        // Whoever was not served still uses the pages of these nodes.
+        state.core.swept = None;
+        state.core.sweep_limbo(usize::MAX, result.is_ok());
+        state.core.unpin_if_empty();
         // As in-tree: counting starts again, and so does the scan.
         state.cursor = Cursor::new();
         self.stats.reset_full_scans();
         self.publish_stats(state);
-        Ok(())
+        result
     }
 }
 
@@ -326,6 +447,20 @@ fn unmerge_mm(mm: &MmWithUser) -> Result {
         addr = vma.end();
     }
     Ok(())
+}
+
+/// Merges the page at `place`, which is in `vma`, into `kpage`, the page of `node`, which has the key `key`.
+fn join_page(
+    vma: &MergeableVma<'_>,
+    place: Place,
+    kpage: &LockedPage,
+    node: &NodeBox,
+    key: StableKey,
+) -> Result<ItemBox> {
+    let page = vma.page_at(place.addr).ok_or(EBUSY)?;
+    let mut item = ItemBox::new(key.sum.sample(), GFP_SCAN)?;
+    vma.join(place.addr, page, kpage, node, &mut item)?;
+    Ok(item)
 }
 
 fn page_at(mm: &MmWithUser, addr: usize) -> Option<PageRef> {

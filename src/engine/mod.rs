@@ -5,6 +5,7 @@
 //! Safe code only; everything that touches memory of others goes through [`crate::mm`].
 
 pub(crate) mod checksum;
+mod filter;
 pub(crate) mod index;
 mod knobs;
 mod merge;
@@ -19,6 +20,8 @@ use crate::mm::{
     unload,
     word::{PageState, PageWord},
 };
+use checksum::{Hasher, Sample};
+use filter::Filter;
 use index::{Index, Place, SlotId, StableKey};
 use kernel::{
     alloc::{flags, Flags},
@@ -73,8 +76,7 @@ pub(crate) struct Engine {
     sleep_millisecs: Atomic<u32>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
-    /// Seeds the checksums, so that nobody can prepare collisions.
-    seed: u64,
+    hasher: Hasher,
 }
 
 /// What is known of the pages of one address space.
@@ -86,13 +88,27 @@ pub(crate) struct MmState {
 /// What the mutex protects.
 pub(crate) struct State {
     mms: RBTree<SlotId, MmState>,
+    core: Core,
+    scratch: Option<KBox<scan::Scratch>>,
+    cursor: scan::Cursor,
+    /// Anonymous pages of all registered processes when the pass began.
+    mapped_pages: usize,
+}
+
+/// What is known of all pages together.
+struct Core {
     index: Index<NodeBox>,
+    /// The samples of all pages that are remembered, each counted once.
+    filter: Filter,
     /// Places that map merged pages: items on nodes.
     items: usize,
     /// Pages that are remembered, merged ones included.
     pages: usize,
-    cursor: scan::Cursor,
-    /// How far [`State::sweep_limbo`] has come.
+    /// Pages that are steady and do not wait.
+    steady: usize,
+    /// Counts what [`Core::try_again`] is called for. Starts at 1, see [`scan::Cursor`].
+    events: u64,
+    /// How far [`Core::sweep_limbo`] has come.
     swept: Option<StableKey>,
     pin: unload::Pin,
 }
@@ -100,16 +116,18 @@ pub(crate) struct State {
 impl Engine {
     /// An engine that is stopped.
     pub(crate) fn new(module: &'static ThisModule) -> Result<Arc<Self>> {
+        let mut registry = Registry::new();
+        registry.reserve_spares(ENTER_SPARES)?;
         Arc::pin_init(
             try_pin_init!(Self {
-                state <- new_mutex!(State::new(module), "rksm_state"),
-                registry <- new_spinlock!(Registry::new(), "rksm_registry"),
+                state <- new_mutex!(State::new(module)?, "rksm_state"),
+                registry <- new_spinlock!(registry, "rksm_registry"),
                 run: Atomic::new(run::STOP),
                 pages_to_scan: Atomic::new(knobs::DEFAULT_PAGES_TO_SCAN),
                 sleep_millisecs: Atomic::new(knobs::DEFAULT_SLEEP_MILLISECS),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
-                seed: crate::mm::random_seed(),
+                hasher: Hasher::new(crate::mm::random_words()),
             }),
             GFP_KERNEL,
         )
@@ -130,12 +148,28 @@ impl Engine {
         self.run.load(Relaxed)
     }
 
-    /// Enters all address spaces that in-tree KSM has registered.
+    /// Enters all address spaces that in-tree KSM has registered. `ENOMEM`: some were missed.
     ///
     /// Who exits meanwhile is reported through [`intree::Listener::exit`] afterwards, if the
     /// listener was set before.
-    pub(crate) fn enter_registered(&self) {
-        intree::for_each_registered(|mm| intree::Listener::enter(self, mm));
+    pub(crate) fn enter_registered(&self) -> Result {
+        for _ in 0..ENTER_ATTEMPTS {
+            self.registry.lock().take_missed();
+            intree::for_each_registered(|mm| intree::Listener::enter(self, mm));
+            if !self.registry.lock().has_missed() {
+                return Ok(());
+            }
+            // Allocate where waiting is allowed, for the next attempt.
+            for _ in 0..ENTER_SPARES {
+                let spare = Reservation::new(GFP_KERNEL)?;
+                // Freed without the lock, if there was no room for it.
+                let unused = self.registry.lock().add_spare(spare);
+                if unused.is_some() {
+                    break;
+                }
+            }
+        }
+        Err(ENOMEM)
     }
 
     /// Whether there is anything to scan.
@@ -143,16 +177,16 @@ impl Engine {
         self.run() == run::MERGE && !self.registry.lock().is_empty()
     }
 
-    /// Whether something has to be done even when nothing is to be scanned.
+    /// Whether something has to be done at once even when nothing is to be scanned.
     fn has_chores(&self) -> bool {
-        let registry = self.registry.lock();
-        registry.has_dead() || registry.has_missed()
+        self.registry.lock().has_dead()
     }
 
     /// Forgets who is gone, finds who was missed, frees what can be freed.
     fn do_chores(&self, state: &mut State) {
-        if self.registry.lock().take_missed() {
-            self.enter_registered();
+        if self.registry.lock().has_missed() {
+            // If that fails, the next round tries again.
+            let _ = self.enter_registered();
         }
         loop {
             // In a statement of its own: the lock must not be held for the rest.
@@ -163,17 +197,23 @@ impl Engine {
             state.forget_mm(id);
             drop(mm);
         }
-        state.sweep_limbo(LIMBO_SWEEP, self.run() != run::MERGE);
+        state
+            .core
+            .sweep_limbo(LIMBO_SWEEP, self.run() == run::UNMERGE);
+        state.core.unpin_if_empty();
         self.publish_stats(state);
     }
 
     fn publish_stats(&self, state: &State) {
-        self.stats.publish(state);
+        self.stats.publish(&state.core);
     }
 }
 
 impl intree::Listener for Engine {
     fn enter(&self, mm: ARef<Mm>) {
+        if self.registry.lock().knows(&mm) {
+            return;
+        }
         let reservation = Reservation::new(flags::GFP_NOWAIT).ok();
         let unused = self.registry.lock().enter(mm, reservation);
         // Not the last reference: the caller's in-tree registration has one.
@@ -191,20 +231,20 @@ impl intree::Listener for Engine {
 
 impl kthread::Main for Engine {
     fn main(&self, current: &kthread::Current) {
-        let mut backoff = LIMBO_RETRY_MS;
+        let mut backoff = RETRY_MS;
         while !current.should_stop() {
-            let limbo = {
+            let unfinished = {
                 let mut state = self.state.lock();
                 self.do_chores(&mut state);
-                state.index.limbo_len()
+                state.core.index.limbo_len() != 0 || self.registry.lock().has_missed()
             };
             if self.should_scan() {
                 self.scan(current);
             }
-            backoff = if limbo == 0 {
-                LIMBO_RETRY_MS
+            backoff = if unfinished {
+                backoff.saturating_mul(2).min(RETRY_MAX_MS)
             } else {
-                backoff.saturating_mul(2).min(LIMBO_RETRY_MAX_MS)
+                RETRY_MS
             };
             if self.should_scan() {
                 let sleep = self.sleep_millisecs.load(Relaxed);
@@ -212,56 +252,50 @@ impl kthread::Main for Engine {
                     self.sleep_millisecs.load(Relaxed) != sleep || self.has_chores()
                 });
             } else {
-                let limit = (limbo > 0).then_some(backoff);
+                let limit = unfinished.then_some(backoff);
                 current.sleep(limit, || self.should_scan() || self.has_chores());
             }
         }
     }
 }
 
-/// How soon to look again at nodes whose pages are about to be freed.
-const LIMBO_RETRY_MS: u32 = 20;
-const LIMBO_RETRY_MAX_MS: u32 = 1000;
-/// How many of them at a time.
+/// How soon to try again what could not be finished: freeing nodes whose pages are about to be freed,
+/// and entering processes for which there was no memory.
+const RETRY_MS: u32 = 20;
+const RETRY_MAX_MS: u32 = 1000;
+/// How many nodes to look at in one round.
 const LIMBO_SWEEP: usize = 1024;
+/// How often to try to enter everybody, and how many entries to allocate in between.
+const ENTER_ATTEMPTS: usize = 8;
+const ENTER_SPARES: usize = 64;
 
 impl State {
-    fn new(module: &'static ThisModule) -> Self {
-        Self {
+    fn new(module: &'static ThisModule) -> Result<Self> {
+        Ok(Self {
             mms: RBTree::new(),
-            index: Index::new(),
-            items: 0,
-            pages: 0,
+            core: Core {
+                index: Index::new(),
+                filter: Filter::new(),
+                items: 0,
+                pages: 0,
+                steady: 0,
+                events: 1,
+                swept: None,
+                pin: unload::Pin::new(module),
+            },
+            scratch: Some(KBox::init(scan::Scratch::init(), GFP_KERNEL)?),
             cursor: scan::Cursor::new(),
-            swept: None,
-            pin: unload::Pin::new(module),
-        }
+            mapped_pages: 0,
+        })
     }
 
-    /// Remembers `word` for the page at `place`, which is in a known address space.
-    fn remember(&mut self, place: Place, word: PageWord) -> Result {
-        let mm = self.mms.get_mut(&place.slot).ok_or(ESRCH)?;
-        if mm.pages.insert(place.addr, word, GFP_SCAN)?.is_none() {
-            self.pages = self.pages.saturating_add(1);
-        }
-        Ok(())
-    }
-
-    /// What is remembered of the page at `place`.
-    fn recall(&self, place: Place) -> Option<PageState> {
-        let mm = self.mms.get(&place.slot)?;
-        mm.pages.get(place.addr).map(PageWord::state)
-    }
-
-    /// Changes what is remembered of a page to a word that holds no item.
-    fn reword(&mut self, place: Place, word: PageWord) {
-        let page = self
+    /// The word of the page at `place`, and all that is known of others.
+    fn word(&mut self, place: Place) -> (Option<&mut PageWord>, &mut Core) {
+        let word = self
             .mms
             .get_mut(&place.slot)
             .and_then(|mm| mm.pages.get_mut(place.addr));
-        if let Some(page) = page {
-            *page = word;
-        }
+        (word, &mut self.core)
     }
 
     /// Forgets the page at `place`.
@@ -271,8 +305,7 @@ impl State {
             .get_mut(&place.slot)
             .and_then(|mm| mm.pages.remove(place.addr));
         if let Some(word) = word {
-            self.pages = self.pages.saturating_sub(1);
-            self.let_go(place, word);
+            self.core.leave(place, word);
         }
     }
 
@@ -296,10 +329,88 @@ impl State {
         }
     }
 
-    /// Takes a page out of whichever tree `word` says it is in.
-    fn let_go(&mut self, place: Place, mut word: PageWord) {
-        if let PageState::Unstable(sum) = word.state() {
-            self.index.stop_waiting(sum, place);
+    /// Makes room in the filter for `more` pages, or counts anew when it is worn. Without memory it
+    /// stays as it is, and takes more pages for ones that have an equal than it should.
+    fn fit_filter(&mut self, more: usize) {
+        let pages = self.core.pages.saturating_add(more);
+        if pages <= self.core.filter.capacity() && !self.core.filter.is_worn() {
+            return;
+        }
+        // Grow to what is mapped by those who are registered, unless that is out of all proportion.
+        let room = pages
+            .saturating_mul(2)
+            .max(self.mapped_pages.min(pages.saturating_mul(64)));
+        let Ok(mut filter) = Filter::for_pages(room) else {
+            return;
+        };
+        for (_, mm) in self.mms.iter() {
+            mm.pages.for_each(|word| {
+                filter.add(word.sample());
+            });
+            crate::mm::cond_resched();
+        }
+        self.core.filter = filter;
+    }
+}
+
+impl Core {
+    /// Notes that a page with this sample is remembered from now on.
+    fn enter(&mut self, sample: Sample) {
+        self.count(sample);
+        self.pages = self.pages.saturating_add(1);
+    }
+
+    /// Counts one more page with this sample.
+    fn count(&mut self, sample: Sample) {
+        if self.filter.add(sample) {
+            self.try_again();
+        }
+    }
+
+    /// Has pages that are steady looked at again in the next pass: for one of them something may have
+    /// changed, or could not be done for the moment.
+    fn try_again(&mut self) {
+        self.events = self.events.wrapping_add(1);
+    }
+
+    /// Notes that a page is no longer remembered, and takes it out of whichever tree it is in.
+    fn leave(&mut self, place: Place, word: PageWord) {
+        self.pages = self.pages.saturating_sub(1);
+        self.filter.remove(word.sample());
+        self.retire(place, word);
+    }
+
+    /// Changes what is remembered of a page to "seen with this sample".
+    fn renew(&mut self, place: Place, word: &mut PageWord, sample: Sample) {
+        let old = core::mem::replace(word, PageWord::seen(sample));
+        if old.sample() != sample {
+            self.filter.remove(old.sample());
+            self.count(sample);
+        }
+        self.retire(place, old);
+    }
+
+    /// Changes the word of a page that does not wait to another with the same sample.
+    fn relabel(&mut self, word: &mut PageWord, new: PageWord) {
+        // An item that is still listed must never be dropped.
+        if let Some(item) = word.take_item() {
+            self.detach(item);
+        }
+        let old = core::mem::replace(word, new);
+        if let PageState::Steady(_) = old.state() {
+            self.steady = self.steady.saturating_sub(1);
+        }
+        if let PageState::Steady(_) = word.state() {
+            self.steady = self.steady.saturating_add(1);
+        }
+    }
+
+    /// Undoes what a word stands for, besides its sample.
+    fn retire(&mut self, place: Place, mut word: PageWord) {
+        match word.state() {
+            PageState::Steady(_) => self.steady = self.steady.saturating_sub(1),
+            PageState::Waiting(sum) => self.index.stop_waiting(sum, place),
+            _ => {}
         }
         if let Some(item) = word.take_item() {
             self.detach(item);
@@ -314,7 +425,7 @@ impl State {
             Detached::Done(key, left) => {
                 self.items = self.items.saturating_sub(1);
                 if left == 0 {
-                    self.index.to_limbo(key);
+                    self.index.move_to_limbo(key);
                 }
             }
         }
@@ -330,13 +441,18 @@ impl State {
             Ok(()) => self.items = self.items.saturating_sub(items),
             // Not stale after all. Without memory to index it, it is lost but harmless: dropping
             // it says so in the log.
-            Err(node) => drop(self.index.insert(key, node, GFP_KERNEL)),
+            Err(node) => {
+                let listed = node.items() != 0;
+                if self.index.insert(key, node, GFP_KERNEL).is_ok() && listed {
+                    self.index.move_to_stable(key);
+                }
+            }
         }
-        self.unpin_if_empty();
     }
 
     /// Frees nodes without known mappings whose pages are gone: all of them, or some each time. With
-    /// `force`, also those whose pages are only left in the swap cache.
+    /// `force`, also those whose pages are left in the swap cache, or mapped by processes that are
+    /// not registered (a fork's other half).
     fn sweep_limbo(&mut self, most: usize, force: bool) {
         let mut next = self.index.next_limbo(self.swept);
         for _ in 0..most {
@@ -353,18 +469,33 @@ impl State {
         }
     }
 
+    /// Frees all nodes whose pages are gone, and whose items nobody looked at since.
+    fn release_stale(&mut self) {
+        let mut next = self.index.next_node(None);
+        while let Some(key) = next {
+            next = self.index.next_node(Some(key));
+            if self
+                .index
+                .node(key)
+                .is_some_and(|node| node.page().is_none())
+            {
+                self.release(key);
+            }
+            crate::mm::cond_resched();
+        }
+    }
+
     /// Frees a node without known mappings if its page is gone.
     fn settle(&mut self, key: StableKey, force: bool) {
-        let Some(node) = self.index.node(key) else {
+        let Some(node) = self.index.node(key).filter(|node| node.items() == 0) else {
             return;
         };
         let gone = match node.page() {
             None => true,
-            Some(page) if page.is_mapped() => false,
-            Some(page) if page.is_swapcache() && !force => false,
+            Some(page) if !force && (page.is_mapped() || page.is_swapcache()) => false,
             Some(page) => {
                 drop(page);
-                node.abandon_unmapped()
+                node.abandon(force)
             }
         };
         if gone {
@@ -372,6 +503,7 @@ impl State {
         }
     }
 
+    /// Allows unloading when there is no node left. Not called with an `mmap_lock` held.
     fn unpin_if_empty(&mut self) {
         if self.index.has_no_nodes() {
             self.pin.unpin();
@@ -382,11 +514,11 @@ impl State {
 impl Drop for State {
     fn drop(&mut self) {
         // Nothing is merged any more, or the module could not be unloaded; so this frees words and
-        // waiting places only. In the case of a forced unload it at least frees what it can.
+        // waiting places only.
         while let Some(slot) = self.mms.cursor_front().map(|first| *first.current().0) {
             self.forget_mm(slot);
         }
-        self.swept = None;
-        self.sweep_limbo(usize::MAX, true);
+        self.core.swept = None;
+        self.core.sweep_limbo(usize::MAX, true);
     }
 }

@@ -3,7 +3,12 @@
 //! What is remembered of each page of one address space.
 
 use core::mem::size_of;
-use kernel::{alloc::Flags, page::PAGE_SHIFT, prelude::*, rbtree::RBTree};
+use kernel::{
+    alloc::{kvec::InsertError, Flags},
+    page::PAGE_SHIFT,
+    prelude::*,
+    rbtree::RBTree,
+};
 
 /// Pages per leaf: those of one page table on x86-64, though nothing depends on that.
 const LEAF_PAGES: usize = 512;
@@ -21,7 +26,6 @@ const BITS: usize = u64::BITS as usize;
 /// No leaf is empty.
 pub(crate) struct PageMap<W> {
     leaves: RBTree<usize, Leaf<W>>,
-    len: usize,
 }
 
 struct Leaf<W> {
@@ -83,6 +87,22 @@ impl<W> Leaf<W> {
         (before + within) as usize
     }
 
+    /// How many of `count` pages from `page` on have a word; `None` if they reach over the end.
+    fn count(&self, page: usize, count: usize) -> Option<usize> {
+        let end = page.checked_add(count).filter(|&end| end <= LEAF_PAGES)?;
+        let mut ones = 0;
+        for (nth, bits) in self.present.iter().enumerate() {
+            let start = nth * BITS;
+            let from = page.saturating_sub(start).min(BITS);
+            let to = end.saturating_sub(start).min(BITS);
+            if from < to {
+                let mask = (u64::MAX >> (BITS - (to - from))) << from;
+                ones += (bits & mask).count_ones() as usize;
+            }
+        }
+        Some(ones)
+    }
+
     fn set_bit(&mut self, slot: Slot, on: bool) {
         let (word, bit) = slot.bit();
         if let Some(bits) = self.present.get_mut(word) {
@@ -119,18 +139,6 @@ impl<W> PageMap<W> {
     pub(crate) fn new() -> Self {
         Self {
             leaves: RBTree::new(),
-            len: 0,
-        }
-    }
-
-    /// The word of the page at `addr`.
-    pub(crate) fn get(&self, addr: usize) -> Option<&W> {
-        let slot = Slot::of(addr);
-        let leaf = self.leaves.get(&slot.leaf)?;
-        if leaf.has(slot) {
-            leaf.words.get(leaf.rank(slot))
-        } else {
-            None
         }
     }
 
@@ -146,39 +154,34 @@ impl<W> PageMap<W> {
         }
     }
 
-    /// Sets the word of the page at `addr` and returns the one it had.
+    /// The pages of the leaf that `addr` is in, to be gone through from `addr` on in the order of their
+    /// addresses. The leaf is made if need be, which may fail with `ENOMEM`.
     ///
-    /// `ENOMEM` can only come for a page that had none; the map is then unchanged.
-    pub(crate) fn insert(&mut self, addr: usize, word: W, flags: Flags) -> Result<Option<W>> {
+    /// The caller gives the leaf a word, or calls [`Self::prune`].
+    pub(crate) fn leaf_from(&mut self, addr: usize, flags: Flags) -> Result<LeafCursor<'_, W>> {
         let slot = Slot::of(addr);
         if self.leaves.get(&slot.leaf).is_none() {
             self.leaves
                 .try_create_and_insert(slot.leaf, Leaf::new(), flags)?;
         }
         let leaf = self.leaves.get_mut(&slot.leaf).ok_or(ENOMEM)?;
-        let rank = leaf.rank(slot);
-        if leaf.has(slot) {
-            let old = leaf.words.get_mut(rank).ok_or(EINVAL)?;
-            return Ok(Some(core::mem::replace(old, word)));
-        }
-        if let Err(err) = leaf.words.reserve(1, flags) {
-            self.prune(slot.leaf);
-            return Err(err.into());
-        }
-        leaf.words
-            .insert_within_capacity(rank, word)
-            .map_err(|_| ENOMEM)?;
-        leaf.set_bit(slot, true);
-        self.len = self.len.saturating_add(1);
-        Ok(None)
+        Ok(LeafCursor {
+            rank: leaf.rank(slot),
+            at: slot,
+            leaf,
+        })
+    }
+
+    /// The last address of the leaf that `addr` is in.
+    pub(crate) fn leaf_end(addr: usize) -> usize {
+        addr | (1 << (LEAF_SHIFT + PAGE_SHIFT)) - 1
     }
 
     /// Takes the word of the page at `addr` out of the map.
     pub(crate) fn remove(&mut self, addr: usize) -> Option<W> {
         let slot = Slot::of(addr);
         let word = self.leaves.get_mut(&slot.leaf)?.remove(slot)?;
-        self.len = self.len.saturating_sub(1);
-        self.prune(slot.leaf);
+        self.prune(addr);
         Some(word)
     }
 
@@ -213,7 +216,9 @@ impl<W> PageMap<W> {
         })
     }
 
-    fn prune(&mut self, leaf: usize) {
+    /// Frees the leaf that `addr` is in if it has no word.
+    pub(crate) fn prune(&mut self, addr: usize) {
+        let leaf = Slot::of(addr).leaf;
         if self
             .leaves
             .get(&leaf)
@@ -221,5 +226,156 @@ impl<W> PageMap<W> {
         {
             self.leaves.remove(&leaf);
         }
+    }
+
+    /// Calls `each` with every word.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(&W)) {
+        for (_, leaf) in self.leaves.iter() {
+            leaf.words.iter().for_each(&mut each);
+        }
+    }
+}
+
+/// A position in a leaf that only moves forward.
+///
+/// # Invariants
+///
+/// `rank` words are before the page `at`, which is a page of the leaf or the one behind its last.
+pub(crate) struct LeafCursor<'a, W> {
+    leaf: &'a mut Leaf<W>,
+    at: Slot,
+    rank: usize,
+}
+
+/// What [`LeafCursor::seek`] came to.
+pub(crate) enum Found<'a, W> {
+    /// A word that was passed over: the one of the page at this address, which is before the page
+    /// that was sought. It is out of the map now; seek again.
+    Passed(usize, W),
+    /// The word of the page that was sought.
+    Word(&'a mut W),
+    /// The page that was sought has no word.
+    Nothing,
+}
+
+impl<W> LeafCursor<'_, W> {
+    /// Moves on to the page at `addr`, which is in the leaf and not before the last one.
+    #[inline]
+    pub(crate) fn seek(&mut self, addr: usize) -> Found<'_, W> {
+        let sought = Slot::of(addr);
+        if sought.page != self.at.page {
+            if let Some(page) = self
+                .leaf
+                .next(self.at.page)
+                .filter(|&page| page < sought.page)
+            {
+                let passed = Slot { page, ..self.at };
+                if let Some(word) = self.leaf.remove(passed) {
+                    return Found::Passed(passed.addr(), word);
+                }
+            }
+            // INVARIANT: no word in between.
+            self.at = sought;
+        }
+        if !self.leaf.has(self.at) {
+            return Found::Nothing;
+        }
+        match self.leaf.words.get_mut(self.rank) {
+            Some(word) => {
+                // INVARIANT: moved on by one page and one word.
+                self.at.page = self.at.page.wrapping_add(1);
+                self.rank = self.rank.wrapping_add(1);
+                Found::Word(word)
+            }
+            None => Found::Nothing,
+        }
+    }
+
+    /// Gives the page that was sought last, and that had none, a word. `expected` says how many more
+    /// words are about to come, this one included.
+    ///
+    /// On failure the leaf is unchanged.
+    #[inline]
+    pub(crate) fn insert(&mut self, word: W, expected: usize, flags: Flags) -> Result<(), W> {
+        let words = &mut self.leaf.words;
+        if words.len() == words.capacity() {
+            let room = LEAF_PAGES.saturating_sub(words.len());
+            if words
+                .reserve(expected.clamp(1, room.max(1)), flags)
+                .is_err()
+            {
+                return Err(word);
+            }
+        }
+        if self.rank == words.len() {
+            words.push_within_capacity(word).map_err(|err| err.0)?;
+        } else {
+            words
+                .insert_within_capacity(self.rank, word)
+                .map_err(|err| match err {
+                    InsertError::IndexOutOfBounds(word) | InsertError::OutOfCapacity(word) => word,
+                })?;
+        }
+        self.leaf.set_bit(self.at, true);
+        // INVARIANT: moved on by one page and one word.
+        self.at.page = self.at.page.wrapping_add(1);
+        self.rank = self.rank.wrapping_add(1);
+        Ok(())
+    }
+
+    /// The words of `count` pages from the first one on, if each of them has one, and if the cursor
+    /// has not moved yet. Moves behind them.
+    pub(crate) fn known_run(&mut self, count: usize) -> Option<&mut [W]> {
+        let all = self.leaf.count(self.at.page, count)? == count;
+        let run = self.rank..self.rank.checked_add(count)?;
+        if !all {
+            return None;
+        }
+        let words = self.leaf.words.get_mut(run)?;
+        // INVARIANT: moved on by as many pages as words.
+        self.at.page = self.at.page.wrapping_add(count);
+        self.rank = self.rank.wrapping_add(count);
+        Some(words)
+    }
+
+    /// Whether no page from the first one on has a word, if the cursor has not moved yet.
+    pub(crate) fn is_empty_from_here(&self) -> bool {
+        self.rank == self.leaf.words.len()
+    }
+
+    /// Gives `count` pages from the first one on a word each, if none of them nor any page behind them
+    /// has one, and if the cursor has not moved yet. `word` makes the word of the nth page. Moves
+    /// behind them.
+    ///
+    /// Returns whether that was done.
+    pub(crate) fn fill_run(
+        &mut self,
+        count: usize,
+        flags: Flags,
+        mut word: impl FnMut(usize) -> W,
+    ) -> bool {
+        if self.rank != self.leaf.words.len()
+            || self.at.page.saturating_add(count) > LEAF_PAGES
+            || self.leaf.words.reserve(count, flags).is_err()
+        {
+            return false;
+        }
+        for nth in 0..count {
+            if self.leaf.words.push_within_capacity(word(nth)).is_err() {
+                // Cannot be: there is room.
+                return false;
+            }
+            let page = self.at.page.wrapping_add(nth);
+            self.leaf.set_bit(Slot { page, ..self.at }, true);
+        }
+        // INVARIANT: moved on by as many pages as words.
+        self.at.page = self.at.page.wrapping_add(count);
+        self.rank = self.rank.wrapping_add(count);
+        true
+    }
+
+    /// How many words the leaf has.
+    pub(crate) fn len(&self) -> usize {
+        self.leaf.words.len()
     }
 }

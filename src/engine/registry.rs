@@ -22,6 +22,8 @@ pub(crate) struct Registry {
     next_id: SlotId,
     /// An address space was not entered for want of memory.
     missed: bool,
+    /// Memory for more, to fall back on.
+    spares: KVec<Reservation>,
 }
 
 /// The memory to enter one address space with.
@@ -49,10 +51,29 @@ impl Registry {
             dead: RBTree::new(),
             next_id: 1,
             missed: false,
+            spares: KVec::new(),
         }
     }
 
-    /// Enters `mm`. Without a reservation it only remembers that somebody was missed.
+    /// Makes room for `count` spare reservations.
+    pub(crate) fn reserve_spares(&mut self, count: usize) -> Result {
+        Ok(self.spares.reserve(count, GFP_KERNEL)?)
+    }
+
+    /// Adds a reservation to fall back on, or gives it back if there is no room.
+    pub(crate) fn add_spare(&mut self, spare: Reservation) -> Option<Reservation> {
+        self.spares
+            .push_within_capacity(spare)
+            .map_err(|err| err.0)
+            .err()
+    }
+
+    /// Whether `mm` is registered.
+    pub(crate) fn knows(&self, mm: &Mm) -> bool {
+        self.by_mm.get(&(mm.as_raw() as usize)).is_some()
+    }
+
+    /// Enters `mm`. Without a reservation or a spare it only remembers that somebody was missed.
     ///
     /// Gives back what it did not use, to be dropped without the lock.
     #[must_use]
@@ -65,7 +86,7 @@ impl Registry {
         if self.by_mm.get(&key).is_some() {
             return Some((mm, reservation));
         }
-        let Some(Reservation { live, by_mm }) = reservation else {
+        let Some(Reservation { live, by_mm }) = reservation.or_else(|| self.spares.pop()) else {
             self.missed = true;
             return Some((mm, None));
         };

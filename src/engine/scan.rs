@@ -3,20 +3,24 @@
 //! The scan: one pass after the other over all mergeable pages, some pages at a time.
 
 use super::{
-    checksum::Checksum,
+    checksum::Sample,
     index::{Place, SlotId},
-    run, Engine, State,
+    merge::Joined,
+    pagemap::{Found, PageMap},
+    run, Core, Engine, MmState, State, GFP_SCAN,
 };
 use crate::mm::{
     kthread::Current,
     stable::{ItemBox, NodeId},
-    vma::MergeableVma,
-    walk::{self, Batch, Seen, SeenPage, BATCH_PAGES},
+    vma::{is_abandoned, MergeableVma},
+    walk::{self, Batch, Seen, BATCH_PAGES},
     word::{PageState, PageWord},
 };
 use kernel::{
     mm::{Mm, MmWithUser, MmWithUserAsync},
     page::PAGE_SIZE,
+    prelude::*,
+    rbtree::RBTree,
     sync::{aref::ARef, atomic::Relaxed},
 };
 
@@ -29,6 +33,11 @@ pub(super) struct Cursor {
     /// The last address space that belongs to this pass; `None` between passes. Who comes later
     /// waits for the next pass, so that new areas settle down a little.
     last: Option<SlotId>,
+    /// Whether anything happened since the pass before this one began that a page which was steady
+    /// and has not changed since may profit from (see [`Core::try_again`]).
+    news: bool,
+    /// [`Core::events`] when this pass began.
+    events: u64,
 }
 
 impl Cursor {
@@ -37,6 +46,8 @@ impl Cursor {
             slot: 0,
             addr: 0,
             last: None,
+            news: true,
+            events: 0,
         }
     }
 }
@@ -58,23 +69,37 @@ pub(super) struct Candidate {
 
 #[derive(Clone, Copy)]
 pub(super) enum CandidateKind {
-    /// An anonymous page whose checksum held between two looks.
-    Steady(Checksum),
+    /// An anonymous page whose sample held between two looks, and that another page seems to have;
+    /// and what came of looking for a merged page for it.
+    Steady(Sample, Joined),
     /// A KSM page of this node that is not listed with it: mapped by a child since a fork.
     Unlisted(NodeId),
 }
 
-/// The candidates of one batch.
-struct Candidates {
-    list: [Option<Candidate>; BATCH_PAGES],
+/// How many pages are merged under one hold of `mmap_lock`.
+const JOIN_PAGES: usize = 16;
+
+/// What one step works on. Too large for the stack.
+pub(super) struct Scratch {
+    batch: Batch,
+    candidates: [Option<Candidate>; BATCH_PAGES],
     len: usize,
 }
 
-impl Candidates {
+impl Scratch {
+    /// Initialises it in place.
+    pub(super) fn init() -> impl Init<Self> {
+        init!(Self {
+            batch <- Batch::init(),
+            candidates <- pin_init::init_array_from_fn(|_| None),
+            len: 0,
+        })
+    }
+
     fn push(&mut self, candidate: Candidate) {
-        if let Some(place) = self.list.get_mut(self.len) {
+        if let Some(place) = self.candidates.get_mut(self.len) {
             *place = Some(candidate);
-            self.len += 1;
+            self.len = self.len.saturating_add(1);
         }
     }
 }
@@ -124,7 +149,7 @@ impl Engine {
             state.cursor.slot = slot;
             state.cursor.addr = 0;
         }
-        let looked = match use_mm(&mm) {
+        let looked = match use_mm(&mm).filter(|user| !is_abandoned(user)) {
             Some(user) => self.step_mm(state, slot, &user, budget),
             // Exiting: it will be reported dead any moment.
             None => None,
@@ -146,16 +171,37 @@ impl Engine {
         // References held by per-CPU LRU batches would keep pages from being merged.
         crate::mm::lru_add_drain_all();
         let last = self.registry.lock().last_id();
+        state.mapped_pages = self.mapped_pages();
+        let before = state.cursor.events;
         state.cursor = Cursor {
             slot: 1,
             addr: 0,
             last: Some(last),
+            news: state.core.events != before,
+            events: state.core.events,
         };
         last
     }
 
+    /// How many anonymous pages all registered processes have.
+    fn mapped_pages(&self) -> usize {
+        let mut sum = 0usize;
+        let mut slot = 0;
+        loop {
+            let next = self.registry.lock().next(slot);
+            let Some((id, mm)) = next else {
+                return sum;
+            };
+            slot = id;
+            sum = sum.saturating_add(crate::mm::anon_pages(&mm));
+        }
+    }
+
     fn end_pass(&self, state: &mut State) -> Step {
-        state.cursor = Cursor::new();
+        state.cursor = Cursor {
+            events: state.cursor.events,
+            ..Cursor::new()
+        };
         self.stats.add_full_scan();
         Step::PassDone
     }
@@ -168,48 +214,57 @@ impl Engine {
         mm: &MmWithUser,
         budget: usize,
     ) -> Option<usize> {
-        let mut batch = Batch::new();
-        let mut candidates = Candidates {
-            list: [None; BATCH_PAGES],
-            len: 0,
-        };
-        {
-            let guard = mm.mmap_read_lock();
-            let from = state.cursor.addr;
-            let Some(vma) = MergeableVma::next(mm, &guard, from) else {
-                drop(guard);
-                state.forget_range(slot, from, usize::MAX);
-                return None;
-            };
-            let start = from.max(vma.start());
-            let next = walk::fill(&vma, start, budget, self.seed, &mut batch);
-            let mut seen_to = from;
-            for page in batch.pages() {
-                // Whatever is remembered of addresses without a page is outdated.
-                state.forget_range(slot, seen_to, page.addr);
-                seen_to = page.addr.saturating_add(PAGE_SIZE);
-                if let Some(kind) = state.look(mm, slot, page) {
-                    candidates.push(Candidate {
-                        addr: page.addr,
-                        kind,
-                    });
+        let mut scratch = state.scratch.take()?;
+        state.fit_filter(BATCH_PAGES);
+        let more = self.look_on(state, slot, mm, budget, &mut scratch);
+        let count = scratch.len;
+        let candidates = scratch.candidates.get_mut(..count).unwrap_or(&mut []);
+        for few in candidates.chunks_mut(JOIN_PAGES) {
+            state.join_all(&self.hasher, mm, slot, few);
+            // The rest takes the mmap_lock of two address spaces, one after the other.
+            for candidate in few.iter().flatten() {
+                let place = Place {
+                    slot,
+                    addr: candidate.addr,
+                };
+                match candidate.kind {
+                    CandidateKind::Steady(_, Joined::NoneFits(sum, may_be_shared)) => {
+                        state.merge_or_wait(&self.hasher, mm, place, sum, may_be_shared)
+                    }
+                    CandidateKind::Steady(..) => {}
+                    CandidateKind::Unlisted(node) => state.list(mm, place, node),
                 }
             }
-            state.forget_range(slot, seen_to, next);
-            state.cursor.addr = next;
         }
-        // Merging takes the mmap_lock of two address spaces, one after the other.
-        for candidate in candidates.list.iter().flatten() {
-            let place = Place {
-                slot,
-                addr: candidate.addr,
-            };
-            match candidate.kind {
-                CandidateKind::Steady(sum) => state.merge_steady(self.seed, mm, place, sum),
-                CandidateKind::Unlisted(node) => state.list(mm, place, node),
-            }
-        }
-        Some(batch.len())
+        let looked = scratch.batch.pages().len();
+        state.scratch = Some(scratch);
+        more.then_some(looked)
+    }
+
+    /// Looks at the next few pages of one address space, and puts those that are worth trying to merge
+    /// into `scratch`. Returns whether there were any left to look at.
+    fn look_on(
+        &self,
+        state: &mut State,
+        slot: SlotId,
+        mm: &MmWithUser,
+        budget: usize,
+        scratch: &mut Scratch,
+    ) -> bool {
+        scratch.len = 0;
+        let from = state.cursor.addr;
+        let guard = mm.mmap_read_lock();
+        let Some(vma) = MergeableVma::next(mm, &guard, from) else {
+            drop(guard);
+            scratch.batch.clear();
+            state.forget_range(slot, from, usize::MAX);
+            return false;
+        };
+        let start = from.max(vma.start());
+        let next = walk::fill(&vma, start, budget, &self.hasher, &mut scratch.batch);
+        state.absorb(mm, slot, from, next, scratch);
+        state.cursor.addr = next;
+        true
     }
 }
 
@@ -222,70 +277,191 @@ impl super::MmState {
 }
 
 impl State {
-    /// Compares what a page is with what is remembered of it, and says whether it is worth trying
-    /// to merge.
-    fn look(&mut self, mm: &Mm, slot: SlotId, page: SeenPage) -> Option<CandidateKind> {
-        let place = Place {
-            slot,
-            addr: page.addr,
+    /// Compares the pages of a batch, which covers `from..to`, with what is remembered of them. What is
+    /// remembered of addresses without a page is outdated and goes.
+    fn absorb(&mut self, mm: &Mm, slot: SlotId, from: usize, to: usize, scratch: &mut Scratch) {
+        let mut covered = from;
+        let mut done = 0;
+        while let Some(first) = scratch.batch.pages().get(done) {
+            let addr = first.addr();
+            let leaf_end = PageMap::<PageWord>::leaf_end(addr);
+            // Up to the first page, then from there on together with the pages of its leaf.
+            if covered < addr {
+                self.forget_range(slot, covered, addr);
+            }
+            let left = scratch.batch.pages().get(done..).unwrap_or(&[]);
+            let count = left.partition_point(|page| page.addr() <= leaf_end).max(1);
+            self.absorb_leaf(mm, slot, done, count, scratch);
+            done = done.saturating_add(count);
+            covered = match scratch.batch.pages().get(done.wrapping_sub(1)) {
+                Some(last) => last.addr().saturating_add(PAGE_SIZE),
+                None => to,
+            };
+        }
+        if covered < to {
+            self.forget_range(slot, covered, to);
+        }
+    }
+
+    /// Does so for `count` pages from number `first` on, which are all in one leaf.
+    fn absorb_leaf(
+        &mut self,
+        mm: &Mm,
+        slot: SlotId,
+        first: usize,
+        count: usize,
+        scratch: &mut Scratch,
+    ) {
+        let Some(addr) = scratch.batch.pages().get(first).map(|page| page.addr()) else {
+            return;
         };
-        match (self.recall(place), page.seen) {
-            (None, Seen::Anon(sum)) => {
-                self.remember_new(mm, place, sum);
-                None
-            }
-            (Some(PageState::Seen(old)), Seen::Anon(sum)) => {
-                if old == sum {
-                    return Some(CandidateKind::Steady(sum));
+        // Without memory for the words of a page, the next pass tries again.
+        let Some(known) = known_mm(&mut self.mms, mm, slot) else {
+            return;
+        };
+        let core = &mut self.core;
+        if let Ok(mut leaf) = known.pages.leaf_from(addr, GFP_SCAN) {
+            let end = first.saturating_add(count);
+            // Without holes among the pages, most often all are known, or all are new.
+            let dense = scratch
+                .batch
+                .pages()
+                .get(end.wrapping_sub(1))
+                .is_some_and(|last| last.addr().wrapping_sub(addr) / PAGE_SIZE + 1 == count);
+            if dense {
+                if let Some(words) = leaf.known_run(count) {
+                    return core.look_at_run(slot, words, first, scratch, self.cursor.news);
                 }
-                self.reword(place, PageWord::seen(sum));
-                None
-            }
-            (Some(PageState::Unstable(old)), Seen::Anon(sum)) => {
-                if old != sum {
-                    self.index.stop_waiting(old, place);
-                    self.reword(place, PageWord::seen(sum));
-                    return None;
+                let pages = scratch.batch.pages().get(first..end).unwrap_or(&[]);
+                if leaf.is_empty_from_here() && pages.iter().all(|page| page.sample().is_some()) {
+                    let filled = leaf.fill_run(count, GFP_SCAN, |nth| {
+                        let sample = pages.get(nth).and_then(|page| page.sample());
+                        let sample = sample.unwrap_or(Sample::from_raw(0));
+                        core.count(sample);
+                        PageWord::seen(sample)
+                    });
+                    if filled {
+                        core.pages = core.pages.saturating_add(count);
+                        return;
+                    }
                 }
-                // It waits for an equal to come by; but one may have been merged without it, when
-                // this page was pinned or locked.
-                self.index
-                    .next_stable(sum, None)
-                    .map(|_| CandidateKind::Steady(sum))
             }
-            (Some(PageState::Merged(_)), Seen::Anon(sum)) => {
-                // Somebody wrote to it.
-                self.forget(place);
-                self.remember_new(mm, place, sum);
+            let new = count.saturating_sub(leaf.len());
+            for nth in first..end {
+                let Some(&page) = scratch.batch.pages().get(nth) else {
+                    break;
+                };
+                let addr = page.addr();
+                let found = loop {
+                    match leaf.seek(addr) {
+                        Found::Passed(addr, word) => core.leave(Place { slot, addr }, word),
+                        other => break other,
+                    }
+                };
+                let kind = match (found, page.seen()) {
+                    (Found::Word(word), seen) => core.look(Place { slot, addr }, word, seen),
+                    (_, Seen::Anon(sample)) => {
+                        if leaf.insert(PageWord::seen(sample), new, GFP_SCAN).is_ok() {
+                            core.enter(sample);
+                        }
+                        None
+                    }
+                    (_, Seen::Ksm(Some(node))) => Some(CandidateKind::Unlisted(node)),
+                    (_, Seen::Ksm(None)) => None,
+                };
+                if let Some(kind) = kind {
+                    scratch.push(Candidate { addr, kind });
+                }
+            }
+        }
+        known.pages.prune(addr);
+    }
+}
+
+/// What is known of the pages of `mm`; nothing yet, if it is new.
+pub(super) fn known_mm<'a>(
+    mms: &'a mut RBTree<SlotId, MmState>,
+    mm: &Mm,
+    slot: SlotId,
+) -> Option<&'a mut MmState> {
+    if mms.get(&slot).is_none() {
+        let known = MmState {
+            mm: mm.into(),
+            pages: PageMap::new(),
+        };
+        mms.try_create_and_insert(slot, known, GFP_SCAN).ok()?;
+    }
+    mms.get_mut(&slot)
+}
+
+impl Core {
+    /// Does [`Self::look`] for pages that follow each other, from number `first` of the batch on, and
+    /// that are remembered as `words` say. `news`: see [`Cursor`].
+    fn look_at_run(
+        &mut self,
+        slot: SlotId,
+        words: &mut [PageWord],
+        first: usize,
+        scratch: &mut Scratch,
+        news: bool,
+    ) {
+        for (nth, word) in words.iter_mut().enumerate() {
+            let Some(&page) = scratch.batch.pages().get(first.wrapping_add(nth)) else {
+                break;
+            };
+            let kind = if page.is_unchanged(word) {
+                match page.sample() {
+                    Some(sample) if news => self.candidate(sample),
+                    _ => continue,
+                }
+            } else {
+                let place = Place {
+                    slot,
+                    addr: page.addr(),
+                };
+                self.look(place, word, page.seen())
+            };
+            if let Some(kind) = kind {
+                scratch.push(Candidate {
+                    addr: page.addr(),
+                    kind,
+                });
+            }
+        }
+    }
+
+    /// Compares what a page is with what is remembered of it, and says whether it is worth trying to
+    /// merge.
+    #[inline]
+    fn look(&mut self, place: Place, word: &mut PageWord, seen: Seen) -> Option<CandidateKind> {
+        match (word.state(), seen) {
+            (PageState::Steady(old), Seen::Anon(new)) if old == new => self.candidate(new),
+            (PageState::Seen(old), Seen::Anon(new)) if old == new => {
+                self.relabel(word, PageWord::steady(new));
+                self.candidate(new)
+            }
+            (PageState::Waiting(sum), Seen::Anon(new)) if sum.sample() == new => None,
+            (PageState::Merged(Some(old)), Seen::Ksm(Some(new))) if old == new => None,
+            (_, Seen::Anon(new)) => {
+                // New content, or somebody wrote to what was merged.
+                self.renew(place, word, new);
                 None
             }
-            (Some(PageState::Merged(Some(old))), Seen::Ksm(Some(new))) if old == new => None,
             (_, Seen::Ksm(Some(node))) => Some(CandidateKind::Unlisted(node)),
             (_, Seen::Ksm(None)) => {
                 // Of no node: nobody can find its other mappings, so it is left alone until it is
                 // written to.
-                self.forget(place);
+                let sample = word.sample();
+                self.renew(place, word, sample);
                 None
             }
         }
     }
 
-    pub(super) fn remember_new(&mut self, mm: &Mm, place: Place, sum: Checksum) {
-        if self.mms.get(&place.slot).is_none() {
-            let known = super::MmState {
-                mm: mm.into(),
-                pages: super::PageMap::new(),
-            };
-            if self
-                .mms
-                .try_create_and_insert(place.slot, known, super::GFP_SCAN)
-                .is_err()
-            {
-                // The next pass tries again.
-                return;
-            }
-        }
-        // Likewise.
-        let _ = self.remember(place, PageWord::seen(sum));
+    #[inline]
+    fn candidate(&self, sample: Sample) -> Option<CandidateKind> {
+        self.filter
+            .has_two(sample)
+            .then_some(CandidateKind::Steady(sample, Joined::Unknown))
     }
 }

@@ -2,7 +2,7 @@
 
 //! Counters, as they are shown in sysfs. Readers take no lock.
 
-use super::State;
+use super::Core;
 use kernel::sync::atomic::{Atomic, Relaxed};
 
 /// All counters. The first four are states.
@@ -33,18 +33,18 @@ impl Stats {
         }
     }
 
-    /// Shows the current state.
-    pub(super) fn publish(&self, state: &State) {
-        let shared = state.index.stable_len();
-        let unshared = state.index.unstable_len();
+    /// Shows the current core.
+    pub(super) fn publish(&self, core: &Core) {
+        let shared = core.index.stable_len();
+        let unshared = core.index.unstable_len().saturating_add(core.steady);
         // Released nodes leave words behind that say "merged" until the scan comes by: volatile.
-        let volatile = state
+        let volatile = core
             .pages
-            .saturating_sub(state.items)
+            .saturating_sub(core.items)
             .saturating_sub(unshared);
         self.shared.store(shared as u64, Relaxed);
         self.sharing
-            .store(state.items.saturating_sub(shared) as u64, Relaxed);
+            .store(core.items.saturating_sub(shared) as u64, Relaxed);
         self.unshared.store(unshared as u64, Relaxed);
         self.volatile.store(volatile as u64, Relaxed);
     }

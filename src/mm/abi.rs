@@ -4,9 +4,8 @@
 
 use super::ffi;
 use crate::abi::{
-    layout,
     btf::{Blob, Btf},
-    signature,
+    layout, signature,
 };
 use kernel::{alloc::KVVec, prelude::*};
 

@@ -3,12 +3,15 @@
 //! Owned references to pages of user memory, and the folio lock.
 
 use super::{ffi, stable::NodeId};
-use crate::engine::{checksum::Checksum, index::StableKey};
-use core::{mem::ManuallyDrop, ptr::NonNull};
+use crate::engine::{
+    checksum::{Checksum, Hasher, Sample, LINES, LINE_WORDS, PAGE_WORDS},
+    index::StableKey,
+};
+use core::{cell::Cell, marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
 use kernel::{bindings, prelude::*};
 
 /// The low bits of `folio->mapping` that say what the rest of it points at.
-const MAPPING_FLAGS: usize = 3;
+pub(super) const MAPPING_FLAGS: usize = 3;
 
 /// One page of an anonymous folio, with a reference on that folio.
 ///
@@ -17,9 +20,11 @@ const MAPPING_FLAGS: usize = 3;
 ///
 /// # Invariants
 ///
-/// `page` is valid, and this object owns one reference on the folio the page is part of.
+/// `page` is valid and part of `folio`, and this object owns one reference on that folio. (Nobody else
+/// can split the folio meanwhile: that takes all references but those of the mappings.)
 pub(crate) struct PageRef {
     page: NonNull<bindings::page>,
+    folio: Cell<*mut bindings::folio>,
 }
 
 impl PageRef {
@@ -30,7 +35,11 @@ impl PageRef {
     /// `page` is valid, and the caller gives up one reference on its folio.
     pub(super) unsafe fn from_raw(page: NonNull<bindings::page>) -> Self {
         // INVARIANT: the caller hands over the reference.
-        Self { page }
+        Self {
+            page,
+            // SAFETY: the page is valid by the caller's promise.
+            folio: Cell::new(unsafe { ffi::rksm_page_folio(page.as_ptr()) }),
+        }
     }
 
     /// The page itself.
@@ -38,10 +47,9 @@ impl PageRef {
         self.page.as_ptr()
     }
 
-    /// The folio that the page is part of now. It changes only when the folio is split.
+    /// The folio that the page is part of. It changes only when we split it.
     pub(super) fn folio(&self) -> *mut bindings::folio {
-        // SAFETY: by the type invariant the page is valid and kept by our reference.
-        unsafe { ffi::rksm_page_folio(self.as_ptr()) }
+        self.folio.get()
     }
 
     /// The page frame number.
@@ -56,12 +64,6 @@ impl PageRef {
         unsafe { node_id_of(self.folio()) }
     }
 
-    /// Whether this is a KSM page, be it with a stable node or without.
-    pub(crate) fn is_ksm(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
-        unsafe { ffi::rksm_folio_test_ksm(self.folio()) }
-    }
-
     /// Whether this is an anonymous page that can be merged: neither KSM nor device memory.
     pub(crate) fn is_plain_anon(&self) -> bool {
         // SAFETY: by the type invariant the folio is valid.
@@ -72,6 +74,12 @@ impl PageRef {
     pub(crate) fn is_large(&self) -> bool {
         // SAFETY: by the type invariant the folio is valid.
         unsafe { ffi::rksm_folio_test_large(self.folio()) }
+    }
+
+    /// Whether it is mapped more than once, or part of a larger folio.
+    pub(crate) fn may_be_shared(&self) -> bool {
+        // SAFETY: by the type invariant the folio is valid.
+        self.is_large() || unsafe { ffi::rksm_folio_mapcount(self.folio()) } != 1
     }
 
     /// Whether any page table maps the folio.
@@ -86,22 +94,47 @@ impl PageRef {
         unsafe { ffi::rksm_folio_test_swapcache(self.folio()) }
     }
 
+    /// Whether somebody besides us, the page tables and the swap cache holds a reference on the folio.
+    /// Without the folio lock the answer is a hint; of a large folio it says nothing.
+    pub(crate) fn is_held_by_others(&self) -> bool {
+        // SAFETY: by the type invariant the folio is valid.
+        let (maps, refs) = unsafe {
+            (
+                ffi::rksm_folio_mapcount(self.folio()),
+                ffi::rksm_folio_ref_count(self.folio()),
+            )
+        };
+        !self.is_large() && i64::from(maps) + 1 + i64::from(self.is_swapcache()) != i64::from(refs)
+    }
+
     /// Whether both are the very same page.
     pub(crate) fn is_same(&self, other: &PageRef) -> bool {
         self.page == other.page
     }
 
+    /// The page's content.
+    fn content(&self) -> Content<'_> {
+        // SAFETY: by the type invariant the page is valid, and its content is kept by our
+        // reference.
+        unsafe { Content::new(ffi::rksm_page_content(self.as_ptr())) }
+    }
+
     /// Compares all bytes of both pages. Unless both are write-protected and locked, the answer
     /// may be outdated when it arrives.
     pub(crate) fn differs_from(&self, other: &PageRef) -> bool {
-        // SAFETY: by the type invariants both pages are valid.
-        unsafe { ffi::rksm_pages_differ(self.as_ptr(), other.as_ptr()) }
+        self.content().differs_from(other.content())
     }
 
     /// The checksum of the content as it is now.
-    pub(crate) fn checksum(&self, seed: u64) -> Checksum {
-        // SAFETY: by the type invariant the page is valid.
-        Checksum::from_hash(unsafe { ffi::rksm_page_hash(self.as_ptr(), seed) })
+    pub(crate) fn checksum(&self, hasher: &Hasher) -> Checksum {
+        let content = self.content();
+        hasher.checksum(|nth| content.word(nth), |nth| content.line(nth))
+    }
+
+    /// The sample of the content as it is now.
+    pub(crate) fn sample(&self, hasher: &Hasher) -> Sample {
+        let content = self.content();
+        hasher.sample(|nth| content.word(nth))
     }
 
     /// Locks the folio, waiting for it if need be.
@@ -137,6 +170,105 @@ impl Drop for PageRef {
     }
 }
 
+/// The content of a page of user memory, which may change while it is looked at.
+///
+/// # Invariants
+///
+/// `words` points at a page of memory that stays mapped in the kernel for `'a`.
+#[derive(Clone, Copy)]
+pub(super) struct Content<'a> {
+    words: *const u64,
+    _page: PhantomData<&'a PageRef>,
+}
+
+impl Content<'_> {
+    /// # Safety
+    ///
+    /// `content` points at the content of a page that is kept for `'a`: by a reference, or by a
+    /// mapping under a page-table lock that is held.
+    pub(super) unsafe fn new(content: *const kernel::ffi::c_void) -> Self {
+        // INVARIANT: the caller's promise.
+        Self {
+            words: content.cast(),
+            _page: PhantomData,
+        }
+    }
+
+    /// Word number `nth` of the page, as it is now.
+    #[inline(always)]
+    pub(super) fn word(self, nth: usize) -> u64 {
+        // SAFETY: within the page, as the number is taken modulo its words. Volatile, since user
+        // space may write to it at any time; whatever is read is a valid word.
+        unsafe { self.words.add(nth % PAGE_WORDS).read_volatile() }
+    }
+
+    /// Cache line number `nth` of the page, as it is now.
+    #[inline(always)]
+    fn line(self, nth: usize) -> [u64; LINE_WORDS] {
+        // SAFETY: within the page, as the number is taken modulo its lines. Volatile, as in `word`.
+        let line = unsafe { self.words.add(nth % LINES * LINE_WORDS) };
+        // SAFETY: as above.
+        core::array::from_fn(|nth| unsafe { line.add(nth).read_volatile() })
+    }
+
+    /// Compares all words, a cache line at a time.
+    fn differs_from(self, other: Self) -> bool {
+        (0..LINES).any(|nth| {
+            let at = nth * LINE_WORDS;
+            // SAFETY: both lines lie within their pages, and each page is aligned to its size.
+            unsafe { line_differs(self.words.add(at), other.words.add(at)) }
+        })
+    }
+}
+
+/// Compares two cache lines of memory that may change while they are compared.
+///
+/// Volatile reads in Rust take four instructions a word where three are enough, and this is a third of
+/// the cost of a merge.
+///
+/// # Safety
+///
+/// Both point at 64 bytes that can be read.
+#[inline(always)]
+unsafe fn line_differs(a: *const u64, b: *const u64) -> bool {
+    let differ: u64;
+    // SAFETY: reads the 64 bytes at `a` and `b`, which the caller promises can be read, and writes two
+    // registers.
+    unsafe {
+        core::arch::asm!(
+            "mov {d}, [{a}]",
+            "xor {d}, [{b}]",
+            "mov {t}, [{a} + 8]",
+            "xor {t}, [{b} + 8]",
+            "or {d}, {t}",
+            "mov {t}, [{a} + 16]",
+            "xor {t}, [{b} + 16]",
+            "or {d}, {t}",
+            "mov {t}, [{a} + 24]",
+            "xor {t}, [{b} + 24]",
+            "or {d}, {t}",
+            "mov {t}, [{a} + 32]",
+            "xor {t}, [{b} + 32]",
+            "or {d}, {t}",
+            "mov {t}, [{a} + 40]",
+            "xor {t}, [{b} + 40]",
+            "or {d}, {t}",
+            "mov {t}, [{a} + 48]",
+            "xor {t}, [{b} + 48]",
+            "or {d}, {t}",
+            "mov {t}, [{a} + 56]",
+            "xor {t}, [{b} + 56]",
+            "or {d}, {t}",
+            a = in(reg) a,
+            b = in(reg) b,
+            d = out(reg) differ,
+            t = out(reg) _,
+            options(nostack, readonly),
+        );
+    }
+    differ != 0
+}
+
 /// A page whose folio is locked by us.
 ///
 /// # Invariants
@@ -166,7 +298,12 @@ impl LockedPage {
         }
         // SAFETY: the folio is locked and we hold a reference, by the type invariants. The split
         // leaves `page` locked and moves our reference to its new folio.
-        kernel::error::to_result(unsafe { ffi::rksm_split_huge_page(self.as_ptr()) })
+        let ret = unsafe { ffi::rksm_split_huge_page(self.as_ptr()) };
+        // SAFETY: the page is valid.
+        let folio = unsafe { ffi::rksm_page_folio(self.as_ptr()) };
+        // INVARIANT: looked up anew.
+        self.folio.set(folio);
+        kernel::error::to_result(ret)
     }
 
     /// The key of the stable node that this page belongs to.
@@ -213,8 +350,11 @@ impl Drop for LockedPage {
 pub(super) unsafe fn node_id_of(folio: *mut bindings::folio) -> Option<NodeId> {
     // SAFETY: the caller's promise.
     let mapping = unsafe { ffi::rksm_folio_mapping(folio) } as usize;
-    if mapping & MAPPING_FLAGS != MAPPING_FLAGS {
-        return None;
-    }
-    NodeId::new(mapping & !MAPPING_FLAGS)
+    is_ksm_mapping(mapping).then(|| NodeId::of_mapping(mapping))?
+}
+
+/// Whether `mapping`, read from an anonymous folio, is that of a KSM page.
+#[inline(always)]
+pub(super) fn is_ksm_mapping(mapping: usize) -> bool {
+    mapping & MAPPING_FLAGS == MAPPING_FLAGS
 }

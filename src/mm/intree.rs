@@ -11,7 +11,11 @@ use kernel::{
     mm::Mm,
     prelude::*,
     str::CStr,
-    sync::{aref::ARef, Arc},
+    sync::{
+        aref::ARef,
+        atomic::{Atomic, Relaxed},
+        Arc,
+    },
 };
 
 /// Learns which address spaces come and go.
@@ -224,11 +228,41 @@ fn check_idle() -> Result {
     Ok(())
 }
 
+/// Whether the in-tree engine's `run` is 0.
+fn is_stopped() -> bool {
+    let _lock = EngineLock::lock();
+    // SAFETY: the lock is held.
+    unsafe { ffi::rksm_intree_run() == 0 }
+}
+
 /// Whether the in-tree engine, though idle, remembers pages.
 fn has_leftovers() -> bool {
     let _lock = EngineLock::lock();
     // SAFETY: the lock is held.
     unsafe { ffi::rksm_intree_rmap_items() != 0 || ffi::rksm_intree_has_nodes() }
+}
+
+/// While this lives, faulting in a merged page from the swap cache makes a copy, as it does while
+/// in-tree KSM unmerges everything. (`ksm_might_need_to_copy()` looks at the in-tree `run`, which reads
+/// as 2 meanwhile. The in-tree engine itself acts on that only when it is written.)
+pub(crate) struct SwapInCopies(());
+
+impl SwapInCopies {
+    /// Starts making copies. Takes the lock of the in-tree engine for a moment.
+    pub(crate) fn new() -> Self {
+        let _lock = EngineLock::lock();
+        // SAFETY: the lock is held.
+        unsafe { ffi::rksm_intree_set_unmerge(true) };
+        Self(())
+    }
+}
+
+impl Drop for SwapInCopies {
+    fn drop(&mut self) {
+        let _lock = EngineLock::lock();
+        // SAFETY: the lock is held.
+        unsafe { ffi::rksm_intree_set_unmerge(false) };
+    }
 }
 
 type StoreFn = unsafe extern "C" fn(
@@ -263,28 +297,34 @@ impl Blocked {
     /// Blocks the in-tree engine, or fails with `EBUSY` and a line in the log if it is in use.
     pub(crate) fn new() -> Result<Self> {
         check_idle()?;
-        let attr = sysfs::find_mm_attribute(GROUP, c"run").ok_or(ENOENT).inspect_err(|_| {
-            pr_err!("/sys/kernel/mm/ksm/run is not there\n");
-        })?;
+        let attr = sysfs::find_mm_attribute(GROUP, c"run")
+            .ok_or(ENOENT)
+            .inspect_err(|_| {
+                pr_err!("/sys/kernel/mm/ksm/run is not there\n");
+            })?;
         // SAFETY: the attribute is valid; a kobj_attribute of KSM is writable static data.
         let store = unsafe { (*attr.as_ptr()).__bindgen_anon_2.store }.ok_or(ENOENT)?;
-        if has_leftovers() {
-            // What the in-tree engine remembers from an earlier run would be accounted to processes
-            // for ever. Have it forget.
-            for input in [c"2", c"0"] {
-                // SAFETY: this is what a write to the file does.
-                let ret = unsafe {
-                    store(
-                        sysfs::mm_kobj(),
-                        attr.as_ptr(),
-                        input.as_char_ptr(),
-                        input.count_bytes(),
-                    )
-                };
-                if ret < 0 {
-                    pr_err!("in-tree KSM could not be emptied: {ret}\n");
-                    return Err(EBUSY);
-                }
+        // A `run` of 2 would make copies of merged pages at every swap-in. What the in-tree engine
+        // remembers from an earlier run would be accounted to processes for ever: have it forget.
+        let (stopped, empty) = (is_stopped(), !has_leftovers());
+        let inputs: &[&CStr] = match (stopped, empty) {
+            (true, true) => &[],
+            (false, true) => &[c"0"],
+            (_, false) => &[c"0", c"2", c"0"],
+        };
+        for input in inputs {
+            // SAFETY: this is what a write to the file does.
+            let ret = unsafe {
+                store(
+                    sysfs::mm_kobj(),
+                    attr.as_ptr(),
+                    input.as_char_ptr(),
+                    input.count_bytes(),
+                )
+            };
+            if ret < 0 {
+                pr_err!("in-tree KSM could not be emptied: {ret}\n");
+                return Err(EBUSY);
             }
         }
         // INVARIANT: exchanged here, or the whole fails.
@@ -340,7 +380,10 @@ unsafe extern "C" fn refuse_to_run(
         1 | 2 => EBUSY,
         _ => EINVAL,
     };
-    if refusal == EBUSY {
+    // Once: ksmtuned would say it every minute.
+    static SAID: Atomic<bool> = Atomic::new(false);
+    if refusal == EBUSY && !SAID.load(Relaxed) {
+        SAID.store(true, Relaxed);
         pr_info!("in-tree KSM cannot run while rksm is loaded\n");
     }
     refusal.to_errno() as isize

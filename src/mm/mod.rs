@@ -30,12 +30,14 @@ pub(crate) mod word;
 
 use kernel::{bindings, mm::Mm};
 
-/// A seed that nobody can know.
-pub(crate) fn random_seed() -> u64 {
-    let mut seed = 0u64;
-    // SAFETY: writes exactly the bytes of `seed`.
-    unsafe { bindings::get_random_bytes((&raw mut seed).cast(), core::mem::size_of::<u64>()) };
-    seed
+/// Words that nobody can know.
+pub(crate) fn random_words<const N: usize>() -> [u64; N] {
+    let mut words = [0u64; N];
+    // SAFETY: writes exactly the bytes of `words`.
+    unsafe {
+        bindings::get_random_bytes((&raw mut words).cast(), core::mem::size_of_val(&words));
+    }
+    words
 }
 
 /// Empties the per-CPU batches of the LRU lists, whose references keep pages from being merged. May
@@ -51,6 +53,12 @@ pub(crate) fn cond_resched() {
     unsafe { ffi::rksm_cond_resched() };
 }
 
+/// How many anonymous pages `mm` maps, about.
+pub(crate) fn anon_pages(mm: &Mm) -> usize {
+    // SAFETY: the mm is kept.
+    unsafe { ffi::rksm_mm_anon_pages(mm.as_raw()) }
+}
+
 /// How many of the pages that `mm` maps are listed as merged.
 pub(crate) fn merging_pages(mm: &Mm) -> usize {
     // SAFETY: the mm is kept; the counter is a word that only the engine writes.
@@ -64,6 +72,9 @@ pub(crate) fn merging_pages(mm: &Mm) -> usize {
 pub(crate) fn report_metadata(mm: &Mm, bytes: usize) {
     // SAFETY: the mm is kept; the counter is a word that only the engine writes.
     unsafe {
-        ffi::rksm_mm_set_rmap_items(mm.as_raw(), bytes.div_ceil(crate::abi::layout::KSM_RMAP_ITEM_SIZE))
+        ffi::rksm_mm_set_rmap_items(
+            mm.as_raw(),
+            bytes.div_ceil(crate::abi::layout::KSM_RMAP_ITEM_SIZE),
+        )
     };
 }

@@ -3,11 +3,16 @@
 //! One page-table entry under its lock, and the MMU notifier around changes to it.
 
 use super::{ffi, folio::PageRef, vma::MergeableVma};
-use core::{marker::PhantomData, mem::MaybeUninit, ptr};
+use core::{
+    marker::PhantomData,
+    mem::MaybeUninit,
+    ptr::{self, NonNull},
+};
 use kernel::{
     bindings,
     mm::MmWithUser,
     page::PAGE_SIZE,
+    prelude::*,
     types::{NotThreadSafe, Opaque},
 };
 
@@ -68,8 +73,12 @@ impl<'a> PteLock<'a> {
         let mut ptl = ptr::null_mut();
         // SAFETY: `mmap_lock` is held by the type invariant of `vma`, so page tables are not freed.
         let pte = unsafe { ffi::rksm_pte_lock_addr(vma.mm().as_raw(), addr, &mut ptl) };
-        // INVARIANT: mapped and locked when not null.
-        (!pte.is_null()).then_some(Self {
+        if pte.is_null() {
+            // Never make a `Self` here: dropping it would unlock what is not locked.
+            return None;
+        }
+        // INVARIANT: mapped and locked, as it is not null.
+        Some(Self {
             vma,
             addr,
             pte,
@@ -78,29 +87,74 @@ impl<'a> PteLock<'a> {
         })
     }
 
-    pub(super) fn get(&self) -> bindings::pte_t {
+    fn get(&self) -> bindings::pte_t {
         // SAFETY: the entry is mapped by the type invariant.
         unsafe { ffi::rksm_ptep_get(self.pte) }
     }
 
-    /// Whether `entry` maps `page`.
-    pub(super) fn maps(&self, entry: bindings::pte_t, page: &PageRef) -> bool {
+    /// The page that `entry` maps, if it is one that the kernel accounts for.
+    fn normal_page(&self, entry: bindings::pte_t) -> *mut bindings::page {
         // SAFETY: looks at a value, then at the VMA, which is stable by its type.
         unsafe {
-            ffi::rksm_pte_present(entry)
-                && ffi::rksm_normal_page(self.vma.as_ptr(), self.addr, entry) == page.as_ptr()
+            if ffi::rksm_pte_present(entry) {
+                ffi::rksm_normal_page(self.vma.as_ptr(), self.addr, entry)
+            } else {
+                ptr::null_mut()
+            }
         }
+    }
+
+    /// The anonymous page that is mapped, with a reference.
+    pub(super) fn anon_page(&self) -> Option<PageRef> {
+        let page = NonNull::new(self.normal_page(self.get()))?;
+        // SAFETY: the page is kept by its mapping while the lock is held, so its folio's count is
+        // not zero.
+        unsafe {
+            let folio = ffi::rksm_page_folio(page.as_ptr());
+            if !ffi::rksm_folio_test_ksm(folio) && !ffi::rksm_folio_test_plain_anon(folio) {
+                return None;
+            }
+            ffi::rksm_folio_get(folio);
+            Some(PageRef::from_raw(page))
+        }
+    }
+
+    /// The entry, if it maps `page` and may be changed to map another page.
+    fn mergeable(&self, page: &PageRef) -> Result<bindings::pte_t> {
+        let entry = self.get();
+        if self.normal_page(entry) != page.as_ptr() {
+            return Err(EBUSY);
+        }
+        // Merging would lose the mark, and with it somebody's notification.
+        // SAFETY: looks at a value only.
+        if unsafe { ffi::rksm_pte_uffd(entry) } {
+            return Err(EBUSY);
+        }
+        Ok(entry)
+    }
+
+    /// Whether the entry, which maps `page`, is write-protected and clean.
+    pub(super) fn is_protected(&self, page: &PageRef) -> Result<bool> {
+        let entry = self.mergeable(page)?;
+        // SAFETY: looks at a value only.
+        Ok(!self.is_dirty(entry) && !unsafe { ffi::rksm_pte_write(entry) })
+    }
+
+    /// Clears the entry, which maps `page`, flushes it from all TLBs, and returns what it was.
+    ///
+    /// `EBUSY` if it does not map the page or has a userfaultfd mark. The caller sets it again before it
+    /// gives up the lock.
+    pub(super) fn clear_mergeable(&mut self, page: &PageRef) -> Result<bindings::pte_t> {
+        self.mergeable(page)?;
+        // Clear and flush first, then count: get_user_pages_fast() takes references without any lock,
+        // and cannot any more once the entry is gone.
+        // SAFETY: mapped and locked by the type invariant.
+        Ok(unsafe { ffi::rksm_ptep_clear_flush(self.vma.as_ptr(), self.addr, self.pte) })
     }
 
     pub(super) fn is_dirty(&self, entry: bindings::pte_t) -> bool {
         // SAFETY: looks at a value only.
         unsafe { ffi::rksm_pte_dirty(entry) }
-    }
-
-    /// Clears the entry, flushes it from all TLBs, and returns what it was.
-    pub(super) fn clear_flush(&mut self) -> bindings::pte_t {
-        // SAFETY: mapped and locked by the type invariant.
-        unsafe { ffi::rksm_ptep_clear_flush(self.vma.as_ptr(), self.addr, self.pte) }
     }
 
     /// Sets the entry, which was cleared before.

@@ -13,7 +13,6 @@
 #include <linux/pagewalk.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
-#include <linux/xxhash.h>
 #include <asm/tlbflush.h>
 
 /* mm/internal.h and mm/mm_slot.h: -I$(srctree)/mm, see Kbuild. */
@@ -169,23 +168,10 @@ void rksm_page_remove_rmap(struct page *page, struct vm_area_struct *vma)
 	folio_remove_rmap_pte(page_folio(page), page, vma);
 }
 
-bool rksm_pages_differ(struct page *a, struct page *b)
+/* x86-64 has no highmem: what kmap_local_page() would return, and for ever. */
+const void *rksm_page_content(const struct page *page)
 {
-	void *pa = kmap_local_page(a), *pb = kmap_local_page(b);
-	bool differ = memcmp(pa, pb, PAGE_SIZE) != 0;
-
-	kunmap_local(pb);
-	kunmap_local(pa);
-	return differ;
-}
-
-u64 rksm_page_hash(struct page *page, u64 seed)
-{
-	void *p = kmap_local_page(page);
-	u64 hash = xxh64(p, PAGE_SIZE, seed);
-
-	kunmap_local(p);
-	return hash;
+	return page_address(page);
 }
 
 void rksm_lru_add_drain_all(void)
@@ -213,6 +199,26 @@ static const struct mm_walk_ops rksm_walk_ops = {
 int rksm_walk_vma(struct vm_area_struct *vma, unsigned long start, unsigned long end, void *ctx)
 {
 	return walk_page_range_vma(vma, start, end, &rksm_walk_ops, ctx);
+}
+
+/*
+ * More than a line, since the scan calls this for every entry: whether it maps
+ * an anonymous page.  A special entry never does, and others need no look at
+ * the VMA to find their page, as in gup_fast_pte_range().
+ */
+bool rksm_entry_anon(pte_t *ptep, struct rksm_mapped *mapped)
+{
+	const pte_t pte = ptep_get(ptep);
+	const struct folio *folio;
+	unsigned long pfn;
+
+	if (!pte_present(pte) || pte_special(pte))
+		return false;
+	pfn = pte_pfn(pte);
+	folio = page_folio(pfn_to_page(pfn));
+	mapped->mapping = (unsigned long)READ_ONCE(folio->mapping);
+	mapped->content = __va(PFN_PHYS(pfn));
+	return (mapped->mapping & FOLIO_MAPPING_ANON) && !folio_is_zone_device(folio);
 }
 
 pmd_t rksm_pmd_lockless(pmd_t *pmd)
@@ -345,6 +351,16 @@ bool rksm_is_ksm_zero_pte(pte_t pte)
 }
 
 /* Address spaces and VMAs. */
+
+unsigned long rksm_mm_anon_pages(struct mm_struct *mm)
+{
+	return get_mm_counter(mm, MM_ANONPAGES);
+}
+
+int rksm_mm_users(struct mm_struct *mm)
+{
+	return atomic_read(&mm->mm_users);
+}
 
 bool rksm_mm_tlb_flush_pending(struct mm_struct *mm)
 {
@@ -526,6 +542,12 @@ void rksm_intree_unlock(void)
 unsigned long rksm_intree_run(void)
 {
 	return READ_ONCE(ksm_run);
+}
+
+/* KSM_RUN_UNMERGE of mm/ksm.c. */
+void rksm_intree_set_unmerge(bool on)
+{
+	WRITE_ONCE(ksm_run, on ? ksm_run | 2 : ksm_run & ~2UL);
 }
 
 unsigned long rksm_intree_pages_shared(void)

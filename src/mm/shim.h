@@ -46,11 +46,19 @@ int rksm_page_try_share(struct page *page);
 int rksm_split_huge_page(struct page *page);
 void rksm_page_add_rmap(struct page *page, struct vm_area_struct *vma, unsigned long addr);
 void rksm_page_remove_rmap(struct page *page, struct vm_area_struct *vma);
-bool rksm_pages_differ(struct page *a, struct page *b);
-u64 rksm_page_hash(struct page *page, u64 seed);
+const void *rksm_page_content(const struct page *page);
 void rksm_lru_add_drain_all(void);
 
+/* What the scan asks of an entry. */
+struct rksm_mapped {
+	/* folio->mapping, with its flags. */
+	unsigned long mapping;
+	/* Where the page's content is in the kernel's address space. */
+	const void *content;
+};
+
 /* Page tables. */
+bool rksm_entry_anon(pte_t *pte, struct rksm_mapped *mapped);
 int rksm_walk_vma(struct vm_area_struct *vma, unsigned long start, unsigned long end, void *ctx);
 pmd_t rksm_pmd_lockless(pmd_t *pmd);
 bool rksm_pmd_present(pmd_t pmd);
@@ -78,6 +86,8 @@ struct folio *rksm_migration_folio(pte_t pte);
 bool rksm_is_ksm_zero_pte(pte_t pte);
 
 /* Address spaces and VMAs. */
+int rksm_mm_users(struct mm_struct *mm);
+unsigned long rksm_mm_anon_pages(struct mm_struct *mm);
 bool rksm_mm_tlb_flush_pending(struct mm_struct *mm);
 void rksm_notify_start(struct mmu_notifier_range *range, struct mm_struct *mm,
 		       unsigned long start, unsigned long end);
@@ -121,6 +131,7 @@ typedef void (*rksm_mm_fn)(void *data, struct mm_struct *mm);
 void rksm_intree_lock(void);
 void rksm_intree_unlock(void);
 unsigned long rksm_intree_run(void);
+void rksm_intree_set_unmerge(bool on);
 unsigned long rksm_intree_pages_shared(void);
 unsigned long rksm_intree_rmap_items(void);
 bool rksm_intree_has_nodes(void);

@@ -17,10 +17,13 @@
 
 use super::{
     ffi,
-    folio::{LockedPage, PageRef},
+    folio::{LockedPage, PageRef, MAPPING_FLAGS},
     vma::MergeableVma,
 };
-use crate::{abi::layout::*, engine::index::StableKey};
+use crate::{
+    abi::layout::*,
+    engine::{checksum::Sample, index::StableKey},
+};
 use core::{
     cell::{Cell, UnsafeCell},
     mem::{align_of, size_of, ManuallyDrop},
@@ -39,6 +42,16 @@ impl NodeId {
     /// The identity of the node at `addr`, if there is one.
     pub(super) fn new(addr: usize) -> Option<Self> {
         NonZeroUsize::new(addr).map(Self)
+    }
+
+    /// The identity that the `mapping` of a KSM folio shows.
+    pub(super) fn of_mapping(mapping: usize) -> Option<Self> {
+        Self::new(mapping & !MAPPING_FLAGS)
+    }
+
+    /// The identity as a number that is not zero, and even.
+    pub(super) fn get(self) -> usize {
+        self.0.get()
     }
 
     /// The key of the node.
@@ -72,16 +85,39 @@ const _: () = {
     assert!(align_of::<StableNode>() >= 8);
 };
 
-/// A stable node: what the core kernel knows, then what only the engine knows.
+/// A stable node: `struct ksm_stable_node`, of which only `hlist` and `kpfn` are used by the core kernel.
+/// What only the engine knows stands where in-tree KSM has its tree links.
 #[repr(C, align(8))]
 struct StableNode {
-    /// `struct ksm_stable_node`. Of it only `hlist` and `kpfn` are used by the core kernel.
     abi: UnsafeCell<[u64; NODE_WORDS]>,
+}
+
+/// What only the engine knows of a node.
+struct OwnPart {
     key: Cell<StableKey>,
     /// How many items are on `hlist`.
     items: Cell<usize>,
     /// Whether a folio may point at this node.
     published: Cell<bool>,
+    /// Whether a page with the same sample had other content.
+    ambiguous: Cell<bool>,
+}
+
+const _: () = {
+    assert!(size_of::<OwnPart>() <= KSM_STABLE_NODE_HLIST);
+    assert!(size_of::<OwnPart>() <= KSM_STABLE_NODE_KPFN);
+    assert!(align_of::<OwnPart>() <= align_of::<StableNode>());
+};
+
+impl core::ops::Deref for StableNode {
+    type Target = OwnPart;
+
+    #[inline(always)]
+    fn deref(&self) -> &OwnPart {
+        // SAFETY: `NodeBox::new` puts it at the start, where there is room for it before the members
+        // that the core kernel uses (checked above). It is changed through cells only.
+        unsafe { &*self.abi.get().cast() }
+    }
 }
 
 impl StableNode {
@@ -102,7 +138,10 @@ impl StableNode {
 
     fn set_kpfn(&self, pfn: usize) {
         // SAFETY: as in `kpfn`.
-        unsafe { self.member::<usize>(KSM_STABLE_NODE_KPFN).write_volatile(pfn) }
+        unsafe {
+            self.member::<usize>(KSM_STABLE_NODE_KPFN)
+                .write_volatile(pfn)
+        }
     }
 
     fn as_addr(&self) -> usize {
@@ -174,7 +213,10 @@ impl StableNode {
     fn locked_page(&self) -> Option<LockedPage> {
         loop {
             let page = self.page()?.lock();
-            if page.node_id().is_some_and(|id| id.0.get() == self.as_addr()) {
+            if page
+                .node_id()
+                .is_some_and(|id| id.0.get() == self.as_addr())
+            {
                 return Some(page);
             }
             // Migrated while we waited for the lock, or gone: look again.
@@ -194,7 +236,7 @@ impl StableNode {
             ffi::rksm_put_anon_vma(item.anon_vma());
             ffi::rksm_mm_add_merging(item.mm(), -1);
         }
-        item.node.set(None);
+        item.set_node(None);
         self.items.set(self.items.get().saturating_sub(1));
     }
 
@@ -216,7 +258,7 @@ impl StableNode {
             ffi::rksm_hlist_add_head(item.hlist(), self.hlist());
             ffi::rksm_mm_add_merging(vma.mm().as_raw(), 1);
         }
-        item.node.set(Some(NonNull::from(self)));
+        item.set_node(Some(NonNull::from(self)));
         self.items.set(self.items.get().saturating_add(1));
     }
 }
@@ -237,16 +279,31 @@ impl NodeBox {
     pub(crate) fn new(key: StableKey, flags: Flags) -> Result<Self> {
         let node = StableNode {
             abi: UnsafeCell::new([0; NODE_WORDS]),
+        };
+        let own = OwnPart {
             key: Cell::new(key),
             items: Cell::new(0),
             published: Cell::new(false),
+            ambiguous: Cell::new(false),
         };
+        // SAFETY: there is room for it, see `deref`.
+        unsafe { node.abi.get().cast::<OwnPart>().write(own) };
         Ok(Self(ManuallyDrop::new(KBox::new(node, flags)?)))
     }
 
     /// The identity that the node's page shows.
     pub(crate) fn id(&self) -> Option<NodeId> {
         NodeId::new(self.0.as_addr())
+    }
+
+    /// Whether the sample of the page is known to be that of other content, too.
+    pub(crate) fn is_ambiguous(&self) -> bool {
+        self.0.ambiguous.get()
+    }
+
+    /// Notes that the sample of the page is that of other content, too.
+    pub(crate) fn set_ambiguous(&self) {
+        self.0.ambiguous.set(true);
     }
 
     /// How many places are known to map the page.
@@ -299,7 +356,7 @@ impl NodeBox {
         vma: &MergeableVma<'_>,
         addr: usize,
     ) -> Result {
-        if page.node_id() != self.id() || item.0.node.get().is_some() {
+        if page.node_id() != self.id() || item.0.node().is_some() {
             return Err(EINVAL);
         }
         // SAFETY: `page` is this node's and its lock is held; the item is on no list.
@@ -307,15 +364,17 @@ impl NodeBox {
         Ok(())
     }
 
-    /// Lets go of an unmapped page that keeps the node from being freed: one in the swap cache, or
-    /// one on its way to be freed. Returns whether the node is stale afterwards. May sleep.
+    /// Lets go of a page that keeps the node from being freed: an unmapped one (in the swap cache, or
+    /// on its way to be freed) or, with `even_mapped`, any. Returns whether the node is stale
+    /// afterwards. May sleep.
     ///
-    /// Such a page stays a KSM page, but of no node, so that the next fault on it makes a copy.
-    pub(crate) fn abandon_unmapped(&self) -> bool {
+    /// Such a page stays a KSM page, but of no node: the next write or swap-in makes a copy, and until
+    /// then it cannot be moved or swapped out, as nobody finds its mappings.
+    pub(crate) fn abandon(&self, even_mapped: bool) -> bool {
         let Some(page) = self.0.locked_page() else {
             return true;
         };
-        if page.is_mapped() {
+        if page.is_mapped() && !even_mapped {
             return false;
         }
         page.clear_node();
@@ -370,20 +429,61 @@ impl Drop for NodeBox {
     }
 }
 
-/// A place that maps a merged page: what the core kernel knows, then what only the engine knows.
+/// A place that maps a merged page: `struct ksm_rmap_item`, of which only `hlist`, `address`,
+/// `linear_page_index`, `anon_vma` and `mm` are used by the core kernel. What only the engine knows
+/// stands in the place of two pointers that in-tree KSM has for itself.
 #[repr(C, align(8))]
 struct Item {
-    /// `struct ksm_rmap_item`. Of it only `hlist`, `address`, `linear_page_index`, `anon_vma` and
-    /// `mm` are used by the core kernel.
     abi: UnsafeCell<[u64; ITEM_WORDS]>,
-    /// The node on whose list this item is. The node is not freed before it took the item off.
-    node: Cell<Option<NonNull<StableNode>>>,
 }
+
+const _: () = {
+    // The two places are words of their own.
+    let used = [
+        KSM_RMAP_ITEM_HLIST,
+        KSM_RMAP_ITEM_HLIST + WORD,
+        KSM_RMAP_ITEM_ADDRESS,
+        KSM_RMAP_ITEM_LINEAR_PAGE_INDEX,
+        KSM_RMAP_ITEM_ANON_VMA,
+        KSM_RMAP_ITEM_MM,
+    ];
+    let mut nth = 0;
+    while nth < used.len() {
+        assert!(used[nth] % WORD == 0);
+        assert!(used[nth] != KSM_RMAP_ITEM_HEAD && used[nth] != KSM_RMAP_ITEM_RMAP_LIST);
+        nth += 1;
+    }
+    assert!(KSM_RMAP_ITEM_HEAD % WORD == 0 && KSM_RMAP_ITEM_RMAP_LIST % WORD == 0);
+    assert!(KSM_RMAP_ITEM_HEAD != KSM_RMAP_ITEM_RMAP_LIST);
+    assert!(size_of::<bindings::hlist_node>() == 2 * WORD);
+};
 
 impl Item {
     /// A pointer to the member at `offset` of the part that the core kernel knows.
     fn member<T>(&self, offset: usize) -> *mut T {
         self.abi.get().cast::<u8>().wrapping_add(offset).cast()
+    }
+
+    /// The node on whose list this item is. The node is not freed before it took the item off.
+    fn node(&self) -> Option<NonNull<StableNode>> {
+        // SAFETY: a word of its own (checked above) that is null or was written by `set_node`, under
+        // the engine's mutex.
+        NonNull::new(unsafe { self.member::<*mut StableNode>(KSM_RMAP_ITEM_HEAD).read() })
+    }
+
+    fn set_node(&self, node: Option<NonNull<StableNode>>) {
+        let node = node.map_or(ptr::null_mut(), NonNull::as_ptr);
+        // SAFETY: as in `node`.
+        unsafe {
+            self.member::<*mut StableNode>(KSM_RMAP_ITEM_HEAD)
+                .write(node)
+        };
+    }
+
+    /// The sample of the page, which outlives the node.
+    fn sample(&self) -> Sample {
+        // SAFETY: a word of its own (checked above), written by `ItemBox::new`.
+        Sample::from_raw(unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).read() } as u32)
     }
 
     fn hlist(&self) -> *mut bindings::hlist_node {
@@ -392,12 +492,18 @@ impl Item {
 
     fn anon_vma(&self) -> *mut bindings::anon_vma {
         // SAFETY: the member lies within `abi`, and is written by `StableNode::link` only.
-        unsafe { self.member::<*mut bindings::anon_vma>(KSM_RMAP_ITEM_ANON_VMA).read() }
+        unsafe {
+            self.member::<*mut bindings::anon_vma>(KSM_RMAP_ITEM_ANON_VMA)
+                .read()
+        }
     }
 
     fn mm(&self) -> *mut bindings::mm_struct {
         // SAFETY: the member lies within `abi`, and is written by `StableNode::link` only.
-        unsafe { self.member::<*mut bindings::mm_struct>(KSM_RMAP_ITEM_MM).read() }
+        unsafe {
+            self.member::<*mut bindings::mm_struct>(KSM_RMAP_ITEM_MM)
+                .read()
+        }
     }
 }
 
@@ -427,18 +533,22 @@ impl ItemBox {
     /// What one item takes, in bytes.
     pub(crate) const SIZE: usize = size_of::<Item>();
 
-    /// An item that is on no list.
-    pub(crate) fn new(flags: Flags) -> Result<Self> {
+    /// An item that is on no list, for a page with this sample.
+    pub(crate) fn new(sample: Sample, flags: Flags) -> Result<Self> {
         let item = Item {
             abi: UnsafeCell::new([0; ITEM_WORDS]),
-            node: Cell::new(None),
         };
+        // SAFETY: a word of its own, see `Item::sample`.
+        unsafe {
+            item.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST)
+                .write(u64::from(sample.get()));
+        }
         Ok(Self(ManuallyDrop::new(KBox::new(item, flags)?)))
     }
 
     /// Takes the item off its node. May sleep for the folio lock.
     pub(crate) fn detach(&mut self) -> Detached {
-        let Some(node) = self.0.node.get() else {
+        let Some(node) = self.0.node() else {
             return Detached::Idle;
         };
         // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
@@ -457,8 +567,11 @@ impl ItemBox {
 
     /// Moves the box's memory into one word, to be given back to [`ItemBox::from_word`].
     pub(super) fn into_word(self) -> NonNull<u8> {
-        let this = ManuallyDrop::new(self);
-        NonNull::from(&**this.0).cast()
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: `this` is not used or dropped afterwards.
+        let item = KBox::into_raw(unsafe { ManuallyDrop::take(&mut this.0) });
+        // SAFETY: a box is not null.
+        unsafe { NonNull::new_unchecked(item.cast()) }
     }
 
     /// # Safety
@@ -466,7 +579,9 @@ impl ItemBox {
     /// `word` came from [`ItemBox::into_word`] and is used once.
     pub(super) unsafe fn from_word(word: NonNull<u8>) -> Self {
         // SAFETY: `into_word` gave up the box that this pointer is.
-        Self(ManuallyDrop::new(unsafe { KBox::from_raw(word.as_ptr().cast()) }))
+        Self(ManuallyDrop::new(unsafe {
+            KBox::from_raw(word.as_ptr().cast())
+        }))
     }
 
     /// The identity of the node that the item in `word` is listed with.
@@ -477,13 +592,24 @@ impl ItemBox {
     pub(super) unsafe fn node_id_in(word: NonNull<u8>) -> Option<NodeId> {
         // SAFETY: the item is alive by the caller's promise.
         let item = unsafe { word.cast::<Item>().as_ref() };
-        item.node.get().and_then(|node| NodeId::new(node.as_ptr() as usize))
+        item.node()
+            .and_then(|node| NodeId::new(node.as_ptr() as usize))
+    }
+
+    /// The sample that the item in `word` was made with.
+    ///
+    /// # Safety
+    ///
+    /// As for [`ItemBox::node_id_in`].
+    pub(super) unsafe fn sample_in(word: NonNull<u8>) -> Sample {
+        // SAFETY: the item is alive by the caller's promise.
+        unsafe { word.cast::<Item>().as_ref() }.sample()
     }
 }
 
 impl Drop for ItemBox {
     fn drop(&mut self) {
-        if self.0.node.get().is_some() {
+        if self.0.node().is_some() {
             // The core kernel still finds the item on its node's list.
             pr_err!("an rmap item in use was dropped; its memory is lost\n");
             return;

@@ -98,8 +98,9 @@ pub(super) fn find_mm_attribute(
         /// `parent` is valid.
         unsafe fn find(parent: *mut bindings::kernfs_node, name: &CStr) -> Option<Self> {
             // SAFETY: the caller's promise.
-            let node =
-                unsafe { bindings::kernfs_find_and_get_ns(parent, name.as_char_ptr(), ptr::null()) };
+            let node = unsafe {
+                bindings::kernfs_find_and_get_ns(parent, name.as_char_ptr(), ptr::null())
+            };
             NonNull::new(node).map(Self)
         }
     }

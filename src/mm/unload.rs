@@ -53,7 +53,7 @@ impl Explainer {
     /// Starts watching. Without kprobes the refusal stays unexplained.
     pub(crate) fn new() -> Option<Self> {
         // SAFETY: the probe is unregistered in `drop`, before the module is freed.
-        (unsafe { ffi::rksm_watch_unload() } == 0).then_some(Self(()))
+        (unsafe { ffi::rksm_watch_unload() } == 0).then(|| Self(()))
     }
 }
 
@@ -76,9 +76,7 @@ extern "C" fn rksm_unload_attempt(name: usize) {
     }
     let mut given = [0u8; NAME.len()];
     // SAFETY: `given` has room for as many bytes. The address may be anything.
-    let ret = unsafe {
-        ffi::rksm_copy_user_nofault(given.as_mut_ptr().cast(), name, given.len())
-    };
+    let ret = unsafe { ffi::rksm_copy_user_nofault(given.as_mut_ptr().cast(), name, given.len()) };
     if ret == 0 && given == *NAME {
         pr_err!(
             "unloading is refused while pages are merged; writing 2 to /sys/kernel/mm/rksm/run unmerges them\n"

@@ -12,7 +12,7 @@ use super::{
 use core::ptr::NonNull;
 use kernel::{
     bindings,
-    mm::{virt::VmaRef, MmWithUser, MmapReadGuard},
+    mm::{virt::VmaRef, Mm, MmWithUser, MmapReadGuard},
     page::PAGE_SIZE,
     prelude::*,
 };
@@ -26,6 +26,13 @@ use kernel::{
 #[derive(Clone, Copy)]
 pub(crate) struct MergeableVma<'a> {
     vma: &'a VmaRef,
+}
+
+/// Whether nobody but us uses the address space any more. It is about to be torn down, so there is no
+/// point in doing anything to it, least of all in allocating memory for it.
+pub(crate) fn is_abandoned(mm: &Mm) -> bool {
+    // SAFETY: the mm is kept.
+    unsafe { ffi::rksm_mm_users(mm.as_raw()) <= 1 }
 }
 
 /// Outcomes of a fault after which trying again is no use.
@@ -86,14 +93,18 @@ impl<'a> MergeableVma<'a> {
 
     /// The anonymous page at `addr`, with a reference.
     pub(crate) fn page_at(&self, addr: usize) -> Option<PageRef> {
-        walk::page_at(self, addr)
+        match PteLock::new(self, addr) {
+            Some(pte) => pte.anon_page(),
+            // No page table: there may be a huge page.
+            None => walk::page_at(self, addr),
+        }
     }
 
     /// Makes the page at `addr` the page of `node`, with `item` as the first place that maps it.
     ///
     /// The page is split off its huge page if need be, write-protected, and left alone with
-    /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked. `EAGAIN`
-    /// means that it is not there any more. Takes the folio lock and a page-table lock.
+    /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
+    /// not there any more. Takes the folio lock and a page-table lock.
     pub(crate) fn publish(
         &self,
         addr: usize,
@@ -112,8 +123,10 @@ impl<'a> MergeableVma<'a> {
     /// Maps `kpage`, the page of `node`, at `addr` in place of `page`, if both have the same
     /// content, and lists `item` with the node.
     ///
-    /// Both stay write-protected and locked from the comparison to the end. Errors are as in
-    /// [`Self::publish`], and `EAGAIN` if the content differs.
+    /// Nobody can reach `page` through this mapping from before the comparison to the end, as the entry
+    /// is cleared meanwhile; and `kpage` is write-protected wherever it is mapped. If they differ,
+    /// the entry is put back as it was, and the result is `EAGAIN`. Other errors are as in
+    /// [`Self::publish`].
     pub(crate) fn join(
         &self,
         addr: usize,
@@ -123,11 +136,39 @@ impl<'a> MergeableVma<'a> {
         item: &mut ItemBox,
     ) -> Result {
         let page = self.lock_small(page)?;
-        let old = self.write_protect(addr, &page)?;
-        if page.differs_from(kpage) {
-            return Err(EAGAIN);
+        if page.is_large() || kpage.node_id() != node.id() {
+            return Err(EBUSY);
         }
-        self.replace(addr, &page, kpage, old)?;
+        {
+            let _range = NotifierRange::start(self.mm(), addr);
+            let mut pte = PteLock::new(self, addr).ok_or(EBUSY)?;
+            let entry = pte.clear_mergeable(&page)?;
+            // Nobody else may write to the page by another way, now that the entry is gone.
+            if page.is_held_by_others() {
+                pte.set(entry);
+                return Err(EBUSY);
+            }
+            if page.differs_from(kpage) {
+                pte.set(entry);
+                return Err(EAGAIN);
+            }
+            // SAFETY: both folios are locked and kept by references of ours. The entry mapped
+            // `page` until we cleared it under the lock that is held, so the mapping's reference
+            // and rmap of `page` are ours to drop; those of `kpage` are taken before the entry
+            // shows it.
+            unsafe {
+                ffi::rksm_folio_get(kpage.folio());
+                ffi::rksm_page_add_rmap(kpage.as_ptr(), self.as_ptr(), addr);
+                pte.set(ffi::rksm_mk_shared_pte(
+                    kpage.as_ptr(),
+                    self.as_ptr(),
+                    entry,
+                ));
+                ffi::rksm_page_remove_rmap(page.as_ptr(), self.as_ptr());
+                ffi::rksm_folio_drop_swap(page.folio());
+                ffi::rksm_folio_put(page.folio());
+            }
+        }
         node.attach(kpage, item, self, addr)
     }
 
@@ -136,56 +177,37 @@ impl<'a> MergeableVma<'a> {
         // Do not wait: whoever has the lock is busy with the page, and there are other pages.
         let page = page.try_lock().map_err(|_| EBUSY)?;
         if !page.is_plain_anon() {
-            return Err(EAGAIN);
+            return Err(EBUSY);
         }
         page.split()?;
         Ok(page)
     }
 
-    /// Write-protects the page at `addr`, and checks that nobody can still write to it by another
-    /// way. Returns the page-table entry that it leaves there.
+    /// Write-protects the page at `addr`, and checks that nobody can still write to it by another way.
     ///
     /// The order of the checks is that of `write_protect_page()` in mm/ksm.c, and so are the reasons.
-    fn write_protect(&self, addr: usize, page: &LockedPage) -> Result<bindings::pte_t> {
+    fn write_protect(&self, addr: usize, page: &LockedPage) -> Result {
         if page.is_large() {
             return Err(EBUSY);
         }
         let _range = NotifierRange::start(self.mm(), addr);
-        let mut pte = PteLock::new(self, addr).ok_or(EAGAIN)?;
-        let entry = pte.get();
-        if !pte.maps(entry, page) {
-            return Err(EAGAIN);
-        }
-        // Merging would lose the mark, and with it somebody's notification.
-        // SAFETY: looks at a value only.
-        if unsafe { ffi::rksm_pte_uffd(entry) } {
-            return Err(EBUSY);
-        }
-        // SAFETY: looks at values, at the page that we keep, and at a counter of the mm.
-        let (exclusive, may_write) = unsafe {
+        let mut pte = PteLock::new(self, addr).ok_or(EBUSY)?;
+        // SAFETY: looks at the page that we keep, and at a counter of the mm.
+        let (exclusive, flushing) = unsafe {
             (
                 ffi::rksm_page_anon_exclusive(page.as_ptr()),
-                ffi::rksm_pte_write(entry) || ffi::rksm_mm_tlb_flush_pending(self.mm().as_raw()),
+                ffi::rksm_mm_tlb_flush_pending(self.mm().as_raw()),
             )
         };
-        if !(exclusive || may_write || pte.is_dirty(entry)) {
-            return Ok(entry);
+        if !exclusive && !flushing && pte.is_protected(page)? {
+            return Ok(());
         }
-        // Clear and flush first, then count: get_user_pages_fast() takes references without any
-        // lock, and cannot any more once the entry is gone.
-        let entry = pte.clear_flush();
-        // SAFETY: the page is kept by our reference; the folio lock keeps the swap-cache flag.
-        let (maps, refs) = unsafe {
-            (
-                ffi::rksm_folio_mapcount(page.folio()),
-                ffi::rksm_folio_ref_count(page.folio()),
-            )
-        };
-        let expected = i64::from(maps) + 1 + i64::from(page.is_swapcache());
+        let entry = pte.clear_mergeable(page)?;
         // SAFETY: the entry is cleared and flushed, as trying to share demands.
-        let shareable = expected == i64::from(refs)
-            && (!exclusive || unsafe { ffi::rksm_page_try_share(page.as_ptr()) } == 0);
-        if !shareable {
+        let cannot_share = || unsafe { ffi::rksm_page_try_share(page.as_ptr()) } != 0;
+        // Trying to share changes the page, so it comes last.
+        let busy = page.is_held_by_others() || (exclusive && cannot_share());
+        if busy {
             pte.set(entry);
             return Err(EBUSY);
         }
@@ -194,38 +216,7 @@ impl<'a> MergeableVma<'a> {
             unsafe { ffi::rksm_folio_set_dirty(page.folio()) };
         }
         // SAFETY: looks at a value only.
-        let entry = unsafe { ffi::rksm_pte_clean_wrprotect(entry) };
-        pte.set(entry);
-        Ok(entry)
-    }
-
-    /// Maps `kpage` in place of `page`, if the entry at `addr` still is `old`.
-    fn replace(
-        &self,
-        addr: usize,
-        page: &LockedPage,
-        kpage: &LockedPage,
-        old: bindings::pte_t,
-    ) -> Result {
-        let _range = NotifierRange::start(self.mm(), addr);
-        let mut pte = PteLock::new(self, addr).ok_or(EAGAIN)?;
-        // SAFETY: compares two values.
-        if !unsafe { ffi::rksm_pte_same(pte.get(), old) } {
-            return Err(EAGAIN);
-        }
-        // SAFETY: both folios are locked and kept by references of ours; the page-table lock is
-        // held and the entry maps `page`, so the mapping's reference and rmap of `page` are there
-        // to be dropped, and those of `kpage` are taken before the entry shows it.
-        unsafe {
-            ffi::rksm_folio_get(kpage.folio());
-            ffi::rksm_page_add_rmap(kpage.as_ptr(), self.as_ptr(), addr);
-            let new = ffi::rksm_mk_shared_pte(kpage.as_ptr(), self.as_ptr(), old);
-            pte.clear_flush();
-            pte.set(new);
-            ffi::rksm_page_remove_rmap(page.as_ptr(), self.as_ptr());
-            ffi::rksm_folio_drop_swap(page.folio());
-            ffi::rksm_folio_put(page.folio());
-        }
+        pte.set(unsafe { ffi::rksm_pte_clean_wrprotect(entry) });
         Ok(())
     }
 
@@ -242,6 +233,9 @@ impl<'a> MergeableVma<'a> {
             unsafe { ffi::rksm_cond_resched() };
             if kernel::current!().signal_pending() {
                 return Err(ERESTARTSYS);
+            }
+            if is_abandoned(self.mm()) {
+                break;
             }
             let Some(addr) = walk::next_ksm_page(self, from, end) else {
                 break;

@@ -7,68 +7,124 @@
 
 use super::{
     ffi,
-    folio::{node_id_of, PageRef},
+    folio::{is_ksm_mapping, node_id_of, Content, PageRef},
     stable::NodeId,
     vma::MergeableVma,
+    word::PageWord,
 };
-use crate::engine::checksum::Checksum;
+use crate::engine::checksum::{Hasher, Sample};
 use core::ptr::{self, NonNull};
 use kernel::{
     bindings,
     ffi::{c_int, c_void},
     page::PAGE_SIZE,
+    prelude::*,
 };
 
-/// The most pages that are looked at under one hold of a page-table lock.
-pub(crate) const BATCH_PAGES: usize = 32;
+/// The most pages that one walk comes by: those of one page table.
+pub(crate) const BATCH_PAGES: usize = 512;
+
+/// The most entries that are looked at under one hold of a page-table lock.
+const LOCK_ENTRIES: usize = 64;
 
 /// What a page was when the walk came by.
 #[derive(Clone, Copy)]
 pub(crate) enum Seen {
-    /// An anonymous page with this checksum.
-    Anon(Checksum),
+    /// An anonymous page with this sample.
+    Anon(Sample),
     /// A KSM page of the node with this identity (none: of no node).
     Ksm(Option<NodeId>),
 }
 
 /// One page that a walk came by.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct SeenPage {
-    /// Its address, page aligned.
-    pub(crate) addr: usize,
-    /// What it was.
-    pub(crate) seen: Seen,
+    addr: usize,
+    /// A sample in the high half and a set low bit, or the address of a node.
+    what: u64,
 }
 
-/// The pages that one step of a scan came by, in the order of their addresses.
+impl SeenPage {
+    #[inline(always)]
+    fn anon(addr: usize, sample: Sample) -> Self {
+        Self {
+            addr,
+            what: u64::from(sample.get()) << 32 | 1,
+        }
+    }
+
+    fn ksm(addr: usize, node: Option<NodeId>) -> Self {
+        Self {
+            addr,
+            what: node.map_or(0, NodeId::get) as u64,
+        }
+    }
+
+    /// Its address, page aligned.
+    #[inline(always)]
+    pub(crate) fn addr(self) -> usize {
+        self.addr
+    }
+
+    /// Whether it was an anonymous page, and `word` says that it was steady, with the same sample; or
+    /// whether it was a KSM page, and `word` says that it is listed with the same node.
+    #[inline(always)]
+    pub(crate) fn is_unchanged(self, word: &PageWord) -> bool {
+        if self.what & 1 != 0 {
+            word.is_steady_with(self.what)
+        } else {
+            word.is_listed_with(self.what)
+        }
+    }
+
+    /// Its sample, if it was an anonymous page.
+    #[inline(always)]
+    pub(crate) fn sample(self) -> Option<Sample> {
+        (self.what & 1 != 0).then(|| Sample::from_raw((self.what >> 32) as u32))
+    }
+
+    /// What it was.
+    #[inline(always)]
+    pub(crate) fn seen(self) -> Seen {
+        if self.what & 1 != 0 {
+            Seen::Anon(Sample::from_raw((self.what >> 32) as u32))
+        } else {
+            Seen::Ksm(NodeId::new(self.what as usize))
+        }
+    }
+}
+
+/// The pages that one step of a scan came by, in the order of their addresses. Too large for the
+/// stack.
 pub(crate) struct Batch {
-    pages: [Option<SeenPage>; BATCH_PAGES],
+    pages: [SeenPage; BATCH_PAGES],
     len: usize,
 }
 
 impl Batch {
-    /// No pages.
-    pub(crate) const fn new() -> Self {
-        Self {
-            pages: [None; BATCH_PAGES],
+    /// Initialises it in place, without pages.
+    pub(crate) fn init() -> impl Init<Self> {
+        init!(Self {
+            pages <- pin_init::init_array_from_fn(|_| SeenPage::default()),
             len: 0,
-        }
+        })
+    }
+
+    /// Takes all pages out.
+    pub(crate) fn clear(&mut self) {
+        self.len = 0;
     }
 
     /// The pages, in the order of their addresses.
-    pub(crate) fn pages(&self) -> impl Iterator<Item = SeenPage> + '_ {
-        self.pages.iter().take(self.len).filter_map(|page| *page)
+    pub(crate) fn pages(&self) -> &[SeenPage] {
+        self.pages.get(..self.len).unwrap_or(&[])
     }
 
-    /// How many pages it holds.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
+    #[inline(always)]
     fn push(&mut self, page: SeenPage) {
         if let Some(slot) = self.pages.get_mut(self.len) {
-            *slot = Some(page);
-            self.len += 1;
+            *slot = page;
+            self.len = self.len.wrapping_add(1);
         }
     }
 }
@@ -76,18 +132,18 @@ impl Batch {
 /// Fills `batch` with at most `max` pages of `vma` from `from` on. Returns the address to go on from,
 /// which is the VMA's end when there are no more pages in it.
 ///
-/// Content is hashed in place with `seed`, under the page-table lock, which is what keeps the pages.
-/// No reference is taken. Holds a page-table lock for [`BATCH_PAGES`] pages at most.
+/// Samples are taken in place by `hasher`, under the page-table lock, which is what keeps the pages. No
+/// reference is taken. A page-table lock is held for [`LOCK_ENTRIES`] entries at most.
 pub(crate) fn fill(
     vma: &MergeableVma<'_>,
     from: usize,
     max: usize,
-    seed: u64,
+    hasher: &Hasher,
     batch: &mut Batch,
 ) -> usize {
     batch.len = 0;
     let max = max.min(BATCH_PAGES);
-    let mut visit = Visit::Scan { batch, max, seed };
+    let mut visit = Visit::Scan { batch, max, hasher };
     walk(vma, from, vma.end(), &mut visit);
     match batch.pages().last() {
         Some(last) if batch.len >= max => last.addr.saturating_add(PAGE_SIZE),
@@ -123,7 +179,7 @@ enum Visit<'a> {
     Scan {
         batch: &'a mut Batch,
         max: usize,
-        seed: u64,
+        hasher: &'a Hasher,
     },
     Get(Option<PageRef>),
     FindKsm(Option<usize>),
@@ -143,16 +199,15 @@ impl Visit<'_> {
         // SAFETY: as above.
         let anon = ksm || unsafe { ffi::rksm_folio_test_plain_anon(folio) };
         match self {
-            Visit::Scan { batch, max, seed } if anon => {
-                let seen = if ksm {
+            Visit::Scan { batch, max, hasher } if anon => {
+                batch.push(if ksm {
                     // SAFETY: as above.
-                    Seen::Ksm(unsafe { node_id_of(folio) })
+                    SeenPage::ksm(addr, unsafe { node_id_of(folio) })
                 } else {
-                    // SAFETY: as above.
-                    let hash = unsafe { ffi::rksm_page_hash(page.as_ptr(), *seed) };
-                    Seen::Anon(Checksum::from_hash(hash))
-                };
-                batch.push(SeenPage { addr, seen });
+                    // SAFETY: the content is kept by the mapping of the page.
+                    let content = unsafe { Content::new(ffi::rksm_page_content(page.as_ptr())) };
+                    SeenPage::anon(addr, hasher.sample(|nth| content.word(nth)))
+                });
                 batch.len >= *max
             }
             Visit::Get(slot) if anon => {
@@ -209,6 +264,42 @@ impl Visit<'_> {
             *slot = Some(addr);
         }
         found
+    }
+
+    /// Looks at the part `addr..end` of a page table, under one hold of its lock. Returns whether the
+    /// walk is over, or `None` if there is no page table.
+    ///
+    /// # Safety
+    ///
+    /// `pmd` is the entry for `addr..end` in `vma`, whose `mmap_lock` is held.
+    unsafe fn table(
+        &mut self,
+        vma: *mut bindings::vm_area_struct,
+        pmd: *mut bindings::pmd_t,
+        addr: usize,
+        end: usize,
+    ) -> Option<bool> {
+        let mut ptl = ptr::null_mut();
+        // SAFETY: the VMA is valid; page tables are not freed while `mmap_lock` is held.
+        let first = unsafe { ffi::rksm_pte_lock((*vma).vm_mm, pmd, addr, &mut ptl) };
+        if first.is_null() {
+            return None;
+        }
+        let over = if let Visit::Scan { batch, max, hasher } = self {
+            // SAFETY: the entries of `addr..end` start at `first`, and their lock is held.
+            unsafe { scan_entries(first, addr, end, batch, *max, hasher) }
+        } else {
+            (addr..end)
+                .step_by(PAGE_SIZE)
+                .enumerate()
+                .any(|(nth, addr)| {
+                    // SAFETY: `addr` lies in the range of the page table, which is mapped and locked.
+                    unsafe { self.entry(vma, addr, ffi::rksm_ptep_get(first.add(nth))) }
+                })
+        };
+        // SAFETY: locked above.
+        unsafe { ffi::rksm_pte_unlock(first, ptl) };
+        Some(over)
     }
 
     /// Looks at the part `addr..end` of a huge page. `None`: it is none, look at the page table.
@@ -268,6 +359,43 @@ impl Visit<'_> {
     }
 }
 
+/// Puts the anonymous pages of `addr..end` into `batch`. Returns whether it is full.
+///
+/// # Safety
+///
+/// The page-table entries of `addr..end` start at `first`, and their lock is held.
+unsafe fn scan_entries(
+    first: *mut bindings::pte_t,
+    addr: usize,
+    end: usize,
+    batch: &mut Batch,
+    max: usize,
+    hasher: &Hasher,
+) -> bool {
+    let mut mapped = ffi::rksm_mapped {
+        mapping: 0,
+        content: ptr::null(),
+    };
+    for (nth, addr) in (addr..end).step_by(PAGE_SIZE).enumerate() {
+        // SAFETY: by the caller's promise this is the entry of `addr`. What it maps is kept by that,
+        // under the lock.
+        if !unsafe { ffi::rksm_entry_anon(first.add(nth), &raw mut mapped) } {
+            continue;
+        }
+        batch.push(if is_ksm_mapping(mapped.mapping) {
+            SeenPage::ksm(addr, NodeId::of_mapping(mapped.mapping))
+        } else {
+            // SAFETY: as above.
+            let content = unsafe { Content::new(mapped.content) };
+            SeenPage::anon(addr, hasher.sample(|nth| content.word(nth)))
+        });
+        if batch.len >= max {
+            return true;
+        }
+    }
+    false
+}
+
 /// The size of what one entry of the second-lowest level of page tables maps.
 const PMD_SIZE: usize = 1 << 21;
 
@@ -302,24 +430,15 @@ unsafe extern "C" fn rksm_walk_pmd(
     if let Some(over) = unsafe { visit.huge(vma, pmd, addr, end) } {
         return c_int::from(over);
     }
-    let mut ptl = ptr::null_mut();
-    // SAFETY: the VMA is valid; page tables are not freed while `mmap_lock` is held.
-    let first = unsafe { ffi::rksm_pte_lock((*vma).vm_mm, pmd, addr, &mut ptl) };
-    if first.is_null() {
-        return 0;
-    }
-    let mut over = false;
-    for (nth, addr) in (addr..end).step_by(PAGE_SIZE).enumerate() {
-        // SAFETY: `addr..end` lies in the range of one page table, which is mapped and locked.
-        over = unsafe {
-            let entry = ffi::rksm_ptep_get(first.add(nth));
-            visit.entry(vma, addr, entry)
-        };
-        if over {
-            break;
+    let mut from = addr;
+    while from < end {
+        let to = end.min(from.saturating_add(LOCK_ENTRIES * PAGE_SIZE));
+        // SAFETY: the caller's promise.
+        match unsafe { visit.table(vma, pmd, from, to) } {
+            Some(false) => from = to,
+            Some(true) => return 1,
+            None => break,
         }
     }
-    // SAFETY: locked above.
-    unsafe { ffi::rksm_pte_unlock(first, ptl) };
-    c_int::from(over)
+    0
 }

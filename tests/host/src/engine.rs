@@ -8,6 +8,8 @@
 
 #[path = "../../../src/engine/checksum.rs"]
 pub(crate) mod checksum;
+#[path = "../../../src/engine/filter.rs"]
+pub(crate) mod filter;
 #[path = "../../../src/engine/index.rs"]
 pub(crate) mod index;
 #[path = "../../../src/engine/pagemap.rs"]

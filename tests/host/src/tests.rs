@@ -4,6 +4,7 @@
 
 mod checksum;
 mod counted;
+mod filter;
 mod index;
 mod pagemap;
 mod registry;

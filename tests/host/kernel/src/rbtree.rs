@@ -2,59 +2,69 @@
 
 //! Trees of owned nodes.
 //!
-//! Behind the kernel's interface is a sorted array of nodes: it needs no `Ord` where the kernel
-//! needs none, its cursors are indices, and it is too simple to hide mistakes. Each node is an
-//! allocation of the size that the kernel's has.
+//! Red-black trees like the kernel's, each node an allocation of the size that the kernel's has, so
+//! that benches on the host say something about the module: [`links`] is the tree, this is the
+//! kernel's interface to it.
+
+mod cursor;
+mod links;
+
+pub use cursor::{Cursor, CursorMut};
 
 use crate::{
     alloc::{Flags, KBox},
     error::Result,
 };
-use std::mem::MaybeUninit;
+use links::{Links, Place, Ptr};
+use std::{marker::PhantomData, mem::MaybeUninit, ptr};
 
 /// A tree.
+///
+/// # Invariants
+///
+/// The nodes that `root` leads to are owned by the tree, and are linked as a red-black tree ordered by
+/// their keys.
 pub struct RBTree<K, V> {
-    nodes: std::vec::Vec<KBox<Node<K, V>>>,
+    root: Ptr<K, V>,
+    _owned: PhantomData<KBox<Node<K, V>>>,
 }
 
+/// A node, in a tree or not.
 struct Node<K, V> {
-    /// The room that `struct rb_node` takes.
-    _links: [usize; 3],
+    links: Links<K, V>,
     key: K,
     value: V,
-}
-
-impl<K, V> Node<K, V> {
-    fn both(&self) -> (&K, &V) {
-        (&self.key, &self.value)
-    }
-
-    fn both_mut(&mut self) -> (&K, &mut V) {
-        (&self.key, &mut self.value)
-    }
 }
 
 impl<K, V> RBTree<K, V> {
     /// An empty tree, without memory.
     pub fn new() -> Self {
+        // INVARIANT: no nodes.
         Self {
-            nodes: std::vec::Vec::new(),
+            root: ptr::null_mut(),
+            _owned: PhantomData,
         }
     }
 
     /// Whether there is no node.
     pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty()
+        self.root.is_null()
     }
 
     /// The nodes, by key.
     pub fn iter(&self) -> Iter<'_, K, V> {
-        Iter(self.nodes.iter())
+        Iter {
+            at: self.end(0),
+            _tree: PhantomData,
+        }
     }
 
     /// The nodes, by key, with values to be changed.
     pub fn iter_mut(&mut self) -> IterMut<'_, K, V> {
-        IterMut(self.nodes.iter_mut())
+        IterMut {
+            at: self.end(0),
+            _tree: PhantomData,
+        }
     }
 
     /// The keys in their order.
@@ -74,43 +84,72 @@ impl<K, V> RBTree<K, V> {
 
     /// At the smallest key.
     pub fn cursor_front(&self) -> Option<Cursor<'_, K, V>> {
-        self.cursor_at(0)
+        self.cursor_at(self.end(0))
     }
 
     /// At the smallest key.
     pub fn cursor_front_mut(&mut self) -> Option<CursorMut<'_, K, V>> {
-        self.cursor_at_mut(0)
+        self.cursor_at_mut(self.end(0))
     }
 
     /// At the largest key.
     pub fn cursor_back(&self) -> Option<Cursor<'_, K, V>> {
-        self.cursor_at(self.nodes.len().checked_sub(1)?)
+        self.cursor_at(self.end(1))
     }
 
     /// At the largest key.
     pub fn cursor_back_mut(&mut self) -> Option<CursorMut<'_, K, V>> {
-        self.cursor_at_mut(self.nodes.len().checked_sub(1)?)
+        self.cursor_at_mut(self.end(1))
     }
 
-    fn cursor_at(&self, at: usize) -> Option<Cursor<'_, K, V>> {
-        (at < self.nodes.len()).then_some(Cursor { tree: self, at })
+    /// The node with the smallest (0) or largest (1) key; null if there is none.
+    fn end(&self, side: usize) -> Ptr<K, V> {
+        // SAFETY: a node of the tree or null, by the type invariant.
+        unsafe { links::end(self.root, side) }
     }
 
-    fn cursor_at_mut(&mut self, at: usize) -> Option<CursorMut<'_, K, V>> {
-        (at < self.nodes.len()).then_some(CursorMut { tree: self, at })
+    /// Takes a node out.
+    ///
+    /// # Safety
+    ///
+    /// `at` is a node of this tree, to which no reference is left.
+    unsafe fn take(&mut self, at: Ptr<K, V>) -> RBTreeNode<K, V> {
+        // SAFETY: a node of this tree by the contract.
+        unsafe { links::unlink(&mut self.root, at) };
+        // SAFETY: came from a box, and is not in the tree any more.
+        let node = unsafe { KBox::from_raw(at) };
+        RBTreeNode { node }
     }
 
-    fn take(&mut self, at: usize) -> RBTreeNode<K, V> {
-        RBTreeNode {
-            node: self.nodes.remove(at),
-        }
+    /// Fails unless the tree is what the kernel's would be: ordered, balanced, with links that agree.
+    /// Returns how many nodes there are. The kernel has no such function.
+    pub fn check(&self) -> usize
+    where
+        K: Ord,
+    {
+        // SAFETY: by the type invariant; shared for as long as `self` is.
+        let len = unsafe { links::check(self.root) };
+        assert!(self.keys().is_sorted_by(|a, b| a < b));
+        len
     }
 }
 
 impl<K: Ord, V> RBTree<K, V> {
     /// Where `key` is, or else where it would go.
-    fn search(&self, key: &K) -> core::result::Result<usize, usize> {
-        self.nodes.binary_search_by(|node| node.key.cmp(key))
+    fn search(&self, key: &K) -> core::result::Result<Ptr<K, V>, Place<K, V>> {
+        let mut place = Place::ROOT;
+        let mut at = self.root;
+        // SAFETY: nodes of the tree, by the type invariant, until it is null.
+        while let Some(node) = unsafe { at.as_ref() } {
+            let side = match key.cmp(&node.key) {
+                std::cmp::Ordering::Less => 0,
+                std::cmp::Ordering::Greater => 1,
+                std::cmp::Ordering::Equal => return Ok(at),
+            };
+            place = Place { parent: at, side };
+            at = node.links.child(side);
+        }
+        Err(place)
     }
 
     /// Inserts a new node and returns the one with the same key that it replaced.
@@ -126,11 +165,18 @@ impl<K: Ord, V> RBTree<K, V> {
     /// Inserts a node and returns the one with the same key that it replaced.
     pub fn insert(&mut self, node: RBTreeNode<K, V>) -> Option<RBTreeNode<K, V>> {
         match self.search(&node.node.key) {
-            Ok(at) => Some(RBTreeNode {
-                node: std::mem::replace(&mut self.nodes[at], node.node),
-            }),
-            Err(at) => {
-                self.nodes.insert(at, node.node);
+            Ok(at) => {
+                let new = KBox::into_raw(node.node);
+                // SAFETY: `at` is a node of this tree, the new one is in none.
+                unsafe { links::replace(&mut self.root, at, new) };
+                // SAFETY: came from a box, and is not in the tree any more.
+                let node = unsafe { KBox::from_raw(at) };
+                Some(RBTreeNode { node })
+            }
+            Err(place) => {
+                let new = KBox::into_raw(node.node);
+                // SAFETY: the place was found in this tree; the node is in none.
+                unsafe { links::link(&mut self.root, place, new) };
                 None
             }
         }
@@ -140,9 +186,9 @@ impl<K: Ord, V> RBTree<K, V> {
     pub fn entry(&mut self, key: K) -> Entry<'_, K, V> {
         match self.search(&key) {
             Ok(at) => Entry::Occupied(OccupiedEntry { tree: self, at }),
-            Err(at) => Entry::Vacant(VacantEntry {
+            Err(place) => Entry::Vacant(VacantEntry {
                 tree: self,
-                at,
+                place,
                 key,
             }),
         }
@@ -157,7 +203,8 @@ impl<K: Ord, V> RBTree<K, V> {
     /// The value of `key`.
     pub fn get(&self, key: &K) -> Option<&V> {
         let at = self.search(key).ok()?;
-        Some(&self.nodes[at].value)
+        // SAFETY: a node of the tree, shared for as long as `self` is.
+        Some(unsafe { &(*at).value })
     }
 
     /// The value of `key`, to be changed.
@@ -175,16 +222,24 @@ impl<K: Ord, V> RBTree<K, V> {
         self.find_mut(key).map(OccupiedEntry::remove)
     }
 
+    /// The node of `key`, or of the first larger one; null if there is none.
+    fn lower_bound(&self, key: &K) -> Ptr<K, V> {
+        match self.search(key) {
+            Ok(at) => at,
+            Err(place) if place.side == 0 => place.parent,
+            // SAFETY: a node of the tree, or null where the tree is empty.
+            Err(place) => unsafe { links::step(place.parent, 1) },
+        }
+    }
+
     /// At `key`, or at the first larger one.
     pub fn cursor_lower_bound(&self, key: &K) -> Option<Cursor<'_, K, V>> {
-        let (Ok(at) | Err(at)) = self.search(key);
-        self.cursor_at(at)
+        self.cursor_at(self.lower_bound(key))
     }
 
     /// At `key`, or at the first larger one.
     pub fn cursor_lower_bound_mut(&mut self, key: &K) -> Option<CursorMut<'_, K, V>> {
-        let (Ok(at) | Err(at)) = self.search(key);
-        self.cursor_at_mut(at)
+        self.cursor_at_mut(self.lower_bound(key))
     }
 }
 
@@ -194,25 +249,53 @@ impl<K, V> Default for RBTree<K, V> {
     }
 }
 
+impl<K, V> Drop for RBTree<K, V> {
+    fn drop(&mut self) {
+        let free = |at| {
+            // SAFETY: came from a box, and nothing leads to it any more.
+            drop(unsafe { KBox::from_raw(at) });
+        };
+        // SAFETY: by the type invariant; the tree is gone afterwards.
+        unsafe { links::for_each_bottom_up(self.root, free) };
+    }
+}
+
 /// The nodes of a tree.
-pub struct Iter<'a, K, V>(std::slice::Iter<'a, KBox<Node<K, V>>>);
+pub struct Iter<'a, K, V> {
+    at: Ptr<K, V>,
+    _tree: PhantomData<&'a RBTree<K, V>>,
+}
 
 impl<'a, K, V> Iterator for Iter<'a, K, V> {
     type Item = (&'a K, &'a V);
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.0.next().map(|node| node.both())
+        // SAFETY: a node of the tree, which is shared for `'a`, or null.
+        let node = unsafe { self.at.as_ref() }?;
+        // SAFETY: as above.
+        self.at = unsafe { links::step(self.at, 1) };
+        Some((&node.key, &node.value))
     }
 }
 
 /// The nodes of a tree, with values to be changed.
-pub struct IterMut<'a, K, V>(std::slice::IterMut<'a, KBox<Node<K, V>>>);
+pub struct IterMut<'a, K, V> {
+    at: Ptr<K, V>,
+    _tree: PhantomData<&'a mut RBTree<K, V>>,
+}
 
 impl<'a, K, V> Iterator for IterMut<'a, K, V> {
     type Item = (&'a K, &'a mut V);
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.0.next().map(|node| node.both_mut())
+        let at = self.at;
+        if at.is_null() {
+            return None;
+        }
+        // SAFETY: a node of the tree, which is borrowed for `'a`; only its links are read.
+        self.at = unsafe { links::step(at, 1) };
+        // SAFETY: as above, and each node comes once.
+        Some(unsafe { (&(*at).key, &mut (*at).value) })
     }
 }
 
@@ -231,101 +314,6 @@ impl<'a, K, V> IntoIterator for &'a mut RBTree<K, V> {
 
     fn into_iter(self) -> Self::IntoIter {
         self.iter_mut()
-    }
-}
-
-/// At one node of a tree.
-pub struct Cursor<'a, K, V> {
-    tree: &'a RBTree<K, V>,
-    at: usize,
-}
-
-impl<K, V> Cursor<'_, K, V> {
-    /// This node.
-    pub fn current(&self) -> (&K, &V) {
-        self.tree.nodes[self.at].both()
-    }
-
-    /// The node before it.
-    pub fn peek_prev(&self) -> Option<(&K, &V)> {
-        Some(self.tree.nodes[self.at.checked_sub(1)?].both())
-    }
-
-    /// The node behind it.
-    pub fn peek_next(&self) -> Option<(&K, &V)> {
-        self.tree.nodes.get(self.at + 1).map(|node| node.both())
-    }
-}
-
-/// At one node of a tree that may be changed.
-pub struct CursorMut<'a, K, V> {
-    tree: &'a mut RBTree<K, V>,
-    at: usize,
-}
-
-impl<K, V> CursorMut<'_, K, V> {
-    /// This node.
-    pub fn current(&self) -> (&K, &V) {
-        self.tree.nodes[self.at].both()
-    }
-
-    /// This node, with a value to be changed.
-    pub fn current_mut(&mut self) -> (&K, &mut V) {
-        self.tree.nodes[self.at].both_mut()
-    }
-
-    /// Takes this node out and goes to the next one, or else to the previous one.
-    pub fn remove_current(self) -> (Option<Self>, RBTreeNode<K, V>) {
-        let Self { tree, at } = self;
-        let node = tree.take(at);
-        let at = at.min(tree.nodes.len().saturating_sub(1));
-        let cursor = (!tree.is_empty()).then_some(Self { tree, at });
-        (cursor, node)
-    }
-
-    /// Takes the previous node out.
-    pub fn remove_prev(&mut self) -> Option<RBTreeNode<K, V>> {
-        self.at = self.at.checked_sub(1)?;
-        Some(self.tree.take(self.at))
-    }
-
-    /// Takes the next node out.
-    pub fn remove_next(&mut self) -> Option<RBTreeNode<K, V>> {
-        let next = self.at + 1;
-        (next < self.tree.nodes.len()).then(|| self.tree.take(next))
-    }
-
-    /// To the previous node.
-    pub fn move_prev(self) -> Option<Self> {
-        let at = self.at.checked_sub(1)?;
-        Some(Self { at, ..self })
-    }
-
-    /// To the next node.
-    pub fn move_next(self) -> Option<Self> {
-        let at = self.at + 1;
-        (at < self.tree.nodes.len()).then_some(Self { at, ..self })
-    }
-
-    /// The node before this one.
-    pub fn peek_prev(&self) -> Option<(&K, &V)> {
-        Some(self.tree.nodes[self.at.checked_sub(1)?].both())
-    }
-
-    /// The node behind this one.
-    pub fn peek_next(&self) -> Option<(&K, &V)> {
-        self.tree.nodes.get(self.at + 1).map(|node| node.both())
-    }
-
-    /// The node before this one, with a value to be changed.
-    pub fn peek_prev_mut(&mut self) -> Option<(&K, &mut V)> {
-        Some(self.tree.nodes[self.at.checked_sub(1)?].both_mut())
-    }
-
-    /// The node behind this one, with a value to be changed.
-    pub fn peek_next_mut(&mut self) -> Option<(&K, &mut V)> {
-        let next = self.tree.nodes.get_mut(self.at + 1)?;
-        Some(next.both_mut())
     }
 }
 
@@ -348,7 +336,7 @@ impl<K, V> RBTreeNodeReservation<K, V> {
             node: KBox::write(
                 self.node,
                 Node {
-                    _links: [0; 3],
+                    links: Links::NONE,
                     key,
                     value,
                 },
@@ -391,46 +379,60 @@ pub enum Entry<'a, K, V> {
 }
 
 /// Where a key would go.
+///
+/// # Invariants
+///
+/// `place` was found in `tree` for `key`, and the tree has not changed since.
 pub struct VacantEntry<'a, K, V> {
     tree: &'a mut RBTree<K, V>,
-    at: usize,
+    place: Place<K, V>,
     key: K,
 }
 
 impl<'a, K, V> VacantEntry<'a, K, V> {
     /// Inserts a node there.
     pub fn insert(self, value: V, reservation: RBTreeNodeReservation<K, V>) -> &'a mut V {
-        let node = reservation.into_node(self.key, value).node;
-        self.tree.nodes.insert(self.at, node);
-        &mut self.tree.nodes[self.at].value
+        let new = KBox::into_raw(reservation.into_node(self.key, value).node);
+        // SAFETY: by the type invariant; the node is in no tree yet.
+        unsafe { links::link(&mut self.tree.root, self.place, new) };
+        // SAFETY: a node of the tree now, which is borrowed for `'a`.
+        unsafe { &mut (*new).value }
     }
 }
 
 /// Where a key is.
+///
+/// # Invariants
+///
+/// `at` is a node of `tree`.
 pub struct OccupiedEntry<'a, K, V> {
     tree: &'a mut RBTree<K, V>,
-    at: usize,
+    at: Ptr<K, V>,
 }
 
 impl<'a, K, V> OccupiedEntry<'a, K, V> {
     /// The value.
     pub fn get(&self) -> &V {
-        &self.tree.nodes[self.at].value
+        // SAFETY: by the type invariant; shared for as long as `self` is.
+        unsafe { &(*self.at).value }
     }
 
     /// The value, to be changed.
     pub fn get_mut(&mut self) -> &mut V {
-        &mut self.tree.nodes[self.at].value
+        // SAFETY: by the type invariant; borrowed for as long as `self` is.
+        unsafe { &mut (*self.at).value }
     }
 
     /// The value, to be changed for as long as the tree is borrowed.
     pub fn into_mut(self) -> &'a mut V {
-        &mut self.tree.nodes[self.at].value
+        // SAFETY: by the type invariant; the tree is borrowed for `'a`.
+        unsafe { &mut (*self.at).value }
     }
 
     /// Takes the node out.
     pub fn remove_node(self) -> RBTreeNode<K, V> {
-        self.tree.take(self.at)
+        // SAFETY: by the type invariant.
+        unsafe { self.tree.take(self.at) }
     }
 
     /// Takes the value out and frees its node.

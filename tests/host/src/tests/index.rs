@@ -75,7 +75,7 @@ impl Pair {
     fn new_key(&mut self, sum: Checksum) -> StableKey {
         let key = self.index.new_key(sum);
         assert_eq!(key.sum, sum);
-        assert!(self.keys.iter().all(|other| other.nth != key.nth));
+        assert!(self.keys.iter().all(|other| other.nth > key.nth));
         self.keys.push(key);
         key
     }
@@ -87,13 +87,19 @@ impl Pair {
         assert_eq!(events.sleeping, 0, "other flags than those it was given");
         assert_eq!(result.is_err(), events.failed > 0);
         match result {
-            Ok(()) => assert_eq!(self.stable.insert(plain(key), id), None),
+            Ok(()) => assert_eq!(self.limbo.insert(plain(key), id), None),
             Err(err) => {
                 assert_eq!(err, ENOMEM);
                 assert!(!self.ledger.is_alive(id));
                 self.check_content();
             }
         }
+    }
+
+    /// Adds a node that has mappings at once.
+    fn insert_stable(&mut self, key: StableKey) {
+        self.insert(key, Plan::Never);
+        self.move_to_stable(key);
     }
 
     fn remove(&mut self, key: StableKey) {
@@ -108,7 +114,7 @@ impl Pair {
     }
 
     fn move_to_limbo(&mut self, key: StableKey) {
-        let ((), events) = watch(|| self.index.to_limbo(key));
+        let ((), events) = watch(|| self.index.move_to_limbo(key));
         assert_eq!(events, Events::default(), "not just moved");
         if let Some(id) = self.stable.remove(&plain(key)) {
             self.limbo.insert(plain(key), id);
@@ -116,7 +122,7 @@ impl Pair {
     }
 
     fn move_to_stable(&mut self, key: StableKey) {
-        let ((), events) = watch(|| self.index.to_stable(key));
+        let ((), events) = watch(|| self.index.move_to_stable(key));
         assert_eq!(events, Events::default(), "not just moved");
         if let Some(id) = self.limbo.remove(&plain(key)) {
             self.stable.insert(plain(key), id);
@@ -128,10 +134,11 @@ impl Pair {
         let Some(node) = self.index.remove(key) else {
             return;
         };
-        let id = node.id();
         assert!(self.index.insert(key, node, GFP_NOWAIT).is_ok());
-        self.limbo.remove(&plain(key));
-        self.stable.insert(plain(key), id);
+        if let Some(id) = self.stable.remove(&plain(key)) {
+            self.limbo.insert(plain(key), id);
+            self.move_to_stable(key);
+        }
     }
 
     fn next_stable(&self, sum: Checksum, after: Option<StableKey>) -> Option<StableKey> {
@@ -153,27 +160,36 @@ impl Pair {
         found
     }
 
-    fn next_limbo(&self, after: Option<StableKey>) -> Option<StableKey> {
-        let next = self.index.next_limbo(after);
-        assert_eq!(next.map(plain), next_in(&self.limbo, after.map(plain)));
+    /// The next node of one tree, of whatever checksum.
+    fn next_in(&self, which: Tree, after: Option<StableKey>) -> Option<StableKey> {
+        let (next, tree) = match which {
+            Tree::Stable => (self.index.next_node(after), &self.stable),
+            Tree::Limbo => (self.index.next_limbo(after), &self.limbo),
+        };
+        assert_eq!(next.map(plain), next_in(tree, after.map(plain)));
         next
     }
 
-    /// Goes through limbo as the engine does, and does with each node what `deeds` says.
-    fn sweep(&mut self, deeds: &[Deed]) {
-        let before: Vec<Plain> = self.limbo.keys().copied().collect();
+    /// Goes through one tree as the engine does, and does with each node what `deeds` says.
+    fn sweep(&mut self, which: Tree, deeds: &[Deed]) {
+        let tree = match which {
+            Tree::Stable => &self.stable,
+            Tree::Limbo => &self.limbo,
+        };
+        let before: Vec<Plain> = tree.keys().copied().collect();
         let mut seen = Vec::new();
         let mut deeds = deeds.iter().cycle();
-        let mut key = self.next_limbo(None);
+        let mut key = self.next_in(which, None);
         while let Some(at) = key {
-            key = self.next_limbo(Some(at));
+            key = self.next_in(which, Some(at));
             seen.push(plain(at));
-            match deeds.next().unwrap() {
-                Deed::Leave => {}
-                Deed::Remove => self.remove(at),
-                Deed::ToStable => self.move_to_stable(at),
+            match (deeds.next().unwrap(), which) {
+                (Deed::Leave, _) => {}
+                (Deed::Remove, _) => self.remove(at),
+                (Deed::Move, Tree::Limbo) => self.move_to_stable(at),
+                (Deed::Move, Tree::Stable) => self.move_to_limbo(at),
                 // The one that comes next is gone when it comes.
-                Deed::RemoveNext => key.into_iter().for_each(|next| self.remove(next)),
+                (Deed::RemoveNext, _) => key.into_iter().for_each(|next| self.remove(next)),
             }
         }
         assert_eq!(seen, before);
@@ -228,9 +244,11 @@ impl Pair {
                 self.unstable.get(&sum.get()).copied()
             );
         }
-        let mut key = self.next_limbo(None);
-        while let Some(at) = key {
-            key = self.next_limbo(Some(at));
+        for which in [Tree::Stable, Tree::Limbo] {
+            let mut key = self.next_in(which, None);
+            while let Some(at) = key {
+                key = self.next_in(which, Some(at));
+            }
         }
     }
 
@@ -242,11 +260,18 @@ impl Pair {
     }
 }
 
+#[derive(Clone, Copy, Debug)]
+enum Tree {
+    Stable,
+    Limbo,
+}
+
 #[derive(Clone, Debug)]
 enum Deed {
     Leave,
     Remove,
-    ToStable,
+    /// To the other tree.
+    Move,
     RemoveNext,
 }
 
@@ -259,8 +284,8 @@ enum Op {
     PutBack(sample::Index),
     /// Behind a key, which may be gone.
     NextStable(sample::Index),
-    NextLimbo(sample::Index),
-    Sweep(Vec<Deed>),
+    NextIn(Tree, sample::Index),
+    Sweep(Tree, Vec<Deed>),
     Wait(usize, usize, Plan),
     StopWaiting(usize, usize),
     /// Whoever it is that waits.
@@ -275,21 +300,23 @@ fn op() -> impl Strategy<Value = Op> {
     let key = any::<sample::Index>;
     let sum = || 0..SUMS.len();
     let place = || 0..9usize;
+    let tree = || prop_oneof![Just(Tree::Stable), Just(Tree::Limbo)];
     let deed = prop_oneof![
         2 => Just(Deed::Leave),
         2 => Just(Deed::Remove),
-        1 => Just(Deed::ToStable),
+        1 => Just(Deed::Move),
         1 => Just(Deed::RemoveNext),
     ];
     prop_oneof![
         10 => (sum(), plan()).prop_map(|(sum, plan)| Op::Insert(sum, plan)),
         4 => key().prop_map(Op::Remove),
-        8 => key().prop_map(Op::ToLimbo),
-        4 => key().prop_map(Op::ToStable),
+        6 => key().prop_map(Op::ToLimbo),
+        10 => key().prop_map(Op::ToStable),
         1 => key().prop_map(Op::PutBack),
         4 => key().prop_map(Op::NextStable),
-        4 => key().prop_map(Op::NextLimbo),
-        1 => prop::collection::vec(deed, 1..8).prop_map(Op::Sweep),
+        4 => (tree(), key()).prop_map(|(tree, at)| Op::NextIn(tree, at)),
+        1 => (tree(), prop::collection::vec(deed, 1..8))
+            .prop_map(|(tree, deeds)| Op::Sweep(tree, deeds)),
         8 => (sum(), place(), plan()).prop_map(|(sum, at, plan)| Op::Wait(sum, at, plan)),
         4 => (sum(), place()).prop_map(|(sum, at)| Op::StopWaiting(sum, at)),
         2 => sum().prop_map(Op::StopWaiter),
@@ -317,10 +344,10 @@ proptest! {
                         pair.next_stable(after.sum, Some(after));
                     }
                 }
-                Op::NextLimbo(at) => {
-                    pair.next_limbo(pair.key(at));
+                Op::NextIn(tree, at) => {
+                    pair.next_in(tree, pair.key(at));
                 }
-                Op::Sweep(deeds) => pair.sweep(&deeds),
+                Op::Sweep(tree, deeds) => pair.sweep(tree, &deeds),
                 Op::Wait(nth, at, plan) => pair.wait(sum(nth), place(at), plan),
                 Op::StopWaiting(nth, at) => pair.stop_waiting(sum(nth), place(at)),
                 Op::StopWaiter(nth) => {
@@ -335,42 +362,74 @@ proptest! {
     }
 }
 
-/// Several nodes with one checksum come in the order in which they were made, and those of its
-/// neighbours do not come.
+/// Several nodes with one checksum come newest first, and those of its neighbours do not come.
 #[test]
 fn nodes_of_one_checksum() {
     let mut pair = Pair::new();
     let mut keys = Vec::new();
-    for round in 0..6 {
+    for _ in 0..6 {
         for nth in 0..3 {
             let key = pair.new_key(sum(nth));
-            pair.insert(key, Plan::Never);
+            pair.insert_stable(key);
             if nth == 1 {
-                keys.push(key);
+                keys.insert(0, key);
             }
         }
-        assert_eq!(keys.len(), round + 1);
     }
+    assert_eq!(pair.nodes_of(sum(1)), keys);
     pair.move_to_limbo(keys.remove(2));
     pair.remove(keys.remove(3));
+    assert_eq!(pair.nodes_of(sum(1)), keys);
+    // One that comes back is no newer for that.
+    let back = keys[1];
+    pair.move_to_limbo(back);
+    pair.move_to_stable(back);
     assert_eq!(pair.nodes_of(sum(1)), keys);
     pair.finish();
 }
 
-/// Nothing lies behind the last number there is.
+/// A new node is no page's to join before it has mappings.
+#[test]
+fn new_nodes_are_in_limbo() {
+    let mut pair = Pair::new();
+    let key = pair.new_key(sum(1));
+    pair.insert(key, Plan::Never);
+    assert_eq!((pair.index.stable_len(), pair.index.limbo_len()), (0, 1));
+    assert_eq!(pair.next_stable(sum(1), None), None);
+    assert_eq!(pair.next_in(Tree::Limbo, None), Some(key));
+    assert!(pair.index.node(key).is_some());
+    pair.move_to_stable(key);
+    assert_eq!(pair.next_stable(sum(1), None), Some(key));
+    assert_eq!(pair.next_in(Tree::Limbo, None), None);
+    pair.finish();
+}
+
+/// Nothing lies behind the last number there is, nor behind the last number of the last checksum.
 #[test]
 fn ends_at_the_last_number() {
     let mut pair = Pair::new();
-    let last = StableKey {
-        sum: sum(0),
+    let last = |nth| StableKey {
+        sum: sum(nth),
         nth: u64::MAX,
     };
-    pair.keys.push(last);
-    pair.insert(last, Plan::Never);
+    // As the first key of all has it.
+    assert_eq!(pair.new_key(sum(0)), last(0));
     let behind = pair.new_key(sum(1));
-    pair.insert(behind, Plan::Never);
-    assert_eq!(pair.next_stable(sum(0), None), Some(last));
-    assert_eq!(pair.next_stable(sum(0), Some(last)), None);
+    pair.keys.push(last(4));
+    for key in [last(0), behind, last(4)] {
+        pair.insert(key, Plan::Never);
+        pair.move_to_stable(key);
+    }
+    assert_eq!(pair.next_stable(sum(0), None), Some(last(0)));
+    assert_eq!(pair.next_stable(sum(0), Some(last(0))), None);
+    for which in [Tree::Stable, Tree::Limbo] {
+        assert_eq!(pair.next_in(which, Some(last(0))), Some(behind));
+        assert_eq!(pair.next_in(which, Some(behind)), Some(last(4)));
+        assert_eq!(pair.next_in(which, Some(last(4))), None);
+        for key in [last(0), behind, last(4)] {
+            pair.move_to_limbo(key);
+        }
+    }
     pair.finish();
 }
 

@@ -2,16 +2,18 @@
 
 //! Tests of `engine/pagemap.rs`: against a map of the standard library.
 
-use super::counted::{Counted, Ledger};
+mod pair;
+
+use super::counted::Counted;
 use crate::engine::pagemap::PageMap;
 use kernel::{
     alloc::flags::GFP_NOWAIT,
-    error::code::ENOMEM,
     page::{PAGE_MASK, PAGE_SIZE},
-    testing::{failing, live, watch, Events, Live, Plan, Random},
+    testing::{live, watch, Live, Plan, Random},
 };
+use pair::{Look, Pair, Way};
 use proptest::{prelude::*, sample::Index};
-use std::collections::BTreeMap;
+use std::iter;
 
 const LEAF: usize = 512 * PAGE_SIZE;
 /// The last pages of user space with four and with five levels of page tables.
@@ -19,154 +21,13 @@ const LAST_4_LEVELS: usize = (1 << 47) - 2 * PAGE_SIZE;
 const LAST_5_LEVELS: usize = (1 << 56) - 2 * PAGE_SIZE;
 const LAST_OF_ALL: usize = usize::MAX & PAGE_MASK;
 
-/// The map, and what should be in it.
-struct Pair {
-    map: PageMap<Counted>,
-    /// Which value each page has.
-    model: BTreeMap<usize, usize>,
-    /// How many pages of each leaf have one.
-    leaves: BTreeMap<usize, usize>,
-    ledger: Ledger,
-}
-
-impl Pair {
-    fn new() -> Self {
-        assert_eq!(live(), Live::default(), "left behind by a test before");
-        Self {
-            map: PageMap::new(),
-            model: BTreeMap::new(),
-            leaves: BTreeMap::new(),
-            ledger: Ledger::default(),
-        }
-    }
-
-    fn insert(&mut self, addr: usize, plan: Plan) {
-        let word = self.ledger.make();
-        let id = word.id();
-        let had = self.model.get(&addr).copied();
-        let (result, events) = watch(|| failing(plan, || self.map.insert(addr, word, GFP_NOWAIT)));
-        assert_eq!(result.is_err(), events.failed > 0);
-        assert_eq!(events.sleeping, 0, "other flags than those it was given");
-        if had.is_some() {
-            assert_eq!(events, Events::default(), "allocated for a page it had");
-        }
-        match result {
-            Ok(old) => {
-                assert_eq!(old.map(|word| word.id()), had);
-                self.model.insert(addr, id);
-                if had.is_none() {
-                    *self.leaves.entry(addr / LEAF).or_default() += 1;
-                }
-            }
-            Err(err) => {
-                assert_eq!(err, ENOMEM);
-                assert!(!self.ledger.is_alive(id));
-                self.check_content();
-            }
-        }
-    }
-
-    fn remove(&mut self, addr: usize) {
-        let (word, events) = watch(|| self.map.remove(addr));
-        assert_eq!(events.allocs + events.failed, 0, "allocated to remove");
-        let expected = self.model.remove(&addr);
-        assert_eq!(word.as_ref().map(Counted::id), expected);
-        if expected.is_some() {
-            let left = self.leaves.get_mut(&(addr / LEAF)).unwrap();
-            *left -= 1;
-            if *left == 0 {
-                self.leaves.remove(&(addr / LEAF));
-            }
-        }
-    }
-
-    fn change(&mut self, addr: usize) {
-        let word = self.map.get_mut(addr);
-        assert_eq!(
-            word.as_deref().map(Counted::id),
-            self.model.get(&addr).copied()
-        );
-        if let Some(word) = word {
-            *word = self.ledger.make();
-            self.model.insert(addr, word.id());
-        }
-    }
-
-    fn get(&self, addr: usize) {
-        let id = self.map.get(addr).map(Counted::id);
-        assert_eq!(id, self.model.get(&addr).copied());
-    }
-
-    fn next(&self, from: usize, to: usize) -> Option<usize> {
-        let addr = self.map.next(from, to);
-        let expected = if from < to {
-            self.model.range(from..to).next().map(|(addr, _)| *addr)
-        } else {
-            None
-        };
-        assert_eq!(addr, expected, "next({from:#x}, {to:#x})");
-        addr
-    }
-
-    /// Goes through a range as the scan does.
-    fn walk(&self, from: usize, to: usize) -> Vec<usize> {
-        let mut found = Vec::new();
-        let mut at = Some(from);
-        while let Some(addr) = at.and_then(|at| self.next(at, to)) {
-            found.push(addr);
-            at = addr.checked_add(PAGE_SIZE);
-        }
-        found
-    }
-
-    /// Empties a range as the engine does.
-    fn clear(&mut self, from: usize, to: usize) {
-        while let Some(addr) = self.next(from, to) {
-            self.remove(addr);
-        }
-    }
-
-    /// No leaf but those with pages is there, and the map knows how large it is.
-    fn check_memory(&self) {
-        let live = live();
-        // A node for each leaf, and its words.
-        assert_eq!(live.allocations, 2 * self.leaves.len());
-        assert_eq!(live.bytes, self.map.bytes());
-        assert_eq!(self.ledger.alive(), self.model.len());
-    }
-
-    fn check_content(&self) {
-        let found = self.walk(0, usize::MAX);
-        assert!(found.iter().eq(self.model.keys()));
-        found.iter().for_each(|&addr| self.get(addr));
-        self.check_memory();
-    }
-
-    /// Removes all that is left and drops the map.
-    fn empty_by_removing(mut self) {
-        self.check_content();
-        self.clear(0, usize::MAX);
-        assert_eq!(self.map.bytes(), 0);
-        self.check_memory();
-        assert_eq!(live(), Live::default());
-    }
-
-    /// Drops the map with all that is left in it.
-    fn empty_by_dropping(self) {
-        self.check_content();
-        let Self { map, ledger, .. } = self;
-        drop(map);
-        assert_eq!(live(), Live::default());
-        assert_eq!(ledger.alive(), 0);
-    }
-}
-
 #[derive(Clone, Debug)]
 enum Op {
-    Insert(Index, Plan),
+    /// Of the pages of the pool between these two: those that are found, and how.
+    Absorb(Index, Index, Vec<u8>, Way, Plan),
+    Remember(Index, Plan),
     Remove(Index),
     Change(Index),
-    Get(Index),
     /// From a page of the pool to a page of the pool, and so many bytes more.
     Next(Index, Index, usize),
     /// From a page of the pool, so many bytes.
@@ -177,24 +38,60 @@ enum Op {
 
 fn plan() -> impl Strategy<Value = Plan> {
     prop_oneof![
-        6 => Just(Plan::Never),
+        8 => Just(Plan::Never),
         1 => Just(Plan::Always),
-        1 => (0..3usize).prop_map(Plan::Nth),
+        1 => (0..4usize).prop_map(Plan::Nth),
+        1 => (0..4usize).prop_map(Plan::After),
+        1 => any::<u64>().prop_map(|seed| Plan::Percent { percent: 40, seed }),
+    ]
+}
+
+/// Of each page of a range in turn, over and over: whether it is found, and what becomes of it.
+fn looks() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        2 => Just(vec![0]),
+        1 => Just(vec![1]),
+        3 => prop::collection::vec(0..4u8, 1..40),
     ]
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let page = any::<Index>;
+    let way = prop_oneof![Just(Way::Stepwise), Just(Way::Runs)];
     prop_oneof![
-        40 => (page(), plan()).prop_map(|(at, plan)| Op::Insert(at, plan)),
-        24 => page().prop_map(Op::Remove),
-        8 => page().prop_map(Op::Change),
-        8 => page().prop_map(Op::Get),
-        8 => (page(), page(), 0..2 * PAGE_SIZE).prop_map(|(a, b, more)| Op::Next(a, b, more)),
-        8 => (page(), 0..3 * LEAF).prop_map(|(a, bytes)| Op::NextBytes(a, bytes)),
-        3 => (page(), page()).prop_map(|(a, b)| Op::Walk(a, b)),
+        12 => (page(), page(), looks(), way, plan())
+            .prop_map(|(from, to, looks, way, plan)| Op::Absorb(from, to, looks, way, plan)),
+        12 => (page(), plan()).prop_map(|(at, plan)| Op::Remember(at, plan)),
+        12 => page().prop_map(Op::Remove),
+        6 => page().prop_map(Op::Change),
+        6 => (page(), page(), 0..2 * PAGE_SIZE).prop_map(|(a, b, more)| Op::Next(a, b, more)),
+        6 => (page(), 0..3 * LEAF).prop_map(|(a, bytes)| Op::NextBytes(a, bytes)),
+        2 => (page(), page()).prop_map(|(a, b)| Op::Walk(a, b)),
         1 => (page(), page()).prop_map(|(a, b)| Op::Clear(a, b)),
     ]
+}
+
+/// What a scan of `from..to` finds of the pages of a pool: no more than a batch holds.
+fn batch(pool: &[usize], from: usize, to: usize, looks: &[u8]) -> (usize, Vec<(usize, Look)>) {
+    let mut pages: Vec<usize> = pool
+        .iter()
+        .copied()
+        .filter(|addr| (from..to).contains(addr))
+        .collect();
+    pages.sort_unstable();
+    pages.dedup();
+    let found: Vec<_> = iter::zip(pages, looks.iter().cycle())
+        .filter_map(|(addr, look)| match look {
+            0 => Some((addr, Look::Remember)),
+            1 => Some((addr, Look::Change)),
+            2 => Some((addr, Look::Skip)),
+            _ => None,
+        })
+        .collect();
+    match found.get(512) {
+        Some(next) => (next.0, found[..512].to_vec()),
+        None => (to, found),
+    }
 }
 
 /// The pages of one case.
@@ -252,20 +149,22 @@ proptest! {
     fn is_like_a_map(
         pool in pool(),
         full in any::<bool>(),
-        ops in prop::collection::vec(op(), 1..400),
+        ops in prop::collection::vec(op(), 1..160),
         by_removing in any::<bool>(),
     ) {
-        let mut pair = Pair::new();
-        if full {
-            pool.iter().for_each(|&addr| pair.insert(addr, Plan::Never));
-        }
+        let mut pair = Pair::with(pool.iter().copied().filter(|_| full));
         let page = |at: Index| *at.get(&pool);
         for op in ops {
             match op {
-                Op::Insert(at, plan) => pair.insert(page(at), plan),
+                Op::Absorb(from, to, looks, way, plan) => {
+                    let (a, b) = (page(from), page(to));
+                    let (from, to) = (a.min(b), a.max(b).saturating_add(PAGE_SIZE));
+                    let (to, found) = batch(&pool, from, to, &looks);
+                    pair.absorb(from, to, &found, way, plan);
+                }
+                Op::Remember(at, plan) => pair.remember(page(at), plan),
                 Op::Remove(at) => pair.remove(page(at)),
                 Op::Change(at) => pair.change(page(at)),
-                Op::Get(at) => pair.get(page(at)),
                 Op::Next(from, to, more) => {
                     pair.next(page(from), page(to).saturating_add(more));
                 }
@@ -307,8 +206,8 @@ fn long_histories() {
                     1 => {
                         pair.next(addr, addr.saturating_add(random.below(1 << 24) as usize));
                     }
-                    2 => pair.insert(addr, Plan::Always),
-                    n if (n < 9) == grows => pair.insert(addr, Plan::Never),
+                    2 => pair.remember(addr, Plan::Always),
+                    n if (n < 9) == grows => pair.remember(addr, Plan::Never),
                     _ => pair.remove(addr),
                 }
                 if random.below(64) == 0 {
@@ -321,42 +220,200 @@ fn long_histories() {
     }
 }
 
-/// Each of the allocations of an insertion fails once.
+/// Passes over the same memory, of which a little changes in between: what the engine does all day.
 #[test]
-fn unchanged_when_insertion_fails() {
-    // Into a new leaf: its node, then its words.
-    for nth in 0..2 {
+fn passes() {
+    for way in [Way::Stepwise, Way::Runs] {
+        let mut random = Random::new(11);
         let mut pair = Pair::new();
-        pair.insert(LEAF, Plan::Nth(nth));
-        assert!(pair.model.is_empty());
-        assert_eq!(pair.map.bytes(), 0);
-        pair.insert(LEAF, Plan::Never);
-        pair.empty_by_removing();
-    }
-    // Into a full leaf, at its begin, in its middle and at its end.
-    for page in [0, 2, 9] {
-        let mut pair = Pair::new();
-        for nth in [1, 3, 4, 5] {
-            pair.insert(nth * PAGE_SIZE, Plan::Never);
+        let mut there: Vec<bool> = (0..4000).map(|_| random.below(4) != 0).collect();
+        let start = LEAF - 3 * PAGE_SIZE;
+        for pass in 0..40 {
+            let plan = match pass % 4 {
+                3 => Plan::Percent {
+                    percent: 30,
+                    seed: pass,
+                },
+                _ => Plan::Never,
+            };
+            let step = [512, 100, 37][pass as usize % 3];
+            for (nth, there) in there.chunks(step).enumerate() {
+                let from = start + nth * step * PAGE_SIZE;
+                let at = |nth: usize| from + nth * PAGE_SIZE;
+                let to = at(there.len());
+                let found: Vec<_> = (0..there.len())
+                    .filter(|&nth| there[nth])
+                    .map(|nth| (at(nth), Look::Remember))
+                    .collect();
+                pair.absorb(from, to, &found, way, plan);
+                pair.check_memory();
+            }
+            if pass % 4 == 2 {
+                assert_eq!(
+                    pair.model.len(),
+                    there.iter().filter(|there| **there).count()
+                );
+            }
+            for _ in 0..40 {
+                let from = random.below(4000) as usize;
+                let to = (from + random.below(30) as usize).min(4000);
+                there[from..to].fill(random.below(3) != 0);
+            }
         }
-        pair.insert(page * PAGE_SIZE, Plan::Nth(0));
-        assert_eq!(pair.model.len(), 4);
-        pair.insert(page * PAGE_SIZE, Plan::Never);
-        assert_eq!(pair.model.len(), 5);
-        pair.empty_by_dropping();
+        pair.empty_by_removing();
     }
 }
 
-/// A page that has a word gets another without memory.
+/// What a batch allocates fails at each point, once, and from there on; the next pass makes up for it.
 #[test]
-fn replaces_without_memory() {
-    let mut pair = Pair::new();
-    for addr in [0, LEAF - PAGE_SIZE, LEAF, LAST_OF_ALL] {
-        pair.insert(addr, Plan::Never);
-        pair.insert(addr, Plan::Always);
+fn each_allocation_fails() {
+    let page = |nth: usize| (nth * PAGE_SIZE, Look::Remember);
+    let hole = |nth: usize| nth % 7 == 3;
+    let all: Vec<_> = (500..1700).map(page).collect();
+    let holes: Vec<_> = (500..1700).filter(|nth| !hole(*nth)).map(page).collect();
+    // From nothing, and from a few pages that are there, in the way, or at the end of a leaf.
+    let before: [&[usize]; 4] = [
+        &[],
+        &[503, 700, 1023],
+        &[510, 511, 512, 1699],
+        &[10, 520, 1800],
+    ];
+    for (before, batch, way) in before.into_iter().flat_map(|before| {
+        [
+            (&all, Way::Runs),
+            (&all, Way::Stepwise),
+            (&holes, Way::Stepwise),
+            (&holes, Way::Runs),
+        ]
+        .map(|(batch, way)| (before, batch, way))
+    }) {
+        let run = |plan| {
+            let mut pair = Pair::with(before.iter().map(|nth| nth * PAGE_SIZE));
+            let (from, to) = (500 * PAGE_SIZE, 1700 * PAGE_SIZE);
+            let ((), events) = watch(|| pair.absorb(from, to, batch, way, plan));
+            pair.check_content();
+            let missing = |pair: &Pair| {
+                batch
+                    .iter()
+                    .filter(|page| !pair.model.contains_key(&page.0))
+                    .count()
+            };
+            let missed = missing(&pair);
+            pair.absorb(from, to, batch, way, Plan::Never);
+            assert_eq!(missing(&pair), 0);
+            assert_eq!(pair.model.range(from..to).count(), batch.len());
+            pair.empty_by_removing();
+            (events, missed)
+        };
+        let (events, missed) = run(Plan::Never);
+        assert_eq!(missed, 0);
+        assert!((3..20).contains(&events.allocs), "{events:?}");
+        for nth in 0..events.allocs {
+            assert_eq!(run(Plan::Nth(nth)).0.failed, 1);
+            assert!(run(Plan::After(nth)).1 > 0);
+        }
+        assert_eq!(run(Plan::Nth(events.allocs)).0.failed, 0);
     }
-    assert_eq!(pair.model.len(), 4);
+}
+
+/// As much memory at once as a batch needs, and no more.
+#[test]
+fn one_allocation_for_the_words_of_a_batch() {
+    for way in [Way::Stepwise, Way::Runs] {
+        for count in [1, 2, 100, 511, 512] {
+            let mut pair = Pair::new();
+            let batch: Vec<_> = (0..count)
+                .map(|nth| (nth * PAGE_SIZE, Look::Remember))
+                .collect();
+            let end = count * PAGE_SIZE;
+            let ((), events) = watch(|| pair.absorb(0, end, &batch, way, Plan::Never));
+            assert_eq!((events.allocs, events.frees), (2, 0));
+            // A node, then three words of the tree, the bits and the vector.
+            let node = 8 + 24 + 64 + 24;
+            assert_eq!(pair.map.bytes(), node + count * size_of::<Counted>());
+            pair.empty_by_removing();
+        }
+    }
+}
+
+/// The end of a leaf, and of all addresses.
+#[test]
+fn leaf_ends() {
+    for addr in [
+        0,
+        1,
+        PAGE_SIZE,
+        LEAF - PAGE_SIZE,
+        LEAF,
+        LAST_4_LEVELS,
+        LAST_OF_ALL,
+    ] {
+        let end = PageMap::<Counted>::leaf_end(addr);
+        assert!(end >= addr);
+        assert_eq!(end / LEAF, addr / LEAF);
+        assert!(end == usize::MAX || (end + 1) % LEAF == 0);
+    }
+}
+
+/// A leaf that is made and gets nothing does not stay, and one that has something does.
+#[test]
+fn prunes_only_what_is_empty() {
+    let mut pair = Pair::new();
+    assert!(pair.map.leaf_from(LEAF, GFP_NOWAIT).is_ok());
+    assert!(pair.map.bytes() > 0);
+    // Another leaf is none of this one's business.
+    pair.map.prune(0);
+    pair.map.prune(2 * LEAF);
+    assert!(pair.map.bytes() > 0);
+    pair.map.prune(2 * LEAF - PAGE_SIZE);
+    pair.check_memory();
+    pair.remember(LEAF, Plan::Never);
+    pair.map.prune(LEAF);
+    pair.check_content();
     pair.empty_by_removing();
+}
+
+/// Runs are what they are said to be, wherever in a leaf they begin and end.
+#[test]
+fn runs_at_the_edges() {
+    for first in [0, 1, 62, 63, 64, 65, 448, 510, 511] {
+        for count in [1, 2, 63, 64, 65, 128, 449, 512] {
+            let mut pair = Pair::with([LEAF - PAGE_SIZE, 2 * LEAF]);
+            let addr = LEAF + first * PAGE_SIZE;
+            let mut map = std::mem::replace(&mut pair.map, PageMap::new());
+            let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) else {
+                panic!("no leaf");
+            };
+            let fits = first + count <= 512;
+            let ledger = pair.ledger.clone();
+            assert!(leaf.known_run(count).is_none());
+            assert!(leaf.is_empty_from_here());
+            assert_eq!(leaf.fill_run(count, GFP_NOWAIT, |_| ledger.make()), fits);
+            assert_eq!(leaf.len(), if fits { count } else { 0 });
+            for (more, known) in [(0, fits), (1, false)] {
+                let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) else {
+                    panic!("no leaf");
+                };
+                assert_eq!(leaf.known_run(count + more).is_some(), known);
+                // Far too many.
+                assert!(leaf.known_run(usize::MAX).is_none());
+            }
+            map.prune(addr);
+            pair.map = map;
+            let next = pair.map.next(LEAF, usize::MAX);
+            assert_eq!(next, Some(if fits { addr } else { 2 * LEAF }));
+            if fits {
+                let last = addr + (count - 1) * PAGE_SIZE;
+                assert!(pair.map.remove(last).is_some());
+                assert!(
+                    pair.map.remove(last + PAGE_SIZE).is_some() == (last + PAGE_SIZE == 2 * LEAF)
+                );
+            }
+            drop(pair.map);
+            assert_eq!(ledger.alive(), 0);
+            assert_eq!(live(), Live::default());
+        }
+    }
 }
 
 #[test]
@@ -364,7 +421,7 @@ fn next_at_the_edges() {
     let mut pair = Pair::new();
     assert_eq!(pair.next(0, usize::MAX), None);
     for addr in [0, LEAF - PAGE_SIZE, LEAF, 3 * LEAF, LAST_OF_ALL] {
-        pair.insert(addr, Plan::Never);
+        pair.remember(addr, Plan::Never);
     }
     // Empty and backward ranges.
     assert_eq!(pair.next(0, 0), None);
@@ -389,13 +446,16 @@ fn next_at_the_edges() {
 /// What is remembered of many pages side by side costs little more than their words.
 #[test]
 fn dense_pages_are_cheap() {
-    let pages = 8 * 512;
-    let mut map = PageMap::new();
-    for nth in 0..pages {
-        let old = map.insert(nth * PAGE_SIZE, nth as u64, GFP_NOWAIT);
-        assert!(matches!(old, Ok(None)));
+    let mut pair = Pair::new();
+    for start in (0..8 * LEAF).step_by(LEAF) {
+        let batch: Vec<_> = (0..512)
+            .map(|nth| (start + nth * PAGE_SIZE, Look::Remember))
+            .collect();
+        pair.absorb(start, start + LEAF, &batch, Way::Runs, Plan::Never);
     }
-    assert_eq!(map.bytes(), live().bytes);
-    let overhead = map.bytes() - pages * size_of::<u64>();
+    let pages = pair.model.len();
+    assert_eq!(pages, 8 * 512);
+    let overhead = pair.map.bytes() - pages * size_of::<Counted>();
     assert!(overhead * 4 <= pages, "{overhead} bytes");
+    pair.empty_by_dropping();
 }

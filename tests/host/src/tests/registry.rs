@@ -23,6 +23,9 @@ struct Pair {
     live: BTreeMap<u64, usize>,
     dead: BTreeMap<u64, usize>,
     missed: bool,
+    /// Reservations to fall back on, and for how many there is room.
+    spares: usize,
+    room: usize,
     /// The highest number given so far.
     last: u64,
 }
@@ -36,6 +39,8 @@ impl Pair {
             live: BTreeMap::new(),
             dead: BTreeMap::new(),
             missed: false,
+            spares: 0,
+            room: 0,
             last: 0,
         }
     }
@@ -66,9 +71,11 @@ impl Pair {
         let reference = ARef::from(self.mms[mm].mm());
         let (unused, events) = watch(|| self.registry.enter(reference, reservation.ok()));
         assert_eq!(events, Events::default(), "happened under the lock");
-        match (self.id_of(mm), reserved) {
-            // Known already: all comes back.
-            (Some(_), reserved) => {
+        // What is reserved goes first, then what is spare.
+        let spare = !reserved && self.spares > 0;
+        match (self.id_of(mm), reserved || spare) {
+            // Known already: all comes back, and no spare was used.
+            (Some(_), _) => {
                 let (back, reservation) = unused.expect("kept a second reference");
                 assert_eq!(self.which(&back), mm);
                 assert_eq!(reservation.is_some(), reserved);
@@ -81,11 +88,35 @@ impl Pair {
             }
             (None, true) => {
                 assert!(unused.is_none());
+                self.spares -= usize::from(spare);
                 let id = self.registry.last_id();
                 assert!(id > self.last, "a number was used twice, or is 0");
                 self.last = id;
                 self.live.insert(id, mm);
             }
+        }
+    }
+
+    fn reserve_spares(&mut self, count: usize, plan: Plan) {
+        let (result, events) = watch(|| failing(plan, || self.registry.reserve_spares(count)));
+        assert_eq!(result.is_err(), events.failed > 0);
+        match result {
+            // There may be more room than was asked for.
+            Ok(()) => self.room = self.room.max(self.spares + count),
+            Err(err) => assert_eq!(err, ENOMEM),
+        }
+    }
+
+    fn add_spare(&mut self) {
+        let spare = Reservation::new(GFP_NOWAIT).unwrap();
+        let (back, events) = watch(|| self.registry.add_spare(spare));
+        assert_eq!(events, Events::default(), "happened under the lock");
+        match back {
+            None => self.spares += 1,
+            Some(_) => assert!(
+                self.spares >= self.room,
+                "gave it back though there was room"
+            ),
         }
     }
 
@@ -140,13 +171,17 @@ impl Pair {
         assert_eq!(self.registry.is_empty(), self.live.is_empty());
         assert_eq!(self.registry.has_dead(), !self.dead.is_empty());
         assert_eq!(self.registry.has_missed(), self.missed);
+        for (nth, mm) in self.mms.iter().enumerate() {
+            assert_eq!(self.registry.knows(mm.mm()), self.id_of(nth).is_some());
+        }
         let last = self.live.keys().next_back();
         assert_eq!(self.registry.last_id(), last.copied().unwrap_or(0));
         for (nth, mm) in self.mms.iter().enumerate() {
             assert_eq!(mm.references(), self.expected_references(nth));
         }
-        // Two nodes for each that lives, one for each that is dead.
-        assert_eq!(live().allocations, 2 * self.live.len() + self.dead.len());
+        // Two nodes for each that lives or may, one for each that is dead, and the room for spares.
+        let nodes = 2 * (self.live.len() + self.spares) + self.dead.len();
+        assert_eq!(live().allocations, nodes + usize::from(self.room > 0));
     }
 
     fn walk(&self) {
@@ -171,6 +206,8 @@ impl Pair {
 #[derive(Clone, Debug)]
 enum Op {
     Enter(usize, Plan),
+    ReserveSpares(usize, Plan),
+    AddSpare,
     Exit(usize),
     TakeDead,
     TakeAllDead,
@@ -182,11 +219,14 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let plan = prop_oneof![
         6 => Just(Plan::Never),
-        1 => Just(Plan::Always),
+        2 => Just(Plan::Always),
         1 => Just(Plan::Nth(1)),
     ];
+    let few = prop_oneof![3 => Just(Plan::Never), 1 => Just(Plan::Always)];
     prop_oneof![
         10 => (0..MMS, plan).prop_map(|(mm, plan)| Op::Enter(mm, plan)),
+        1 => (0..5usize, few).prop_map(|(count, plan)| Op::ReserveSpares(count, plan)),
+        3 => Just(Op::AddSpare),
         8 => (0..MMS).prop_map(Op::Exit),
         3 => Just(Op::TakeDead),
         1 => Just(Op::TakeAllDead),
@@ -205,6 +245,8 @@ proptest! {
         for op in ops {
             match op {
                 Op::Enter(mm, plan) => pair.enter(mm, plan),
+                Op::ReserveSpares(count, plan) => pair.reserve_spares(count, plan),
+                Op::AddSpare => pair.add_spare(),
                 Op::Exit(mm) => pair.exit(mm),
                 Op::TakeDead => {
                     pair.take_dead();
@@ -306,5 +348,52 @@ fn missed() {
     pair.take_missed();
     assert!(!pair.registry.has_missed());
     pair.enter(0, Plan::Never);
+    pair.finish();
+}
+
+/// Spares are there for who comes without a reservation; only who comes when none are left is missed.
+#[test]
+fn spares() {
+    let mut pair = Pair::new();
+    // No room, no spares.
+    pair.add_spare();
+    assert_eq!(pair.spares, 0);
+    pair.reserve_spares(2, Plan::Always);
+    pair.add_spare();
+    assert_eq!(pair.spares, 0);
+    pair.reserve_spares(2, Plan::Never);
+    (0..3).for_each(|_| pair.add_spare());
+    assert_eq!(pair.spares, 2);
+    pair.check();
+    // Who brings one uses that, and who is known needs none.
+    pair.enter(0, Plan::Never);
+    pair.enter(0, Plan::Always);
+    assert_eq!(pair.spares, 2);
+    pair.enter(1, Plan::Always);
+    pair.enter(2, Plan::Nth(1));
+    assert_eq!(pair.spares, 0);
+    assert!(!pair.registry.has_missed());
+    pair.check();
+    pair.enter(3, Plan::Always);
+    assert!(pair.registry.has_missed());
+    assert!(!pair.registry.knows(pair.mms[3].mm()));
+    // Made good for, as after a round of allocations.
+    pair.add_spare();
+    pair.take_missed();
+    pair.enter(3, Plan::Always);
+    assert!(pair.registry.knows(pair.mms[3].mm()));
+    assert!(!pair.registry.has_missed());
+    pair.finish();
+}
+
+/// Spares that nobody used are freed with the rest.
+#[test]
+fn unused_spares() {
+    let mut pair = Pair::new();
+    pair.reserve_spares(64, Plan::Never);
+    (0..64).for_each(|_| pair.add_spare());
+    assert_eq!(pair.spares, 64);
+    pair.enter(0, Plan::Always);
+    assert_eq!(pair.spares, 63);
     pair.finish();
 }

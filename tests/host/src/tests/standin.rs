@@ -9,7 +9,7 @@ use kernel::{
     mm::Mm,
     rbtree::{Entry, RBTree, RBTreeNode, RBTreeNodeReservation},
     sync::aref::ARef,
-    testing::{failing, live, watch, Live, Plan, TestMm},
+    testing::{failing, live, watch, Live, Plan, Random, TestMm},
 };
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -283,6 +283,7 @@ impl Pair {
     fn check(&self) {
         let content = self.tree.iter().map(|(key, value)| (*key, value.id()));
         assert!(content.eq(self.model.iter().map(|(key, id)| (*key, *id))));
+        assert_eq!(self.tree.check(), self.model.len());
         assert_eq!(self.tree.is_empty(), self.model.is_empty());
         let front = self.tree.cursor_front().map(|at| *at.current().0);
         let back = self.tree.cursor_back().map(|at| *at.current().0);
@@ -329,5 +330,52 @@ proptest! {
         drop(pair.tree);
         prop_assert_eq!(live(), Live::default());
         prop_assert_eq!(pair.ledger.alive(), 0);
+    }
+}
+
+/// Stays balanced with many nodes, whatever the order in which they come and go.
+#[test]
+fn large_trees() {
+    for seed in 0..6 {
+        let mut random = Random::new(seed);
+        let mut order: Vec<u64> = (0..3000).map(|nth| nth * 3).collect();
+        let shuffle = |order: &mut Vec<u64>, random: &mut Random| {
+            for at in (1..order.len()).rev() {
+                order.swap(at, random.below(at as u64 + 1) as usize);
+            }
+        };
+        match seed {
+            0 => {}
+            1 => order.reverse(),
+            _ => shuffle(&mut order, &mut random),
+        }
+        let mut tree = RBTree::new();
+        let mut model = BTreeMap::new();
+        for (nth, &key) in order.iter().enumerate() {
+            assert!(tree.try_create_and_insert(key, key + 1, GFP_KERNEL).is_ok());
+            model.insert(key, key + 1);
+            if nth % 97 == 0 {
+                assert_eq!(tree.check(), nth + 1);
+            }
+        }
+        for value in tree.values_mut() {
+            *value += 1;
+        }
+        assert!(tree
+            .values()
+            .eq(model.keys().map(|key| key + 2).collect::<Vec<_>>().iter()));
+        if seed % 2 == 1 {
+            shuffle(&mut order, &mut random);
+        }
+        for (nth, key) in order.iter().enumerate().take(2900) {
+            assert_eq!(tree.remove(key), Some(key + 2));
+            model.remove(key);
+            if nth % 97 == 0 {
+                assert_eq!(tree.check(), model.len());
+                assert!(tree.keys().eq(model.keys()));
+            }
+        }
+        drop(tree);
+        assert_eq!(live(), Live::default());
     }
 }

@@ -60,7 +60,7 @@ impl<T, A: Allocator> Box<T, A> {
     pub fn new_uninit(flags: Flags) -> Result<Box<MaybeUninit<T>, A>, AllocError> {
         let charge = Charge::new(flags)?;
         Ok(Box {
-            inner: StdBox::new(MaybeUninit::uninit()),
+            inner: StdBox::new_uninit(),
             charge,
         })
     }
@@ -73,11 +73,34 @@ impl<T, A: Allocator> Box<T, A> {
     /// Drops the value and keeps the box.
     pub fn drop_contents(this: Self) -> Box<MaybeUninit<T>, A> {
         let Self { inner, charge } = this;
-        // On the host the memory may as well be another.
-        drop(inner);
+        let raw = StdBox::into_raw(inner);
+        // SAFETY: valid, and taken for uninitialised from here on.
+        unsafe { raw.drop_in_place() };
         Box {
-            inner: StdBox::new(MaybeUninit::uninit()),
+            // SAFETY: came from a box; the layout is the same.
+            inner: unsafe { StdBox::from_raw(raw.cast()) },
             charge: charge.recast(),
+        }
+    }
+
+    /// Leaves the memory to the caller.
+    pub fn into_raw(b: Self) -> *mut T {
+        let Self { inner, charge } = b;
+        // Still accounted for.
+        std::mem::forget(charge);
+        StdBox::into_raw(inner)
+    }
+
+    /// Takes the memory back.
+    ///
+    /// # Safety
+    ///
+    /// `raw` came from [`Self::into_raw`], and is not used any more.
+    pub unsafe fn from_raw(raw: *mut T) -> Self {
+        Box {
+            // SAFETY: by the contract.
+            inner: unsafe { StdBox::from_raw(raw) },
+            charge: Charge(PhantomData),
         }
     }
 }
@@ -85,9 +108,12 @@ impl<T, A: Allocator> Box<T, A> {
 impl<T, A: Allocator> Box<MaybeUninit<T>, A> {
     /// Puts a value into the box.
     pub fn write(self, value: T) -> Box<T, A> {
+        let Self { mut inner, charge } = self;
+        inner.write(value);
         Box {
-            inner: StdBox::new(value),
-            charge: self.charge.recast(),
+            // SAFETY: came from a box, and is initialised now; the layout is the same.
+            inner: unsafe { StdBox::from_raw(StdBox::into_raw(inner).cast()) },
+            charge: charge.recast(),
         }
     }
 }

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which samples more than one page has.
+
+use super::checksum::Sample;
+use kernel::{alloc::KVVec, prelude::*};
+
+/// A blocked counting filter: says of a sample whether at least two pages have it. It never misses two,
+/// and is wrong about few of those that only one page has.
+///
+/// Each sample counts in two 2-bit counters of one word (Putze, Sanders, Singler: "Cache-, Hash- and
+/// Space-Efficient Bloom Filters", 2007, with counters in the place of bits). Eight counters a page make
+/// it two bytes when full; then about one page in fifteen is taken for one that has an equal.
+///
+/// A counter that has reached its end stays there, as nobody knows how much further it would have
+/// counted; [`Self::is_worn`] says when enough of these were left behind to count anew.
+pub(crate) struct Filter {
+    words: KVVec<u64>,
+    worn: usize,
+}
+
+const COUNTERS_PER_PAGE: usize = 8;
+const COUNTERS_PER_WORD: usize = 32;
+const PAGES_PER_WORD: usize = COUNTERS_PER_WORD / COUNTERS_PER_PAGE;
+/// The smallest filter is one page.
+const MIN_WORDS: usize = 512;
+const MAX: u64 = 3;
+/// The bit of a counter that says "two or more".
+const TWO: u64 = 2;
+
+impl Filter {
+    /// A filter without memory, which takes every page for one that has an equal.
+    pub(crate) fn new() -> Self {
+        Self {
+            words: KVVec::new(),
+            worn: 0,
+        }
+    }
+
+    /// A filter for `pages` pages that has counted none.
+    pub(crate) fn for_pages(pages: usize) -> Result<Self> {
+        let words = pages
+            .div_ceil(PAGES_PER_WORD)
+            .checked_next_power_of_two()
+            .ok_or(ENOMEM)?
+            .max(MIN_WORDS);
+        Ok(Self {
+            words: KVVec::from_elem(0, words, GFP_KERNEL)?,
+            worn: 0,
+        })
+    }
+
+    /// For how many pages there is room.
+    pub(crate) fn capacity(&self) -> usize {
+        self.words.len().saturating_mul(PAGES_PER_WORD)
+    }
+
+    /// Whether many counters say more than there is.
+    pub(crate) fn is_worn(&self) -> bool {
+        self.worn > self.capacity() / 8
+    }
+
+    /// Which word a sample counts in.
+    #[inline(always)]
+    fn place(&self, sample: Sample) -> usize {
+        (u64::from(sample.get()).wrapping_mul(self.words.len() as u64) >> 32) as usize
+    }
+
+    /// How far its two counters are shifted in that word. They are not the same.
+    #[inline(always)]
+    fn shifts(sample: Sample) -> [u32; 2] {
+        // Another hash of the same bits, or all samples of a word would have the same counters.
+        let hash = sample.get().wrapping_mul(0x9e37_79b1);
+        let first = hash >> 27 << 1;
+        let second = first ^ (hash >> 21 & 0x3e | 2);
+        [first, second]
+    }
+
+    /// Counts one more page with this sample. Returns whether at least two pages seem to have it now.
+    #[inline]
+    pub(crate) fn add(&mut self, sample: Sample) -> bool {
+        let place = self.place(sample);
+        let Some(word) = self.words.get_mut(place) else {
+            return true;
+        };
+        let mut two = true;
+        for shift in Self::shifts(sample) {
+            let count = *word >> shift & MAX;
+            two &= count != 0;
+            if count != MAX {
+                *word = word.wrapping_add(1 << shift);
+            }
+        }
+        two
+    }
+
+    /// Counts one page with this sample less.
+    pub(crate) fn remove(&mut self, sample: Sample) {
+        let place = self.place(sample);
+        if let Some(word) = self.words.get_mut(place) {
+            for shift in Self::shifts(sample) {
+                match *word >> shift & MAX {
+                    0 => {}
+                    MAX => self.worn = self.worn.saturating_add(1),
+                    _ => *word = word.wrapping_sub(1 << shift),
+                }
+            }
+        }
+    }
+
+    /// Whether at least two pages seem to have this sample.
+    #[inline(always)]
+    pub(crate) fn has_two(&self, sample: Sample) -> bool {
+        let Some(word) = self.words.get(self.place(sample)) else {
+            return true;
+        };
+        let [first, second] = Self::shifts(sample);
+        let twos = TWO << first | TWO << second;
+        word & twos == twos
+    }
+}

@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What it costs to keep what is known of pages: the trees, the filter and the page map, with ten
+//! thousand, a million and ten million entries. Each iteration is one page.
+//!
+//! Keys come at random, as checksums do, so the larger trees are not in any cache. The page map is
+//! gone through in the order of addresses, as the scan does.
+
+#[path = "../src/engine.rs"]
+mod engine;
+
+use criterion::{
+    criterion_group, criterion_main, measurement::WallTime, BenchmarkGroup, BenchmarkId, Criterion,
+};
+use engine::{
+    checksum::{Checksum, Sample},
+    filter::Filter,
+    index::{Index, Place, StableKey},
+    pagemap::{Found, PageMap},
+};
+use kernel::{alloc::flags::GFP_NOWAIT, page::PAGE_SIZE, testing::Random};
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
+/// Few when `cargo test` only tries each bench once.
+fn sizes() -> &'static [usize] {
+    if std::env::args().any(|arg| arg == "--bench") {
+        &[10_000, 1_000_000, 10_000_000]
+    } else {
+        &[1000]
+    }
+}
+
+/// Pages of a leaf, and of a batch.
+const LEAF_PAGES: usize = 512;
+/// Entries that are added or removed at a time, between which the time does not count.
+const CHUNK: u64 = 1000;
+
+type Group<'a> = BenchmarkGroup<'a, WallTime>;
+
+/// Measures `timed` for one page after the other. `before` gets ready for the next few, and `after`
+/// cleans up behind them, neither of which counts.
+fn measure<S, T>(
+    group: &mut Group<'_>,
+    name: &str,
+    size: usize,
+    state: &mut S,
+    mut before: impl FnMut(&mut S) -> T,
+    mut timed: impl FnMut(&mut S, &T),
+    mut after: impl FnMut(&mut S, T),
+) {
+    group.bench_function(BenchmarkId::new(name, size), |b| {
+        b.iter_custom(|iters| {
+            let mut took = Duration::ZERO;
+            let mut left = iters;
+            while left > 0 {
+                let count = left.min(CHUNK);
+                left -= count;
+                let all: Vec<T> = (0..count).map(|_| before(state)).collect();
+                let start = Instant::now();
+                for one in &all {
+                    timed(state, one);
+                }
+                took += start.elapsed();
+                all.into_iter().for_each(|one| after(state, one));
+            }
+            took
+        })
+    });
+}
+
+fn place(nth: usize) -> Place {
+    Place {
+        slot: 1,
+        addr: nth * PAGE_SIZE,
+    }
+}
+
+fn sum(random: &mut Random) -> Checksum {
+    Checksum::from_raw(random.draw())
+}
+
+/// An index, what is in it, and where more comes from.
+struct Trees {
+    index: Index<u64>,
+    waiting: Vec<Checksum>,
+    nodes: Vec<StableKey>,
+    random: Random,
+}
+
+impl Trees {
+    /// With so many entries in each of the two trees that are large.
+    fn with(size: usize) -> Self {
+        let mut trees = Self {
+            index: Index::new(),
+            waiting: Vec::new(),
+            nodes: Vec::new(),
+            random: Random::new(1),
+        };
+        for nth in 0..size {
+            let sum = sum(&mut trees.random);
+            assert!(trees.index.wait(sum, place(nth), GFP_NOWAIT).is_ok());
+            trees.waiting.push(sum);
+        }
+        for _ in 0..size {
+            let key = trees.new_key();
+            trees.add(key);
+            trees.nodes.push(key);
+        }
+        trees
+    }
+
+    fn new_key(&mut self) -> StableKey {
+        let sum = sum(&mut self.random);
+        self.index.new_key(sum)
+    }
+
+    /// Adds a node and notes that it has mappings, as is done with a page that is merged.
+    fn add(&mut self, key: StableKey) {
+        assert!(self.index.insert(key, 0, GFP_NOWAIT).is_ok());
+        self.index.move_to_stable(key);
+    }
+
+    fn any<T: Copy>(random: &mut Random, all: &[T]) -> T {
+        all[random.draw() as usize % all.len()]
+    }
+}
+
+fn unstable(group: &mut Group<'_>, size: usize, trees: &mut Trees) {
+    let new = |trees: &mut Trees| sum(&mut trees.random);
+    let add = |trees: &mut Trees, sum: &Checksum| {
+        let _ = black_box(trees.index.wait(*sum, place(0), GFP_NOWAIT));
+    };
+    let remove = |trees: &mut Trees, sum: &Checksum| trees.index.stop_waiting(*sum, place(0));
+    let look = |trees: &mut Trees, sum: &Checksum| {
+        black_box(trees.index.waiting(*sum));
+    };
+    let known = |trees: &mut Trees| Trees::any(&mut trees.random, &trees.waiting);
+    measure(
+        group,
+        "unstable: found",
+        size,
+        trees,
+        known,
+        look,
+        |_, _| (),
+    );
+    measure(
+        group,
+        "unstable: not found",
+        size,
+        trees,
+        new,
+        look,
+        |_, _| (),
+    );
+    measure(
+        group,
+        "unstable: added",
+        size,
+        trees,
+        new,
+        add,
+        |trees, sum| remove(trees, &sum),
+    );
+    let added = |trees: &mut Trees| {
+        let sum = new(trees);
+        add(trees, &sum);
+        sum
+    };
+    measure(
+        group,
+        "unstable: removed",
+        size,
+        trees,
+        added,
+        remove,
+        |_, _| (),
+    );
+}
+
+fn stable(group: &mut Group<'_>, size: usize, trees: &mut Trees) {
+    let look = |trees: &mut Trees, key: &StableKey| {
+        black_box(trees.index.next_stable(key.sum, None));
+    };
+    let add = |trees: &mut Trees, key: &StableKey| trees.add(*key);
+    let remove = |trees: &mut Trees, key: &StableKey| {
+        black_box(trees.index.remove(*key));
+    };
+    let known = |trees: &mut Trees| Trees::any(&mut trees.random, &trees.nodes);
+    measure(group, "stable: found", size, trees, known, look, |_, _| ());
+    measure(
+        group,
+        "stable: not found",
+        size,
+        trees,
+        Trees::new_key,
+        look,
+        |_, _| (),
+    );
+    measure(
+        group,
+        "stable: added",
+        size,
+        trees,
+        Trees::new_key,
+        add,
+        |trees, key| remove(trees, &key),
+    );
+    let added = |trees: &mut Trees| {
+        let key = trees.new_key();
+        trees.add(key);
+        key
+    };
+    measure(
+        group,
+        "stable: removed",
+        size,
+        trees,
+        added,
+        remove,
+        |_, _| (),
+    );
+}
+
+fn filter(group: &mut Group<'_>, size: usize) {
+    let mut random = Random::new(3);
+    let samples: Vec<Sample> = (0..size)
+        .map(|_| Sample::from_raw(random.draw() as u32))
+        .collect();
+    let new_filter = || match Filter::for_pages(size) {
+        Ok(filter) => filter,
+        Err(_) => panic!("no memory"),
+    };
+    let mut filter = new_filter();
+    for sample in &samples {
+        filter.add(*sample);
+    }
+    let mut at = samples.iter().cycle();
+    let mut next = || at.next().copied().unwrap_or(Sample::from_raw(0));
+    group.bench_function(BenchmarkId::new("filter: has_two", size), |b| {
+        b.iter(|| filter.has_two(next()))
+    });
+    // Coming and going, so that it is as full as before.
+    group.bench_function(BenchmarkId::new("filter: add and remove", size), |b| {
+        b.iter(|| {
+            let sample = next();
+            filter.remove(sample);
+            filter.add(sample)
+        })
+    });
+    group.bench_function(BenchmarkId::new("filter: counted anew", size), |b| {
+        b.iter_custom(|iters| {
+            let mut took = Duration::ZERO;
+            let mut left = iters as usize;
+            while left > 0 {
+                let count = left.min(size);
+                left -= count;
+                let start = Instant::now();
+                let mut filter = new_filter();
+                for sample in &samples[..count] {
+                    filter.add(*sample);
+                }
+                black_box(&filter);
+                took += start.elapsed();
+            }
+            took
+        })
+    });
+}
+
+/// Goes through the pages of one leaf, all of which are known, at once. Returns how many changed.
+fn look_at_run(map: &mut PageMap<u64>, addr: usize) -> usize {
+    let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) else {
+        return 0;
+    };
+    match leaf.known_run(LEAF_PAGES) {
+        Some(words) => words.iter().filter(|word| **word != black_box(7)).count(),
+        None => panic!("not all are known"),
+    }
+}
+
+/// Goes through every other page of one leaf, all of which are known, one after the other.
+fn look_at_each(map: &mut PageMap<u64>, addr: usize) -> usize {
+    let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) else {
+        return 0;
+    };
+    let mut changed = 0;
+    for page in (0..LEAF_PAGES).step_by(2) {
+        match leaf.seek(addr + page * PAGE_SIZE) {
+            Found::Word(word) => changed += usize::from(*word != black_box(7)),
+            _ => panic!("not known"),
+        }
+    }
+    changed
+}
+
+/// Remembers pages, every `step`th, and nothing else of their leaf.
+fn fill(map: &mut PageMap<u64>, addr: usize, step: usize) {
+    if let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) {
+        if step == 1 {
+            assert!(leaf.fill_run(LEAF_PAGES, GFP_NOWAIT, |_| 7));
+            return;
+        }
+        for page in (0..LEAF_PAGES).step_by(step) {
+            match leaf.seek(addr + page * PAGE_SIZE) {
+                Found::Nothing => assert!(leaf.insert(7, LEAF_PAGES / step, GFP_NOWAIT).is_ok()),
+                _ => panic!("known"),
+            }
+        }
+    }
+}
+
+/// With every `step`th page of so many leaves that it is `size` pages.
+fn map_of(size: usize, step: usize) -> PageMap<u64> {
+    let mut map = PageMap::new();
+    for leaf in 0..(size * step).div_ceil(LEAF_PAGES) {
+        fill(&mut map, leaf * LEAF_PAGES * PAGE_SIZE, step);
+    }
+    map
+}
+
+fn page_map(group: &mut Group<'_>, size: usize) {
+    for (name, step) in [
+        ("page map: unchanged, in a row", 1),
+        ("page map: unchanged, with holes", 2),
+    ] {
+        let look = if step == 1 { look_at_run } else { look_at_each };
+        let mut map = map_of(size, step);
+        let leaves = (size * step).div_ceil(LEAF_PAGES);
+        let mut at = (0..leaves).cycle();
+        group.bench_function(BenchmarkId::new(name, size), |b| {
+            b.iter_custom(|iters| {
+                // Whole leaves, of which the part that was asked for counts.
+                let pages = LEAF_PAGES / step;
+                let rounds = (iters as usize).div_ceil(pages);
+                let start = Instant::now();
+                for _ in 0..rounds {
+                    let leaf = at.next().unwrap_or(0);
+                    black_box(look(&mut map, leaf * LEAF_PAGES * PAGE_SIZE));
+                }
+                start
+                    .elapsed()
+                    .mul_f64(iters as f64 / (rounds * pages) as f64)
+            })
+        });
+        group.bench_function(
+            BenchmarkId::new(name.replace("unchanged", "new"), size),
+            |b| {
+                b.iter_custom(|iters| {
+                    let (mut took, mut done) = (Duration::ZERO, 0);
+                    while done < iters {
+                        let start = Instant::now();
+                        let map = map_of(size, step);
+                        took += start.elapsed();
+                        drop(map);
+                        done += (leaves * LEAF_PAGES / step) as u64;
+                    }
+                    took.mul_f64(iters as f64 / done as f64)
+                })
+            },
+        );
+    }
+    let map = map_of(size, 1);
+    let bytes = map.bytes() as f64 / size as f64;
+    println!("page map of {size} pages in a row: {bytes:.2} bytes a page");
+}
+
+fn all(c: &mut Criterion) {
+    let mut group = c.benchmark_group("index");
+    for &size in sizes() {
+        let mut trees = Trees::with(size);
+        unstable(&mut group, size, &mut trees);
+        stable(&mut group, size, &mut trees);
+        drop(trees);
+        filter(&mut group, size);
+        page_map(&mut group, size);
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = all
+}
+criterion_main!(benches);

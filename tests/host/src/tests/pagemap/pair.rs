@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A page map, and beside it a map of the standard library that should be like it.
+
+use super::LEAF;
+use crate::{
+    engine::pagemap::{Found, LeafCursor, PageMap},
+    tests::counted::{Counted, Ledger},
+};
+use kernel::{
+    alloc::flags::GFP_NOWAIT,
+    page::PAGE_SIZE,
+    testing::{failing, live, watch, Events, Live, Plan},
+};
+use std::collections::BTreeMap;
+
+/// What is to become of a page that is looked at.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Look {
+    /// It gets a word if it has none.
+    Remember,
+    /// It gets a word if it has none, and another one if it has.
+    Change,
+    /// It keeps what it has, if it has any.
+    Skip,
+}
+
+/// How to go through the pages of a leaf.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Way {
+    /// One after the other.
+    Stepwise,
+    /// All at once where that is possible.
+    Runs,
+}
+
+/// The map, and what should be in it.
+pub(super) struct Pair {
+    pub(super) map: PageMap<Counted>,
+    /// Which value each page has.
+    pub(super) model: BTreeMap<usize, usize>,
+    /// How many pages of each leaf have one.
+    pub(super) leaves: BTreeMap<usize, usize>,
+    pub(super) ledger: Ledger,
+}
+
+impl Pair {
+    pub(super) fn new() -> Self {
+        assert_eq!(live(), Live::default(), "left behind by a test before");
+        Self {
+            map: PageMap::new(),
+            model: BTreeMap::new(),
+            leaves: BTreeMap::new(),
+            ledger: Ledger::default(),
+        }
+    }
+
+    pub(super) fn with(pages: impl IntoIterator<Item = usize>) -> Self {
+        let mut pair = Self::new();
+        for addr in pages {
+            pair.remember(addr, Plan::Never);
+        }
+        pair
+    }
+
+    /// Notes that a page has the value `id`.
+    fn note(&mut self, addr: usize, id: usize) {
+        if self.model.insert(addr, id).is_none() {
+            *self.leaves.entry(addr / LEAF).or_default() += 1;
+        }
+    }
+
+    /// Notes that a page has none, and says which it had.
+    fn note_gone(&mut self, addr: usize) -> Option<usize> {
+        let id = self.model.remove(&addr)?;
+        let left = self.leaves.get_mut(&(addr / LEAF)).unwrap();
+        *left -= 1;
+        if *left == 0 {
+            self.leaves.remove(&(addr / LEAF));
+        }
+        Some(id)
+    }
+
+    /// What the engine does with a batch of pages that was found in `from..to`: those pages are
+    /// remembered from then on, less those for which there is no memory, and no other.
+    pub(super) fn absorb(
+        &mut self,
+        from: usize,
+        to: usize,
+        batch: &[(usize, Look)],
+        way: Way,
+        plan: Plan,
+    ) {
+        let known = batch.iter().all(|page| self.model.contains_key(&page.0));
+        let unchanged = known && self.model.range(from..to).count() == batch.len();
+        let ((), events) = watch(|| {
+            failing(plan, || {
+                let mut covered = from;
+                for leaf in batch.chunk_by(|a, b| a.0 / LEAF == b.0 / LEAF) {
+                    self.clear(covered, leaf[0].0);
+                    self.absorb_leaf(leaf, way);
+                    covered = leaf[leaf.len() - 1].0.saturating_add(PAGE_SIZE);
+                }
+                self.clear(covered, to);
+            })
+        });
+        assert_eq!(events.sleeping, 0, "other flags than those it was given");
+        if unchanged {
+            assert_eq!(events, Events::default(), "memory for what is known");
+        }
+        // Only what there was no memory for is missing.
+        for &(addr, look) in batch {
+            if look != Look::Skip && events.failed == 0 {
+                assert!(self.model.contains_key(&addr), "{addr:#x}");
+            }
+        }
+        let first = |&(addr, _): &(usize, Look)| addr;
+        for addr in self.model.range(from..to).map(|(addr, _)| addr) {
+            assert!(batch.binary_search_by_key(addr, first).is_ok());
+        }
+    }
+
+    /// Does so for pages that are all in one leaf.
+    fn absorb_leaf(&mut self, pages: &[(usize, Look)], way: Way) {
+        let first = pages[0].0;
+        let last = pages[pages.len() - 1].0;
+        // Borrowed apart from the rest of the pair.
+        let mut map = std::mem::replace(&mut self.map, PageMap::new());
+        let (leaf, made) = watch(|| map.leaf_from(first, GFP_NOWAIT));
+        let there = self.leaves.contains_key(&(first / LEAF));
+        assert!(made.allocs + made.failed == usize::from(!there), "{made:?}");
+        match leaf {
+            Ok(mut leaf) => {
+                let there = self.leaves.get(&(first / LEAF)).copied().unwrap_or(0);
+                assert_eq!(leaf.len(), there);
+                let dense = (last - first) / PAGE_SIZE + 1 == pages.len();
+                let in_runs = way == Way::Runs && dense && self.absorb_run(&mut leaf, pages);
+                if !in_runs {
+                    let expected = pages.len().saturating_sub(leaf.len());
+                    for page in pages {
+                        self.absorb_page(&mut leaf, *page, expected);
+                    }
+                }
+            }
+            Err(_) => assert!(made.failed == 1 && !there),
+        }
+        map.prune(first);
+        self.map = map;
+    }
+
+    /// Goes through pages without holes at once: all known, or all new. Returns whether they were
+    /// one or the other.
+    fn absorb_run(&mut self, leaf: &mut LeafCursor<'_, Counted>, pages: &[(usize, Look)]) -> bool {
+        let first = pages[0].0;
+        let known = pages.iter().all(|page| self.model.contains_key(&page.0));
+        match leaf.known_run(pages.len()) {
+            Some(words) => {
+                assert!(known);
+                assert_eq!(words.len(), pages.len());
+                for (word, &(addr, look)) in words.iter_mut().zip(pages) {
+                    self.look_at(addr, word, look);
+                }
+                return true;
+            }
+            None => assert!(!known),
+        }
+        let end = (first / LEAF + 1).saturating_mul(LEAF);
+        let empty = self.model.range(first..end).next().is_none();
+        assert_eq!(leaf.is_empty_from_here(), empty);
+        if !empty || pages.iter().any(|page| page.1 == Look::Skip) {
+            return false;
+        }
+        let mut made = Vec::new();
+        let make = |nth| {
+            assert_eq!(nth, made.len());
+            let word = self.ledger.make();
+            made.push(word.id());
+            word
+        };
+        let (filled, events) = watch(|| leaf.fill_run(pages.len(), GFP_NOWAIT, make));
+        assert_eq!(filled, events.failed == 0);
+        assert!(events.allocs <= 1);
+        assert_eq!(made.len(), if filled { pages.len() } else { 0 });
+        for (&(addr, _), id) in pages.iter().zip(made) {
+            self.note(addr, id);
+        }
+        filled
+    }
+
+    fn absorb_page(
+        &mut self,
+        leaf: &mut LeafCursor<'_, Counted>,
+        (addr, look): (usize, Look),
+        expected: usize,
+    ) {
+        loop {
+            match leaf.seek(addr) {
+                Found::Passed(passed, word) => {
+                    // In order, and none twice: the first one left before this page.
+                    let from = addr / LEAF * LEAF;
+                    assert!((from..addr).contains(&passed));
+                    assert_eq!(self.note_gone(passed), Some(word.id()));
+                    continue;
+                }
+                Found::Word(word) => {
+                    self.look_at(addr, word, look);
+                    return;
+                }
+                Found::Nothing => break,
+            }
+        }
+        assert!(!self.model.contains_key(&addr), "not found at {addr:#x}");
+        if look == Look::Skip {
+            return;
+        }
+        let word = self.ledger.make();
+        let id = word.id();
+        let (result, events) = watch(|| leaf.insert(word, expected, GFP_NOWAIT));
+        assert!(events.allocs <= 1);
+        match result {
+            Ok(()) => self.note(addr, id),
+            // The word comes back, for the caller to drop.
+            Err(word) => {
+                assert_eq!((word.id(), events.failed), (id, 1));
+                assert_eq!(
+                    leaf.len(),
+                    self.leaves.get(&(addr / LEAF)).copied().unwrap_or(0)
+                );
+            }
+        }
+    }
+
+    fn look_at(&mut self, addr: usize, word: &mut Counted, look: Look) {
+        assert_eq!(Some(word.id()), self.model.get(&addr).copied(), "{addr:#x}");
+        if look == Look::Change {
+            *word = self.ledger.make();
+            self.model.insert(addr, word.id());
+        }
+    }
+
+    /// Remembers a page by itself, if it is not remembered.
+    pub(super) fn remember(&mut self, addr: usize, plan: Plan) {
+        let word = self.ledger.make();
+        let id = word.id();
+        let had = self.model.get(&addr).copied();
+        let map = &mut self.map;
+        let (found, events) = watch(|| {
+            failing(plan, || {
+                let mut leaf = map.leaf_from(addr, GFP_NOWAIT).ok()?;
+                match leaf.seek(addr) {
+                    Found::Nothing => leaf.insert(word, 1, GFP_NOWAIT).ok().map(|()| id),
+                    Found::Word(word) => Some(word.id()),
+                    Found::Passed(..) => panic!("passed by a page that was not before"),
+                }
+            })
+        });
+        assert_eq!(events.sleeping, 0, "other flags than those it was given");
+        assert_eq!(found, had.or((events.failed == 0).then_some(id)));
+        assert!(had.is_none() || events.allocs + events.failed == 0);
+        match found {
+            Some(id) => self.note(addr, id),
+            None => self.map.prune(addr),
+        }
+    }
+
+    pub(super) fn remove(&mut self, addr: usize) {
+        let (word, events) = watch(|| self.map.remove(addr));
+        assert_eq!(events.allocs + events.failed, 0, "allocated to remove");
+        assert_eq!(word.as_ref().map(Counted::id), self.note_gone(addr));
+    }
+
+    pub(super) fn change(&mut self, addr: usize) {
+        let word = self.map.get_mut(addr);
+        assert_eq!(
+            word.as_deref().map(Counted::id),
+            self.model.get(&addr).copied()
+        );
+        if let Some(word) = word {
+            *word = self.ledger.make();
+            self.model.insert(addr, word.id());
+        }
+    }
+
+    pub(super) fn next(&self, from: usize, to: usize) -> Option<usize> {
+        let addr = self.map.next(from, to);
+        let expected = if from < to {
+            self.model.range(from..to).next().map(|(addr, _)| *addr)
+        } else {
+            None
+        };
+        assert_eq!(addr, expected, "next({from:#x}, {to:#x})");
+        addr
+    }
+
+    /// Goes through a range as the scan does.
+    pub(super) fn walk(&self, from: usize, to: usize) -> Vec<usize> {
+        let mut found = Vec::new();
+        let mut at = Some(from);
+        while let Some(addr) = at.and_then(|at| self.next(at, to)) {
+            found.push(addr);
+            at = addr.checked_add(PAGE_SIZE);
+        }
+        found
+    }
+
+    /// Empties a range as the engine does.
+    pub(super) fn clear(&mut self, from: usize, to: usize) {
+        while let Some(addr) = self.next(from, to) {
+            self.remove(addr);
+        }
+    }
+
+    /// No leaf but those with pages is there, and the map knows how large it is.
+    pub(super) fn check_memory(&self) {
+        let live = live();
+        // A node for each leaf, and its words.
+        assert_eq!(live.allocations, 2 * self.leaves.len());
+        assert_eq!(live.bytes, self.map.bytes());
+        assert_eq!(self.ledger.alive(), self.model.len());
+    }
+
+    pub(super) fn check_content(&mut self) {
+        assert!(self.walk(0, usize::MAX).iter().eq(self.model.keys()));
+        for (&addr, &id) in &self.model {
+            assert_eq!(self.map.get_mut(addr).map(|word| word.id()), Some(id));
+        }
+        // Every word once, in the order of the addresses.
+        let mut ids = Vec::new();
+        self.map.for_each(|word| ids.push(word.id()));
+        assert!(ids.iter().eq(self.model.values()));
+        self.check_memory();
+    }
+
+    /// Removes all that is left and drops the map.
+    pub(super) fn empty_by_removing(mut self) {
+        self.check_content();
+        self.clear(0, usize::MAX);
+        assert_eq!(self.map.bytes(), 0);
+        self.check_memory();
+        assert_eq!(live(), Live::default());
+    }
+
+    /// Drops the map with all that is left in it.
+    pub(super) fn empty_by_dropping(mut self) {
+        self.check_content();
+        let Self { map, ledger, .. } = self;
+        drop(map);
+        assert_eq!(live(), Live::default());
+        assert_eq!(ledger.alive(), 0);
+    }
+}
