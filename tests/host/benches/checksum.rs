@@ -13,7 +13,7 @@ mod engine;
 use criterion::{criterion_group, criterion_main, Criterion};
 use engine::checksum::{Hasher, LINE_WORDS, PAGE_WORDS, SEED_WORDS};
 use kernel::testing::Random;
-use std::{hint::black_box, time::Duration};
+use std::{alloc::Layout, hint::black_box, time::Duration};
 use twox_hash::{XxHash3_64, XxHash64};
 
 type Page = [u64; PAGE_WORDS];
@@ -23,18 +23,27 @@ fn many() -> usize {
     if std::env::args().any(|arg| arg == "--bench") {
         1 << 18
     } else {
-        1 << 8
+        1 << 9
     }
 }
 
-fn pages(count: usize) -> Vec<Page> {
+/// Random content, in huge pages where the system gives them: the module sees all memory through
+/// huge mappings.
+fn pages(count: usize) -> &'static mut [Page] {
+    const HUGE: usize = 2 << 20;
+    let size = count * size_of::<Page>();
+    let layout = Layout::from_size_align(size, HUGE).expect("a size that can be");
+    // SAFETY: the layout is not of size 0.
+    let start = unsafe { std::alloc::alloc_zeroed(layout) };
+    assert!(!start.is_null(), "no memory");
+    // SAFETY: advice about memory that is ours. It may be refused.
+    unsafe { libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE) };
+    // SAFETY: zeroed memory of this size and alignment, which is never freed.
+    let pages = unsafe { std::slice::from_raw_parts_mut(start.cast::<Page>(), count) };
     let mut random = Random::new(1);
-    // In place: a page is too large to be moved often.
-    let mut pages = vec![[0; PAGE_WORDS]; count];
-    pages
-        .as_flattened_mut()
-        .iter_mut()
-        .for_each(|word| *word = random.draw());
+    for word in pages.as_flattened_mut() {
+        *word = random.draw();
+    }
     pages
 }
 

@@ -71,12 +71,8 @@ fn measure<S, T>(
     });
 }
 
-fn place(nth: usize) -> Place {
-    Place {
-        slot: 1,
-        addr: nth * PAGE_SIZE,
-    }
-}
+/// Where all pages are that wait.
+const PLACE: Place = Place { slot: 1, addr: 0 };
 
 fn sum(random: &mut Random) -> Checksum {
     Checksum::from_raw(random.draw())
@@ -85,8 +81,11 @@ fn sum(random: &mut Random) -> Checksum {
 /// An index, what is in it, and where more comes from.
 struct Trees {
     index: Index<u64>,
+    /// What is in it, in no order.
     waiting: Vec<Checksum>,
     nodes: Vec<StableKey>,
+    /// Which of these are next.
+    at: usize,
     random: Random,
 }
 
@@ -97,11 +96,12 @@ impl Trees {
             index: Index::new(),
             waiting: Vec::new(),
             nodes: Vec::new(),
+            at: 0,
             random: Random::new(1),
         };
-        for nth in 0..size {
+        for _ in 0..size {
             let sum = sum(&mut trees.random);
-            assert!(trees.index.wait(sum, place(nth), GFP_NOWAIT).is_ok());
+            assert!(trees.index.wait(sum, PLACE, GFP_NOWAIT).is_ok());
             trees.waiting.push(sum);
         }
         for _ in 0..size {
@@ -123,39 +123,31 @@ impl Trees {
         self.index.move_to_stable(key);
     }
 
-    fn any<T: Copy>(random: &mut Random, all: &[T]) -> T {
-        all[random.draw() as usize % all.len()]
+    /// Which one is next. None comes twice in a chunk.
+    fn next(&mut self) -> usize {
+        self.at = (self.at + 1) % self.nodes.len();
+        self.at
     }
 }
 
 fn unstable(group: &mut Group<'_>, size: usize, trees: &mut Trees) {
     let new = |trees: &mut Trees| sum(&mut trees.random);
-    let add = |trees: &mut Trees, sum: &Checksum| {
-        let _ = black_box(trees.index.wait(*sum, place(0), GFP_NOWAIT));
+    let known = |trees: &mut Trees| {
+        let at = trees.next();
+        trees.waiting[at]
     };
-    let remove = |trees: &mut Trees, sum: &Checksum| trees.index.stop_waiting(*sum, place(0));
     let look = |trees: &mut Trees, sum: &Checksum| {
         black_box(trees.index.waiting(*sum));
     };
-    let known = |trees: &mut Trees| Trees::any(&mut trees.random, &trees.waiting);
-    measure(
-        group,
-        "unstable: found",
-        size,
-        trees,
-        known,
-        look,
-        |_, _| (),
-    );
-    measure(
-        group,
-        "unstable: not found",
-        size,
-        trees,
-        new,
-        look,
-        |_, _| (),
-    );
+    let add = |trees: &mut Trees, sum: &Checksum| {
+        let _ = black_box(trees.index.wait(*sum, PLACE, GFP_NOWAIT));
+    };
+    let remove = |trees: &mut Trees, sum: &Checksum| trees.index.stop_waiting(*sum, PLACE);
+    let add_back = |trees: &mut Trees, sum| add(trees, &sum);
+    let remove_again = |trees: &mut Trees, sum| remove(trees, &sum);
+    let leave = |_: &mut Trees, _| ();
+    measure(group, "unstable: found", size, trees, known, look, leave);
+    measure(group, "unstable: not found", size, trees, new, look, leave);
     measure(
         group,
         "unstable: added",
@@ -163,25 +155,25 @@ fn unstable(group: &mut Group<'_>, size: usize, trees: &mut Trees) {
         trees,
         new,
         add,
-        |trees, sum| remove(trees, &sum),
+        remove_again,
     );
-    let added = |trees: &mut Trees| {
-        let sum = new(trees);
-        add(trees, &sum);
-        sum
-    };
     measure(
         group,
         "unstable: removed",
         size,
         trees,
-        added,
+        known,
         remove,
-        |_, _| (),
+        add_back,
     );
 }
 
 fn stable(group: &mut Group<'_>, size: usize, trees: &mut Trees) {
+    let new = Trees::new_key;
+    let known = |trees: &mut Trees| {
+        let at = trees.next();
+        trees.nodes[at]
+    };
     let look = |trees: &mut Trees, key: &StableKey| {
         black_box(trees.index.next_stable(key.sum, None));
     };
@@ -189,39 +181,20 @@ fn stable(group: &mut Group<'_>, size: usize, trees: &mut Trees) {
     let remove = |trees: &mut Trees, key: &StableKey| {
         black_box(trees.index.remove(*key));
     };
-    let known = |trees: &mut Trees| Trees::any(&mut trees.random, &trees.nodes);
-    measure(group, "stable: found", size, trees, known, look, |_, _| ());
-    measure(
-        group,
-        "stable: not found",
-        size,
-        trees,
-        Trees::new_key,
-        look,
-        |_, _| (),
-    );
-    measure(
-        group,
-        "stable: added",
-        size,
-        trees,
-        Trees::new_key,
-        add,
-        |trees, key| remove(trees, &key),
-    );
-    let added = |trees: &mut Trees| {
-        let key = trees.new_key();
-        trees.add(key);
-        key
-    };
+    let add_back = |trees: &mut Trees, key| add(trees, &key);
+    let remove_again = |trees: &mut Trees, key| remove(trees, &key);
+    let leave = |_: &mut Trees, _| ();
+    measure(group, "stable: found", size, trees, known, look, leave);
+    measure(group, "stable: not found", size, trees, new, look, leave);
+    measure(group, "stable: added", size, trees, new, add, remove_again);
     measure(
         group,
         "stable: removed",
         size,
         trees,
-        added,
+        known,
         remove,
-        |_, _| (),
+        add_back,
     );
 }
 
