@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The files in `/sys/kernel/mm/rksm/`: names, modes, formats, defaults and errors are those of the
-//! files of the same name in `/sys/kernel/mm/ksm/`.
+//! files of the same name in `/sys/kernel/mm/ksm/`. Only `merge_eagerly` is rksm's own.
 
 use super::{run, Engine};
 use crate::mm::{
@@ -28,6 +28,7 @@ const PAGES_UNSHARED: usize = 5;
 const PAGES_VOLATILE: usize = 6;
 const PAGES_SCANNED: usize = 7;
 const FULL_SCANS: usize = 8;
+const MERGE_EAGERLY: usize = 9;
 
 impl Directory for Engine {
     const NAME: &'static CStr = c"rksm";
@@ -43,6 +44,8 @@ impl Directory for Engine {
         Knob::ro(c"pages_volatile"),
         Knob::ro(c"pages_scanned"),
         Knob::ro(c"full_scans"),
+        // In-tree KSM has no such file.
+        Knob::rw(c"merge_eagerly"),
     ];
 
     fn show(&self, knob: usize, out: &mut Output<'_>) -> Result {
@@ -56,6 +59,7 @@ impl Directory for Engine {
             PAGES_VOLATILE => self.stats.volatile.load(Relaxed),
             PAGES_SCANNED => self.stats.scanned.load(Relaxed),
             FULL_SCANS => self.stats.full_scans.load(Relaxed),
+            MERGE_EAGERLY => u64::from(self.merge_eagerly.load(Relaxed)),
             _ => return Err(EINVAL),
         };
         writeln!(out, "{value}").map_err(|_| EINVAL)
@@ -74,6 +78,13 @@ impl Directory for Engine {
                 self.wake();
                 Ok(())
             }
+            MERGE_EAGERLY => match input.parse_u32()? {
+                eager @ 0..=1 => {
+                    self.merge_eagerly.store(eager, Relaxed);
+                    Ok(())
+                }
+                _ => Err(EINVAL),
+            },
             _ => Err(EINVAL),
         }
     }

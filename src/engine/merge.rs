@@ -253,7 +253,7 @@ impl State {
             let vma = MergeableVma::at(&guard, place.addr).ok_or(EBUSY)?;
             let node = self.core.index.node(key).ok_or(EBUSY)?;
             let kpage = node.locked_page().ok_or(EBUSY)?;
-            join_page(&vma, place, &kpage, node, key)?
+            join_page(&vma, place, &kpage, node, key, self.core.pass)?
         };
         self.merged(place, item, key);
         Ok(())
@@ -261,8 +261,8 @@ impl State {
 
     /// Makes the page at `place` a merged page, with a node of its own.
     fn publish(&mut self, mm: &MmWithUser, place: Place, sum: Checksum) -> Result<StableKey> {
-        let mut item = ItemBox::new(sum.sample(), GFP_SCAN)?;
         let core = &mut self.core;
+        let mut item = ItemBox::new(sum.sample(), core.pass, GFP_SCAN)?;
         let key = core.index.new_key(sum);
         let node = NodeBox::new(key, GFP_SCAN)?;
         core.index.insert(key, node, GFP_SCAN)?;
@@ -323,7 +323,7 @@ impl State {
         }
         let key = page.node_key().ok_or(EBUSY)?;
         let sample = key.sum.sample();
-        let mut item = ItemBox::new(sample, GFP_SCAN)?;
+        let mut item = ItemBox::new(sample, self.core.pass, GFP_SCAN)?;
         self.remember(mm, place, sample)?;
         let node = self.core.index.node(key).ok_or(EBUSY)?;
         let result = node.attach(&page, &mut item, &vma, place.addr);
@@ -373,7 +373,7 @@ impl Core {
             self.release(key);
             return None;
         };
-        let result = join_page(vma, place, &kpage, node, key);
+        let result = join_page(vma, place, &kpage, node, key, self.pass);
         if guessing && matches!(&result, Err(err) if *err == EAGAIN) {
             node.set_ambiguous();
         }
@@ -456,9 +456,10 @@ fn join_page(
     kpage: &LockedPage,
     node: &NodeBox,
     key: StableKey,
+    pass: u32,
 ) -> Result<ItemBox> {
     let page = vma.page_at(place.addr).ok_or(EBUSY)?;
-    let mut item = ItemBox::new(key.sum.sample(), GFP_SCAN)?;
+    let mut item = ItemBox::new(key.sum.sample(), pass, GFP_SCAN)?;
     vma.join(place.addr, page, kpage, node, &mut item)?;
     Ok(item)
 }

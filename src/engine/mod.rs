@@ -74,6 +74,8 @@ pub(crate) struct Engine {
     run: Atomic<u32>,
     pages_to_scan: Atomic<u32>,
     sleep_millisecs: Atomic<u32>,
+    /// Whether to merge pages at first sight.
+    merge_eagerly: Atomic<u32>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
     hasher: Hasher,
@@ -108,6 +110,10 @@ struct Core {
     steady: usize,
     /// Counts what [`Core::try_again`] is called for. Starts at 1, see [`scan::Cursor`].
     events: u64,
+    /// Numbers the passes.
+    pass: u32,
+    /// Pages that were written to soon after they were merged.
+    soon_broken: usize,
     /// How far [`Core::sweep_limbo`] has come.
     swept: Option<StableKey>,
     pin: unload::Pin,
@@ -125,6 +131,7 @@ impl Engine {
                 run: Atomic::new(run::STOP),
                 pages_to_scan: Atomic::new(knobs::DEFAULT_PAGES_TO_SCAN),
                 sleep_millisecs: Atomic::new(knobs::DEFAULT_SLEEP_MILLISECS),
+                merge_eagerly: Atomic::new(0),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
                 hasher: Hasher::new(crate::mm::random_words()),
@@ -259,6 +266,9 @@ impl kthread::Main for Engine {
     }
 }
 
+/// How many passes after it was merged a write to a page is one too soon.
+const SOON_PASSES: u32 = 4;
+
 /// How soon to try again what could not be finished: freeing nodes whose pages are about to be freed,
 /// and entering processes for which there was no memory.
 const RETRY_MS: u32 = 20;
@@ -280,6 +290,8 @@ impl State {
                 pages: 0,
                 steady: 0,
                 events: 1,
+                pass: 0,
+                soon_broken: 0,
                 swept: None,
                 pin: unload::Pin::new(module),
             },
@@ -382,12 +394,26 @@ impl Core {
 
     /// Changes what is remembered of a page to "seen with this sample".
     fn renew(&mut self, place: Place, word: &mut PageWord, sample: Sample) {
-        let old = core::mem::replace(word, PageWord::seen(sample));
+        let caution = self.caution_after(word);
+        let old = core::mem::replace(word, PageWord::seen_with(sample, caution));
         if old.sample() != sample {
             self.filter.remove(old.sample());
             self.count(sample);
         }
         self.retire(place, old);
+    }
+
+    /// Whether a page that changed is not to be merged at first sight, as far as its old word tells: when
+    /// it was written to soon after it was merged, so that merging it was no gain, and as long as it
+    /// goes on changing after that.
+    fn caution_after(&mut self, old: &PageWord) -> bool {
+        match old.merged_in() {
+            Some(pass) if self.pass.wrapping_sub(pass) <= SOON_PASSES => {
+                self.soon_broken = self.soon_broken.saturating_add(1);
+                true
+            }
+            _ => old.has_caution(),
+        }
     }
 
     /// Changes the word of a page that does not wait to another with the same sample.

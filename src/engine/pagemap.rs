@@ -15,6 +15,10 @@ const LEAF_PAGES: usize = 512;
 const LEAF_SHIFT: usize = 9;
 const BITS: usize = u64::BITS as usize;
 
+/// How much trouble one page makes, and how much of it is too much: four pages lately.
+const TROUBLE_STEP: usize = 16;
+const TROUBLE_LIMIT: u8 = 64;
+
 /// A sparse map from page-aligned addresses to words of type `W`.
 ///
 /// Addresses are grouped by 512 pages; a leaf holds one bit per page, and the words of the pages
@@ -31,6 +35,8 @@ pub(crate) struct PageMap<W> {
 struct Leaf<W> {
     present: [u64; LEAF_PAGES / BITS],
     words: KVec<W>,
+    /// See [`PageMap::note_trouble`].
+    trouble: u8,
 }
 
 /// Where a page is: which leaf, and which page of it.
@@ -63,6 +69,7 @@ impl<W> Leaf<W> {
         Self {
             present: [0; LEAF_PAGES / BITS],
             words: KVec::new(),
+            trouble: 0,
         }
     }
 
@@ -226,6 +233,51 @@ impl<W> PageMap<W> {
         {
             self.leaves.remove(&leaf);
         }
+    }
+
+    /// Notes that `count` pages of the leaf that `addr` is in gave trouble.
+    pub(crate) fn note_trouble(&mut self, addr: usize, count: usize) {
+        if let Some(leaf) = self.leaves.get_mut(&Slot::of(addr).leaf) {
+            let count = u8::try_from(count.saturating_mul(TROUBLE_STEP)).unwrap_or(u8::MAX);
+            leaf.trouble = leaf.trouble.saturating_add(count);
+        }
+    }
+
+    /// Calls `each` with the address and the word of every page of the first leaf that has a page at or
+    /// after `from`, unless its pages gave too much trouble lately, and returns the last address of
+    /// that leaf. `None`: there is no such leaf.
+    ///
+    /// Trouble is forgotten little by little, each time that this is called.
+    pub(crate) fn visit_leaf(
+        &mut self,
+        from: usize,
+        mut each: impl FnMut(usize, &W),
+    ) -> Option<usize> {
+        let (&nth, _) = self
+            .leaves
+            .cursor_lower_bound(&Slot::of(from).leaf)?
+            .current();
+        let leaf = self.leaves.get_mut(&nth)?;
+        leaf.trouble = leaf.trouble.saturating_sub(1);
+        if leaf.trouble < TROUBLE_LIMIT {
+            let mut page = 0;
+            for word in leaf.words.iter() {
+                let Some(next) = leaf.next(page) else {
+                    break;
+                };
+                each(
+                    Slot {
+                        leaf: nth,
+                        page: next,
+                    }
+                    .addr(),
+                    word,
+                );
+                page = next.wrapping_add(1);
+            }
+        }
+        let first = Slot { leaf: nth, page: 0 };
+        Some(Self::leaf_end(first.addr()))
     }
 
     /// Calls `each` with every word.

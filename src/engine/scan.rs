@@ -38,6 +38,8 @@ pub(super) struct Cursor {
     news: bool,
     /// [`Core::events`] when this pass began.
     events: u64,
+    /// Whether all pages were looked at, and those that have an equal are merged now, at first sight.
+    gathering: bool,
 }
 
 impl Cursor {
@@ -48,6 +50,7 @@ impl Cursor {
             last: None,
             news: true,
             events: 0,
+            gathering: false,
         }
     }
 }
@@ -149,7 +152,9 @@ impl Engine {
             state.cursor.slot = slot;
             state.cursor.addr = 0;
         }
+        let gathering = state.cursor.gathering;
         let looked = match use_mm(&mm).filter(|user| !is_abandoned(user)) {
+            Some(user) if gathering => self.gather_mm(state, slot, &user),
             Some(user) => self.step_mm(state, slot, &user, budget),
             // Exiting: it will be reported dead any moment.
             None => None,
@@ -179,7 +184,9 @@ impl Engine {
             last: Some(last),
             news: state.core.events != before,
             events: state.core.events,
+            gathering: false,
         };
+        state.core.pass = state.core.pass.wrapping_add(1);
         last
     }
 
@@ -198,6 +205,12 @@ impl Engine {
     }
 
     fn end_pass(&self, state: &mut State) -> Step {
+        if self.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
+            state.cursor.slot = 1;
+            state.cursor.addr = 0;
+            state.cursor.gathering = true;
+            return Step::Looked(0);
+        }
         state.cursor = Cursor {
             events: state.cursor.events,
             ..Cursor::new()
@@ -217,6 +230,45 @@ impl Engine {
         let mut scratch = state.scratch.take()?;
         state.fit_filter(BATCH_PAGES);
         let more = self.look_on(state, slot, mm, budget, &mut scratch);
+        self.merge_candidates(state, slot, mm, &mut scratch);
+        let looked = scratch.batch.pages().len();
+        state.scratch = Some(scratch);
+        more.then_some(looked)
+    }
+
+    /// Merges what is remembered of the next few pages of one address space, at first sight. `None`: there
+    /// are no more.
+    fn gather_mm(&self, state: &mut State, slot: SlotId, mm: &MmWithUser) -> Option<usize> {
+        let mut scratch = state.scratch.take()?;
+        scratch.len = 0;
+        let State { mms, core, .. } = state;
+        let end = mms.get_mut(&slot).and_then(|known| {
+            known.pages.visit_leaf(state.cursor.addr, |addr, word| {
+                let sample = match word.state() {
+                    PageState::Seen(sample) if !word.has_caution() => sample,
+                    _ => return,
+                };
+                if let Some(kind) = core.candidate(sample) {
+                    scratch.push(Candidate { addr, kind });
+                }
+            })
+        });
+        self.merge_candidates(state, slot, mm, &mut scratch);
+        let count = scratch.len;
+        state.scratch = Some(scratch);
+        let next = end.and_then(|end| end.checked_add(1))?;
+        state.cursor.addr = next;
+        Some(count)
+    }
+
+    /// Merges the candidates of one address space, as far as that is possible now.
+    fn merge_candidates(
+        &self,
+        state: &mut State,
+        slot: SlotId,
+        mm: &MmWithUser,
+        scratch: &mut Scratch,
+    ) {
         let count = scratch.len;
         let candidates = scratch.candidates.get_mut(..count).unwrap_or(&mut []);
         for few in candidates.chunks_mut(JOIN_PAGES) {
@@ -236,9 +288,6 @@ impl Engine {
                 }
             }
         }
-        let looked = scratch.batch.pages().len();
-        state.scratch = Some(scratch);
-        more.then_some(looked)
     }
 
     /// Looks at the next few pages of one address space, and puts those that are worth trying to merge
@@ -268,7 +317,16 @@ impl Engine {
     }
 }
 
-impl super::MmState {
+impl MmState {
+    /// Notes with the area around `addr` how many of its pages were written to soon after they were
+    /// merged.
+    fn note_broken(&mut self, addr: usize, core: &mut Core) {
+        let broken = core::mem::take(&mut core.soon_broken);
+        if broken != 0 {
+            self.pages.note_trouble(addr, broken);
+        }
+    }
+
     /// What is kept for the address space, in bytes.
     fn bytes(&self) -> usize {
         let items = crate::mm::merging_pages(&self.mm).saturating_mul(ItemBox::SIZE);
@@ -330,7 +388,8 @@ impl State {
                 .is_some_and(|last| last.addr().wrapping_sub(addr) / PAGE_SIZE + 1 == count);
             if dense {
                 if let Some(words) = leaf.known_run(count) {
-                    return core.look_at_run(slot, words, first, scratch, self.cursor.news);
+                    core.look_at_run(slot, words, first, scratch, self.cursor.news);
+                    return known.note_broken(addr, core);
                 }
                 let pages = scratch.batch.pages().get(first..end).unwrap_or(&[]);
                 if leaf.is_empty_from_here() && pages.iter().all(|page| page.sample().is_some()) {
@@ -375,6 +434,7 @@ impl State {
             }
         }
         known.pages.prune(addr);
+        known.note_broken(addr, core);
     }
 }
 
@@ -437,6 +497,7 @@ impl Core {
         match (word.state(), seen) {
             (PageState::Steady(old), Seen::Anon(new)) if old == new => self.candidate(new),
             (PageState::Seen(old), Seen::Anon(new)) if old == new => {
+                // Caution only concerns merging at first sight, which this is not.
                 self.relabel(word, PageWord::steady(new));
                 self.candidate(new)
             }

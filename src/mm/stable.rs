@@ -480,10 +480,20 @@ impl Item {
         };
     }
 
+    /// What `ItemBox::new` was given: the pass in the high half, the sample in the low half.
+    fn note(&self) -> u64 {
+        // SAFETY: a word of its own (checked above), written by `ItemBox::new`.
+        unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).read() }
+    }
+
     /// The sample of the page, which outlives the node.
     fn sample(&self) -> Sample {
-        // SAFETY: a word of its own (checked above), written by `ItemBox::new`.
-        Sample::from_raw(unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).read() } as u32)
+        Sample::from_raw(self.note() as u32)
+    }
+
+    /// The pass in which the page was merged.
+    fn pass(&self) -> u32 {
+        (self.note() >> 32) as u32
     }
 
     fn hlist(&self) -> *mut bindings::hlist_node {
@@ -533,16 +543,14 @@ impl ItemBox {
     /// What one item takes, in bytes.
     pub(crate) const SIZE: usize = size_of::<Item>();
 
-    /// An item that is on no list, for a page with this sample.
-    pub(crate) fn new(sample: Sample, flags: Flags) -> Result<Self> {
+    /// An item that is on no list, for a page with this sample that is merged in this pass.
+    pub(crate) fn new(sample: Sample, pass: u32, flags: Flags) -> Result<Self> {
         let item = Item {
             abi: UnsafeCell::new([0; ITEM_WORDS]),
         };
-        // SAFETY: a word of its own, see `Item::sample`.
-        unsafe {
-            item.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST)
-                .write(u64::from(sample.get()));
-        }
+        let note = u64::from(pass) << 32 | u64::from(sample.get());
+        // SAFETY: a word of its own, see `Item::note`.
+        unsafe { item.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).write(note) };
         Ok(Self(ManuallyDrop::new(KBox::new(item, flags)?)))
     }
 
@@ -604,6 +612,16 @@ impl ItemBox {
     pub(super) unsafe fn sample_in(word: NonNull<u8>) -> Sample {
         // SAFETY: the item is alive by the caller's promise.
         unsafe { word.cast::<Item>().as_ref() }.sample()
+    }
+
+    /// The pass that the item in `word` was made in.
+    ///
+    /// # Safety
+    ///
+    /// As for [`ItemBox::node_id_in`].
+    pub(super) unsafe fn pass_in(word: NonNull<u8>) -> u32 {
+        // SAFETY: the item is alive by the caller's promise.
+        unsafe { word.cast::<Item>().as_ref() }.pass()
     }
 }
 

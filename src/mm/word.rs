@@ -16,6 +16,9 @@ const TAG_MERGED: u64 = 4;
 const SUM_SHIFT: u32 = 3;
 const SAMPLE_SHIFT: u32 = SUM_SHIFT + FULL_BITS;
 
+/// In a word that says "seen": the page is not to be merged at first sight.
+const CAUTION: u64 = 1 << SUM_SHIFT;
+
 /// A page that was seen, and what is known of it. Owns the rmap item of a merged page.
 ///
 /// # Invariants
@@ -45,6 +48,24 @@ impl PageWord {
     #[inline]
     pub(crate) fn seen(sample: Sample) -> Self {
         Self::of_sample(sample, TAG_SEEN)
+    }
+
+    /// A page seen once with this sample, which is not to be merged at first sight if `caution`.
+    pub(crate) fn seen_with(sample: Sample, caution: bool) -> Self {
+        let caution = if caution { CAUTION } else { 0 };
+        Self::of_sample(sample, TAG_SEEN | caution)
+    }
+
+    /// Whether the page was seen once and is not to be merged at first sight.
+    pub(crate) fn has_caution(&self) -> bool {
+        self.0 & (TAG_MASK | CAUTION) == TAG_SEEN | CAUTION
+    }
+
+    /// In which pass a merged page was merged.
+    pub(crate) fn merged_in(&self) -> Option<u32> {
+        // SAFETY: by the type invariant the item was not given back yet.
+        self.item_word()
+            .map(|word| unsafe { ItemBox::pass_in(word) })
     }
 
     /// A page seen twice or more with this sample.

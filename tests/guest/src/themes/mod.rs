@@ -5,6 +5,7 @@ use crate::harness::Theme;
 
 mod counters;
 mod cow;
+mod eager;
 mod exit;
 mod huge;
 mod knobs;
@@ -41,6 +42,7 @@ pub const ALL: &[&Theme] = &[
     &huge::THEME,
     &pin::THEME,
     &scanning::THEME,
+    &eager::THEME,
     &counters::THEME,
     &soak::THEME,
     &lifecycle::THEME,
