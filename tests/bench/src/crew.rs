@@ -2,14 +2,29 @@
 //! The processes of a running workload, from outside.
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{bail, ensure, Context, Result};
 
-use crate::workload::Plan;
+use crate::pages::Survey;
+use crate::qmp::Guest;
+use crate::workload::plan;
 
 pub const SEED: u64 = 0x6b73_6d20;
+/// Of the workload `real`.
+pub const REAL: &str = "real";
+const PYTHONS: usize = 8;
+pub const GUESTS: usize = 4;
 
+/// Where the parts of `real` are: set by scripts/bench.
+fn path_of(variable: &str) -> Result<PathBuf> {
+    std::env::var_os(variable)
+        .map(PathBuf::from)
+        .with_context(|| format!("{variable} is not set: scripts/bench does that"))
+}
+
+/// A process that answers lines.
 struct Worker {
     child: Child,
     stdin: ChildStdin,
@@ -17,6 +32,21 @@ struct Worker {
 }
 
 impl Worker {
+    fn start(command: &mut Command) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {:?}", command.get_program()))?;
+        let stdin = child.stdin.take().context("stdin")?;
+        let stdout = BufReader::new(child.stdout.take().context("stdout")?);
+        Ok(Self {
+            child,
+            stdin,
+            stdout,
+        })
+    }
+
     fn line(&mut self) -> Result<String> {
         let mut line = String::new();
         ensure!(
@@ -26,91 +56,178 @@ impl Worker {
         Ok(line.trim_end().to_string())
     }
 
-    fn ask(&mut self, command: &str) -> Result<()> {
-        writeln!(self.stdin, "{command}")?;
-        Ok(())
+    /// Waits for a line that begins with `word`, and returns the next word.
+    fn expect(&mut self, word: &str) -> Result<String> {
+        let line = self.line()?;
+        let mut words = line.split(' ');
+        ensure!(
+            words.next() == Some(word),
+            "a process of the workload said {line:?} instead of {word:?}"
+        );
+        Ok(words.next().unwrap_or("").to_string())
     }
+
+    fn ask(&mut self, command: &str, answer: &str) -> Result<()> {
+        writeln!(self.stdin, "{command}")?;
+        self.expect(answer).map(drop)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // Gone already, if that fails.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What is known of a workload before the engine starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts {
+    pub pages: u64,
+    pub expected: u64,
+    pub use_zero_pages: bool,
+    pub is_volatile: bool,
 }
 
 /// The processes of a workload. They end when this is dropped.
 pub struct Crew {
     workers: Vec<Worker>,
+    guests: Vec<Guest>,
     pids: Vec<u32>,
+    facts: Facts,
     round: u64,
+    /// What the small guests' memory held at the start.
+    digest: Option<u64>,
 }
 
 impl Crew {
     /// Starts the processes of workload `name`; returns when all pages are
     /// filled and registered, and everybody sleeps.
-    pub fn start(name: &str, plan: &Plan) -> Result<Self> {
+    pub fn start(name: &str) -> Result<Self> {
+        if name == REAL {
+            Self::real()
+        } else {
+            Self::generated(name)
+        }
+    }
+
+    fn generated(name: &str) -> Result<Self> {
+        let plan = plan(name, 1).with_context(|| format!("there is no workload {name}"))?;
         let mut crew = Self {
             workers: Vec::new(),
+            guests: Vec::new(),
             pids: Vec::new(),
+            facts: Facts {
+                pages: plan.pages(),
+                expected: plan.expected_sharing(),
+                use_zero_pages: plan.use_zero_pages,
+                is_volatile: plan.is_volatile(),
+            },
             round: 0,
+            digest: None,
         };
         for (index, process) in plan.processes.iter().enumerate() {
-            let mut child = Command::new(std::env::current_exe()?)
-                .args(["worker", name, &index.to_string(), &SEED.to_string()])
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .spawn()
-                .context("starting a worker")?;
-            let stdin = child.stdin.take().context("stdin")?;
-            let stdout = BufReader::new(child.stdout.take().context("stdout")?);
-            let mut worker = Worker {
-                child,
-                stdin,
-                stdout,
-            };
+            let mut command = Command::new(std::env::current_exe()?);
+            command.args(["worker", name, &index.to_string(), &SEED.to_string()]);
+            let mut worker = Worker::start(&mut command)?;
             for _ in 0..=process.children.len() {
-                let line = worker.line()?;
-                let Some(("ready", pid)) = line.split_once(' ') else {
-                    bail!("a worker said {line:?}");
-                };
-                crew.pids.push(pid.parse()?);
+                crew.pids.push(worker.expect("ready")?.parse()?);
             }
             crew.workers.push(worker);
         }
         Ok(crew)
     }
 
+    /// Python processes that hold their library's text, and saved guests.
+    fn real() -> Result<Self> {
+        let holder = path_of("RKSM_BENCH_HOLDER")?;
+        let guests_dir = path_of("RKSM_BENCH_GUESTS")?;
+        let launcher = std::env::current_exe()?.with_file_name("mergeable-exec");
+        let mut workers = Vec::new();
+        for number in 0..PYTHONS {
+            let mut command = Command::new(&launcher);
+            command
+                .arg("python3")
+                .arg(&holder)
+                .arg(number.to_string())
+                // Else the same strings hash to other places in each.
+                .env("PYTHONHASHSEED", "0");
+            workers.push(Worker::start(&mut command)?);
+        }
+        for worker in &mut workers {
+            worker.expect("ready")?;
+        }
+        let guests = restore_all(&guests_dir)?;
+        let mut pids: Vec<u32> = workers.iter().map(|w| w.child.id()).collect();
+        pids.extend(guests.iter().map(Guest::pid));
+        let survey = Survey::take(&pids)?;
+        let mut crew = Self {
+            workers,
+            guests,
+            pids,
+            facts: Facts {
+                pages: survey.pages(),
+                expected: survey.expected_sharing(),
+                use_zero_pages: false,
+                is_volatile: false,
+            },
+            round: 0,
+            digest: None,
+        };
+        crew.digest = Some(crew.guests_digest()?);
+        Ok(crew)
+    }
+
+    fn guests_digest(&self) -> Result<u64> {
+        let pids: Vec<u32> = self.guests.iter().map(Guest::pid).collect();
+        Ok(Survey::take(&pids)?.digest())
+    }
+
     pub fn pids(&self) -> &[u32] {
         &self.pids
     }
 
-    fn all(&mut self, command: &str, answer: &str) -> Result<()> {
-        for worker in &mut self.workers {
-            worker.ask(command)?;
-            let line = worker.line()?;
-            ensure!(line == answer, "a worker said {line:?} to {command:?}");
-        }
-        Ok(())
+    pub fn facts(&self) -> Facts {
+        self.facts
     }
 
     /// Has the volatile pages written anew.
     pub fn rewrite(&mut self) -> Result<()> {
         self.round += 1;
-        self.all(&format!("rewrite {}", self.round), "rewritten")
+        for worker in &mut self.workers {
+            worker.ask(&format!("rewrite {}", self.round), "rewritten")?;
+        }
+        Ok(())
     }
 
     /// Has everybody compare every page with what was written last.
     pub fn verify(&mut self) -> Result<()> {
-        self.all("verify", "verified")
+        for worker in &mut self.workers {
+            worker.ask("verify", "verified")?;
+        }
+        if let Some(before) = self.digest {
+            if self.guests_digest()? != before {
+                bail!("the memory of a paused guest has changed");
+            }
+        }
+        Ok(())
     }
+}
+
+fn restore_all(dir: &Path) -> Result<Vec<Guest>> {
+    (1..=GUESTS).map(|n| Guest::restore(dir, n)).collect()
 }
 
 impl Drop for Crew {
     fn drop(&mut self) {
-        for worker in &mut self.workers {
-            // Gone already, if that fails.
-            let _ = worker.child.kill();
-            let _ = worker.child.wait();
-        }
+        self.workers.clear();
+        self.guests.clear();
         // Forked ones die with the first; wait until they have.
         for pid in &self.pids {
             let path = format!("/proc/{pid}");
             for _ in 0..1000 {
-                if !std::path::Path::new(&path).exists() {
+                if !Path::new(&path).exists() {
                     break;
                 }
                 std::thread::sleep(std::time::Duration::from_millis(5));

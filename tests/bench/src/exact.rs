@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Exact mode: pass by pass on one CPU whose nanoseconds are instructions.
 
-use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 
-use crate::crew::Crew;
+use crate::crew::{Crew, Facts};
 use crate::engine::{Engine, Pass, Stepper};
 use crate::memory::KernelMemory;
 use crate::phase;
 use crate::results::{mean, median, Record, Sheet};
-use crate::workload::{self, Plan};
 
 /// Passes until a workload that does not converge is given up.
 const MOST_PASSES: usize = 8;
@@ -26,28 +23,30 @@ const SMART_PASSES: usize = 9;
 pub const MODE: &str = "exact";
 
 /// Runs one workload on one engine and measures all but the lock holds.
-pub fn run(engine: Engine, name: &str, plan: &Plan) -> Result<Vec<Record>> {
-    let mut sheet = Sheet::new(name, engine.name(), MODE);
-    if plan.use_zero_pages && !engine.has("use_zero_pages") {
-        println!("# {}: {name}: no such knob yet", engine.name());
-        return Ok(sheet.into_records());
-    }
+pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     engine.reset()?;
-    engine.set("use_zero_pages", u64::from(plan.use_zero_pages))?;
-    let mut crew = Crew::start(name, plan)?;
+    let mut crew = Crew::start(name)?;
+    let mut sheet = Sheet::new(name, engine.name(), MODE);
+    let facts = crew.facts();
+    println!("#   {} {name}: {} pages", engine.name(), facts.pages);
+    if facts.use_zero_pages && !engine.has("use_zero_pages") {
+        println!("# {}: no use_zero_pages: nothing to measure", engine.name());
+        return Ok(Vec::new());
+    }
+    engine.set("use_zero_pages", u64::from(facts.use_zero_pages))?;
     let mut run = Run {
         engine,
         name,
-        pages: plan.pages(),
-        expected: plan.expected_sharing(),
+        facts,
         smart: engine.has("smart_scan").then_some(1),
         sheet: &mut sheet,
     };
     let mut stepper = Stepper::new(engine)?;
-    run.sheet_sizes();
+    run.put_sizes();
     let before = quiet_memory()?;
-    run.converge(&mut stepper, &mut crew, plan)?;
-    run.metadata(&before)?;
+    let noise = quiet_memory()?.growth(&before);
+    run.converge(&mut stepper, &mut crew)?;
+    run.metadata(&before, noise)?;
     run.idle(&mut stepper)?;
     crew.verify()?;
     drop(crew);
@@ -66,8 +65,7 @@ fn quiet_memory() -> Result<KernelMemory> {
 struct Run<'a> {
     engine: Engine,
     name: &'a str,
-    pages: u64,
-    expected: u64,
+    facts: Facts,
     smart: Option<u64>,
     sheet: &'a mut Sheet,
 }
@@ -77,13 +75,13 @@ impl Run<'_> {
         self.sheet.put(self.smart, metric, value, unit);
     }
 
-    fn sheet_sizes(&mut self) {
-        self.put("pages", self.pages as f64, "pages");
-        self.put("expected_sharing", self.expected as f64, "pages");
+    fn put_sizes(&mut self) {
+        self.put("pages", self.facts.pages as f64, "pages");
+        self.put("expected_sharing", self.facts.expected as f64, "pages");
     }
 
     fn per_page(&self, cpu: u64) -> f64 {
-        cpu as f64 / self.pages as f64
+        cpu as f64 / self.facts.pages as f64
     }
 
     /// Runs a pass, as a phase of its own, and shows what it came to.
@@ -95,7 +93,7 @@ impl Run<'_> {
         goal: Option<u64>,
     ) -> Result<Pass> {
         let what = format!("{what} {number}");
-        phase::begin(self.engine.name(), self.name, &what, self.pages);
+        phase::begin(self.engine.name(), self.name, &what, self.facts.pages);
         let pass = stepper.pass_to(goal)?;
         phase::end(pass.cpu);
         println!(
@@ -104,18 +102,27 @@ impl Run<'_> {
             self.per_page(pass.cpu),
             pass.scanned,
             pass.saved,
-            self.expected
+            self.facts.expected
         );
         Ok(pass)
     }
 
     /// 99 % of the expected sharing.
     fn goal(&self) -> u64 {
-        (self.expected * 99).div_ceil(100)
+        (self.facts.expected * 99).div_ceil(100)
+    }
+
+    /// An engine that merges what it should leave alone needs time to learn.
+    fn least_passes(&self) -> usize {
+        if self.facts.is_volatile {
+            MOST_PASSES
+        } else {
+            3
+        }
     }
 
     /// From the first look at the pages until merging has nothing left to do.
-    fn converge(&mut self, stepper: &mut Stepper, crew: &mut Crew, plan: &Plan) -> Result<()> {
+    fn converge(&mut self, stepper: &mut Stepper, crew: &mut Crew) -> Result<()> {
         let mut passes: Vec<Pass> = Vec::new();
         while passes.len() < MOST_PASSES {
             // No goal when it was reached before, or there is none.
@@ -124,10 +131,10 @@ impl Run<'_> {
             let pass = self.pass(stepper, "pass", passes.len() + 1, goal)?;
             let gained = pass.saved > passes.last().map_or(0, |p| p.saved);
             passes.push(pass);
-            if passes.len() >= 3 && !gained && pass.saved >= self.goal() {
+            if passes.len() >= self.least_passes() && !gained && pass.saved >= self.goal() {
                 break;
             }
-            if plan.is_volatile() {
+            if self.facts.is_volatile {
                 crew.rewrite()?;
             }
         }
@@ -142,7 +149,7 @@ impl Run<'_> {
             let value = self.per_page(first.cpu);
             self.put("cpu_per_page_first", value, "instructions/page");
         }
-        if self.expected == 0 {
+        if self.facts.expected == 0 {
             return;
         }
         if let Some(n) = passes.iter().position(|p| p.saved >= self.goal()) {
@@ -164,16 +171,16 @@ impl Run<'_> {
         }
     }
 
-    fn metadata(&mut self, before: &KernelMemory) -> Result<()> {
+    fn metadata(&mut self, before: &KernelMemory, noise: i64) -> Result<()> {
         let after = quiet_memory()?;
-        let bytes = after.total() - before.total();
+        let bytes = after.growth(before);
         println!(
-            "#   {} metadata: {bytes} bytes, caches {:?}",
+            "#   {} metadata: {bytes} bytes (by itself: {noise}): {}",
             self.engine.name(),
-            after.changed(before)
+            after.changes(before)
         );
         self.put("metadata_bytes", bytes as f64, "bytes");
-        let per_page = bytes as f64 / self.pages as f64;
+        let per_page = bytes as f64 / self.facts.pages as f64;
         self.put("metadata_bytes_per_page", per_page, "bytes/page");
         Ok(())
     }
@@ -219,21 +226,4 @@ impl Run<'_> {
         }
         Ok(list)
     }
-}
-
-/// Runs the workloads on one engine, loading and unloading it around them.
-/// The symbols of what runs then go to `out`, for the profile.
-pub fn run_all(engine: Engine, names: &[String], out: &Path) -> Result<Vec<Record>> {
-    let mut records = Vec::new();
-    engine.load()?;
-    fs::copy("/proc/kallsyms", out.join("kallsyms")).context("kallsyms")?;
-    for name in names {
-        let Some(plan) = workload::plan(name, 1) else {
-            anyhow::bail!("there is no workload {name}");
-        };
-        println!("# {}: {name}: {} pages", engine.name(), plan.pages());
-        records.extend(run(engine, name, &plan)?);
-    }
-    engine.unload()?;
-    Ok(records)
 }

@@ -3,20 +3,28 @@
 //!
 //! `content` and `workload` are the generator; `worker` and `crew` are the
 //! processes that hold what it makes; `engine` drives an engine pass by pass;
-//! `exact` measures; `phase` tells QEMU's plugin (in plugin/) what is being
-//! measured, and `holds` is its bookkeeping of locks; `results` and `table` are
-//! what comes out.
+//! `exact` and `wall` measure; `phase` tells QEMU's plugin (in plugin/) what is being
+//! measured, and `holds` is its bookkeeping of locks; `results`,
+//! `table`, `report` and `plot` are what comes out.
 
+pub mod bystander;
 pub mod content;
 pub mod crew;
 pub mod engine;
 pub mod exact;
 pub mod holds;
+pub mod machine;
 pub mod memory;
+pub mod pages;
 pub mod phase;
+pub mod plot;
 pub mod profile;
+pub mod qmp;
+pub mod report;
 pub mod results;
+pub mod session;
 pub mod table;
 pub mod trace;
+pub mod wall;
 pub mod worker;
 pub mod workload;

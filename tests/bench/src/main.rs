@@ -1,26 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
-//! `rksm-bench exact`: measures, in the guest.
-//! `rksm-bench join`: puts together what the guest and the plugin found.
-//! `rksm-bench table`: shows results on the terminal.
-//! `rksm-bench profile`: shows where instructions go.
-//! `rksm-bench worker`: a process of a workload, started by the former.
+//! The benchmark's program, in the guest and outside; scripts/bench calls it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use lexopt::prelude::*;
 
+use rksm_bench::crew::REAL;
 use rksm_bench::engine::Engine;
-use rksm_bench::{exact, phase, profile, results, table, trace, worker, workload};
+use rksm_bench::machine::Machine;
+use rksm_bench::qmp::Guest;
+use rksm_bench::session::{Mode, Session};
+use rksm_bench::{bystander, profile, report, results, table, trace, worker, workload};
 
-const USAGE: &str = "usage: rksm-bench exact [--engine ksm|rksm|both] [--out DIR] [WORKLOAD…]
-       rksm-bench join DIR
-       rksm-bench table FILE
-       rksm-bench profile DIR
-       rksm-bench worker WORKLOAD INDEX SEED
-The workloads are all that the generator makes when none is named.";
+const USAGE: &str = "usage: rksm-bench COMMAND
+in the guest:
+  measure exact|wall [--engine ksm|rksm|both] [--runs N] [--out DIR] [WORKLOAD…]
+  worker WORKLOAD INDEX SEED   a process of a workload
+  bystander FAULTS             a process that is disturbed
+outside:
+  save-guest DIR NUMBER        boot a small guest and save it
+  machine DIR KERNEL ACCEL RUNS REVISION
+                               describe this machine
+  join DIR                     make results.json of what was measured
+  report DIR                   make tables and plots of it
+  table FILE                   show results on the terminal
+  profile DIR                  show where instructions go
+All workloads are measured when none is named.";
 
 fn main() -> ExitCode {
     match dispatch() {
@@ -34,28 +41,39 @@ fn main() -> ExitCode {
 
 fn dispatch() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let Some((command, rest)) = args.split_first() else {
-        bail!("{USAGE}");
-    };
-    match (command.as_str(), rest) {
-        ("exact", rest) => measure(rest),
-        ("table", [file]) => {
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words[..] {
+        ["measure", mode, ..] => measure(mode, &args[2..]),
+        ["worker", name, index, seed] => worker::run(name, index.parse()?, seed.parse()?),
+        ["bystander", faults] => bystander::run(faults.parse()?),
+        ["save-guest", dir, number] => Guest::save(Path::new(dir), number.parse()?),
+        ["machine", dir, kernel, accel, runs, revision] => {
+            Machine::describe(kernel, accel, runs.parse()?, revision)?
+                .save(&Path::new(dir).join("machine.json"))
+        }
+        ["join", dir] => trace::join(Path::new(dir)),
+        ["report", dir] => report::write(Path::new(dir)),
+        ["table", file] => {
             print!("{}", table::plain(&results::load(Path::new(file))?));
             Ok(())
         }
-        ("join", [dir]) => trace::join(Path::new(dir)),
-        ("profile", [dir]) => {
+        ["profile", dir] => {
             print!("{}", profile::report(Path::new(dir))?);
             Ok(())
         }
-        ("worker", [name, index, seed]) => worker::run(name, index.parse()?, seed.parse()?),
         _ => bail!("{USAGE}"),
     }
 }
 
-fn measure(args: &[String]) -> Result<()> {
+fn measure(mode: &str, args: &[String]) -> Result<()> {
+    let mode = match mode {
+        "exact" => Mode::Exact,
+        "wall" => Mode::Wall,
+        _ => bail!("{USAGE}"),
+    };
     let mut engines = vec![Engine::Ksm, Engine::Rksm];
     let mut out = PathBuf::from(".");
+    let mut runs = 1;
     let mut names: Vec<String> = Vec::new();
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
@@ -68,28 +86,34 @@ fn measure(args: &[String]) -> Result<()> {
                     other => bail!("no engine {other:?}"),
                 }
             }
+            Long("runs") => runs = parser.value()?.parse()?,
             Long("out") => out = PathBuf::from(parser.value()?),
             Value(name) => names.push(name.string()?),
             _ => bail!("{USAGE}"),
         }
     }
     if names.is_empty() {
-        names = workload::GENERATED.map(String::from).to_vec();
+        names = all_workloads();
     }
-    prepare_guest()?;
-    let mut records = Vec::new();
-    for engine in engines {
-        records.extend(exact::run_all(engine, &names, &out)?);
-        results::save(&out.join("exact.json"), &records)?;
-        results::save(&out.join("phases.json"), &phase::all())?;
+    for name in &names {
+        let known = all_workloads().contains(name);
+        ensure!(known, "there is no workload {name}");
     }
-    Ok(())
+    let session = Session {
+        mode,
+        workloads: &names,
+        runs,
+        out: &out,
+    };
+    session
+        .run(&engines)
+        .with_context(|| format!("{} mode", mode.name()))
 }
 
-/// Huge pages only where a workload asks for them, and none made later.
-fn prepare_guest() -> Result<()> {
-    let huge = Path::new("/sys/kernel/mm/transparent_hugepage");
-    fs::write(huge.join("enabled"), "madvise").context("huge pages")?;
-    fs::write(huge.join("khugepaged/scan_sleep_millisecs"), "100000000").context("khugepaged")?;
-    Ok(())
+fn all_workloads() -> Vec<String> {
+    workload::GENERATED
+        .iter()
+        .chain([&REAL])
+        .map(|s| s.to_string())
+        .collect()
 }

@@ -7,54 +7,82 @@ use std::fs;
 use anyhow::{Context, Result};
 use rksm_guest_tests::proc;
 
+use crate::content::PAGE;
+
 /// The kernel's own use of memory at one moment, in bytes.
+///
+/// Objects are counted, not the pages of their caches: what others have freed
+/// before stands open in those pages and would make a later use look free.
 #[derive(Clone, Debug)]
 pub struct KernelMemory {
-    /// All slab pages, large `kmalloc` ones included.
-    pub slab: i64,
-    pub vmalloc: i64,
     /// Objects in use, by slab cache.
-    caches: BTreeMap<String, i64>,
+    objects: BTreeMap<String, i64>,
+    /// Allocations too large for a cache: slab pages that no cache has.
+    large: i64,
+    vmalloc: i64,
 }
 
 impl KernelMemory {
     pub fn read() -> Result<Self> {
-        // Folds the per-CPU differences into the totals. Not there without
-        // CONFIG_SMP, where there are none.
-        let _ = fs::write("/proc/sys/vm/stat_refresh", "1");
+        // Folds the per-CPU differences into the totals.
+        fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
+        let text = fs::read_to_string("/proc/slabinfo").context("slabinfo")?;
+        let caches = caches(&text);
+        let slab = proc::meminfo("Slab")? * 1024;
         Ok(Self {
-            slab: proc::meminfo("Slab")? * 1024,
+            large: slab - caches.values().map(|c| c.pages).sum::<i64>(),
+            objects: caches.into_iter().map(|(n, c)| (n, c.objects)).collect(),
             vmalloc: proc::meminfo("VmallocUsed")? * 1024,
-            caches: caches(&fs::read_to_string("/proc/slabinfo").context("slabinfo")?),
         })
     }
 
-    /// Slab and vmalloc use in all.
-    pub fn total(&self) -> i64 {
-        self.slab + self.vmalloc
+    fn total(&self) -> i64 {
+        self.objects.values().sum::<i64>() + self.large + self.vmalloc
     }
 
-    /// The caches whose use changed most since `before`, in bytes.
-    pub fn changed(&self, before: &Self) -> Vec<(String, i64)> {
-        let mut list: Vec<(String, i64)> = self
-            .caches
+    /// By how much the use has grown since `before`.
+    pub fn growth(&self, before: &Self) -> i64 {
+        self.total() - before.total()
+    }
+
+    /// What has changed most since `before`, for people.
+    pub fn changes(&self, before: &Self) -> String {
+        let mut list: Vec<(i64, String)> = self
+            .objects
             .iter()
-            .map(|(name, now)| (name.clone(), now - before.caches.get(name).unwrap_or(&0)))
-            .filter(|(_, change)| change.abs() >= 4096)
+            .map(|(name, now)| (now - before.objects.get(name).unwrap_or(&0), name.clone()))
             .collect();
-        list.sort_by_key(|(_, change)| -change.abs());
-        list
+        list.push((self.large - before.large, "large".into()));
+        list.push((self.vmalloc - before.vmalloc, "vmalloc".into()));
+        list.retain(|(change, _)| change.abs() >= PAGE as i64);
+        list.sort_by_key(|(change, _)| -change.abs());
+        list.iter()
+            .map(|(change, name)| format!("{name} {change:+}"))
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 }
 
-/// Bytes of objects in use per cache, from the text of /proc/slabinfo.
-fn caches(text: &str) -> BTreeMap<String, i64> {
+struct Cache {
+    objects: i64,
+    pages: i64,
+}
+
+/// Bytes per cache, from the text of /proc/slabinfo.
+fn caches(text: &str) -> BTreeMap<String, Cache> {
     text.lines()
         .filter_map(|line| {
             let words: Vec<&str> = line.split_whitespace().collect();
-            let active: i64 = words.get(1)?.parse().ok()?;
-            let size: i64 = words.get(3)?.parse().ok()?;
-            Some((words[0].to_string(), active * size))
+            let number = |at: usize| words.get(at)?.parse::<i64>().ok();
+            // "name active objects size per-slab pages : tunables a b c :
+            // slabdata active-slabs slabs shared"
+            Some((
+                words.first()?.to_string(),
+                Cache {
+                    objects: number(1)? * number(3)?,
+                    pages: number(5)? * number(14)? * PAGE as i64,
+                },
+            ))
         })
         .collect()
 }
@@ -66,9 +94,26 @@ mod tests {
     #[test]
     fn slabinfo_is_read() {
         let text = "slabinfo - version: 2.1\n\
-            # name            <active_objs> <num_objs> <objsize> <objperslab>\n\
-            ksm_rmap_item        10     64     64   64    1 : tunables 0 0 0\n";
-        assert_eq!(caches(text).get("ksm_rmap_item"), Some(&640));
-        assert_eq!(caches(text).len(), 1);
+            # name            <active_objs> <num_objs> <objsize> <objperslab> <pagesperslab>\n\
+            ksm_rmap_item  10  64  64  64  1 : tunables 0 0 0 : slabdata 3 4 0\n";
+        let caches = caches(text);
+        assert_eq!(caches.len(), 1);
+        assert_eq!(caches["ksm_rmap_item"].objects, 640);
+        assert_eq!(caches["ksm_rmap_item"].pages, 4 * 4096);
+    }
+
+    #[test]
+    fn growth_is_all_there_is() {
+        let memory = |objects, large, vmalloc| KernelMemory {
+            objects: [("a".to_string(), objects)].into(),
+            large,
+            vmalloc,
+        };
+        let (before, after) = (memory(100, 4096, 0), memory(9000, 12288, 4096));
+        assert_eq!(after.growth(&before), 8900 + 8192 + 4096);
+        assert_eq!(
+            after.changes(&before),
+            "a +8900, large +8192, vmalloc +4096"
+        );
     }
 }

@@ -6,10 +6,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::exact;
 use crate::phase::Phase;
-use crate::results::{self, Record, Sheet};
+use crate::results::{self, median, Record, Sheet};
 
 /// The longest hold of one kind of lock in one phase.
 #[derive(Debug, PartialEq)]
@@ -110,11 +111,75 @@ fn longest(phases: &[Phase], trace: &Trace) -> Vec<Record> {
     records
 }
 
-/// Makes results.json of what the guest and the plugin left in `dir`.
+/// A figure of several runs: results.json has the median, spread.json all.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    #[serde(flatten)]
+    pub median: Record,
+    pub min: f64,
+    pub max: f64,
+    pub runs: usize,
+}
+
+/// The same figure of all runs, as one.
+fn spread(records: &[Record]) -> Vec<Spread> {
+    let key = |r: &Record| {
+        let Record {
+            workload,
+            engine,
+            metric,
+            ..
+        } = r;
+        (
+            workload.clone(),
+            engine.clone(),
+            metric.clone(),
+            r.smart_scan,
+        )
+    };
+    let mut order = Vec::new();
+    let mut groups: HashMap<_, Vec<&Record>> = HashMap::new();
+    for record in records {
+        let group = groups.entry(key(record)).or_default();
+        if group.is_empty() {
+            order.push(key(record));
+        }
+        group.push(record);
+    }
+    order
+        .iter()
+        .filter_map(|key| {
+            let group = &groups[key];
+            let values: Vec<f64> = group.iter().map(|r| r.value).collect();
+            let value = median(values.clone())?;
+            Some(Spread {
+                median: Record {
+                    value,
+                    ..group[0].clone()
+                },
+                min: values.iter().copied().fold(f64::INFINITY, f64::min),
+                max: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+                runs: values.len(),
+            })
+        })
+        .collect()
+}
+
+/// Makes results.json (and spread.json) of what was measured into `dir`.
 pub fn join(dir: &Path) -> Result<()> {
-    let mut records: Vec<Record> = results::load(&dir.join("exact.json"))?;
-    let phases: Vec<Phase> = results::load(&dir.join("phases.json"))?;
-    records.extend(longest(&phases, &Trace::load(dir)?));
+    let mut records: Vec<Record> = Vec::new();
+    let exact = dir.join("exact.json");
+    if exact.exists() {
+        records.extend(results::load::<Record>(&exact)?);
+        let phases: Vec<Phase> = results::load(&dir.join("phases.json"))?;
+        records.extend(longest(&phases, &Trace::load(dir)?));
+    }
+    let wall = dir.join("wall.json");
+    if wall.exists() {
+        let spread = spread(&results::load::<Record>(&wall)?);
+        results::save(&dir.join("spread.json"), &spread)?;
+        records.extend(spread.into_iter().map(|s| s.median));
+    }
     results::save(&dir.join("results.json"), &records)
 }
 
@@ -150,6 +215,33 @@ mod tests {
         ]
         .map(|(e, m, v)| (e.to_string(), m.to_string(), v));
         assert_eq!(found, want);
+    }
+
+    #[test]
+    fn runs_become_a_median_with_its_spread() {
+        let mut sheet = Sheet::new("unique", "ksm", "wall");
+        for value in [5.0, 9.0, 1.0] {
+            sheet.put(Some(1), "fault_p99", value, "ns");
+            sheet.put(Some(1), "fault_max", 2.0 * value, "ns");
+        }
+        let all = spread(&sheet.into_records());
+        let figures: Vec<(&str, f64, f64, f64, usize)> = all
+            .iter()
+            .map(|s| {
+                (
+                    s.median.metric.as_str(),
+                    s.median.value,
+                    s.min,
+                    s.max,
+                    s.runs,
+                )
+            })
+            .collect();
+        let want = [
+            ("fault_p99", 5.0, 1.0, 9.0, 3),
+            ("fault_max", 10.0, 2.0, 18.0, 3),
+        ];
+        assert_eq!(figures, want);
     }
 
     #[test]

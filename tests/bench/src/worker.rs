@@ -16,14 +16,14 @@ use crate::workload::{plan, Area, Child, Process};
 const HUGE: usize = 2 << 20;
 
 /// An anonymous mapping; it stays until the process ends.
-struct Mapping {
+pub struct Mapping {
     base: *mut u8,
     pages: usize,
 }
 
 impl Mapping {
     /// `pages` pages at a multiple of 2 MiB.
-    fn new(pages: usize) -> Result<Self> {
+    pub fn new(pages: usize) -> Result<Self> {
         let length = pages * PAGE;
         // SAFETY: a fresh anonymous mapping; nothing of ours is replaced.
         let at = unsafe {
@@ -53,9 +53,9 @@ impl Mapping {
         })
     }
 
-    fn advise(&self, advice: libc::c_int) -> Result<()> {
-        // SAFETY: the range is this mapping's; none of the advice used here
-        // changes its content.
+    pub fn advise(&mut self, advice: libc::c_int) -> Result<()> {
+        // SAFETY: the range is this mapping's, and as it is borrowed through
+        // `self` only, its content may change.
         let ret = unsafe { libc::madvise(self.base.cast(), self.pages * PAGE, advice) };
         if ret != 0 {
             return Err(std::io::Error::last_os_error()).context("madvise");
@@ -72,10 +72,11 @@ impl Mapping {
         Ok(())
     }
 
-    fn page(&mut self, index: usize) -> &mut [u8] {
+    pub fn page(&mut self, index: usize) -> &mut [u8] {
         assert!(index < self.pages);
         // SAFETY: within the mapping, which is never unmapped but for pages
-        // that the plan does not use, and borrowed through `self` only.
+        // that the plan does not use, and borrowed through `self` only. A page
+        // is always initialised: fresh ones are zero.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(index * PAGE), PAGE) }
     }
 }
