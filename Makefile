@@ -4,17 +4,19 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test check module shell setup clean distclean
+.PHONY: help demo test bench bench-quick check module shell setup clean distclean
 
 help:
-	@echo 'make demo       set up, build, and merge real memory in a guest'
-	@echo 'make test       set up, build, and run every test'
-	@echo 'make check      rustfmt, clippy, host tests: seconds, no guest'
-	@echo 'make module     build/rksm.ko'
-	@echo 'make shell      a guest with the module ready to load'
-	@echo 'make setup      only what the others need: Debian root and kernel tree'
-	@echo 'make clean      remove build/'
-	@echo 'make distclean  remove build/ and the cache'
+	@echo 'make demo         set up, build, and merge real memory in a guest'
+	@echo 'make test         set up, build, and run every test'
+	@echo 'make bench        both engines side by side, in all respects (under an hour)'
+	@echo 'make bench-quick  the two main workloads, in instructions (two minutes)'
+	@echo 'make check        rustfmt, clippy, host tests: seconds, no guest'
+	@echo 'make module       build/rksm.ko'
+	@echo 'make shell        a guest with the module ready to load'
+	@echo 'make setup        only what the others need: Debian root and kernel tree'
+	@echo 'make clean        remove build/'
+	@echo 'make distclean    remove build/ and the cache'
 	@echo
 	@echo 'RKSM_CACHE=DIR    where the cache is (~/.cache/rksm)'
 	@echo 'RKSM_MIRROR=URL   Debian archive (the one of this machine'"'"'s apt)'
@@ -32,6 +34,12 @@ demo: module
 
 test: module
 	@scripts/test
+
+bench: module
+	@scripts/bench
+
+bench-quick: module
+	@scripts/bench --quick
 
 check: setup
 	@mkdir -p build; : > build/tally

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use rksm_guest_tests::{module, proc};
 
+use crate::workload;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     Ksm,
@@ -97,7 +99,26 @@ impl Engine {
             );
         }
         self.set("smart_scan", 1)?;
-        self.set("use_zero_pages", 0)
+        self.set("use_zero_pages", 0)?;
+        self.set("merge_eagerly", 0)
+    }
+
+    /// Resets, and sets what workload `name` is about. False: the engine does
+    /// not have the knob for it.
+    pub fn prepare(self, name: &str, use_zero_pages: bool) -> Result<bool> {
+        self.reset()?;
+        let wanted = [
+            ("use_zero_pages", use_zero_pages),
+            ("merge_eagerly", workload::is_eager(name)),
+        ];
+        for (knob, _) in wanted.iter().filter(|(_, on)| *on) {
+            if !self.has(knob) {
+                println!("#   {} has no {knob}: nothing to measure", self.name());
+                return Ok(false);
+            }
+            self.write(knob, 1)?;
+        }
+        Ok(true)
     }
 
     /// The thread's time on a CPU in ns; exact while it sleeps.
@@ -152,9 +173,17 @@ impl Stepper {
     pub fn new(engine: Engine) -> Result<Self> {
         engine.write("pages_to_scan", 100_000_000)?;
         engine.write("sleep_millisecs", SLEEP)?;
+        let thread = engine.thread()?;
+        // Once, so that what the kernel allocates for reading is there.
+        for counter in ["full_scans", "pages_scanned"] {
+            engine.read(counter)?;
+        }
+        engine.saved()?;
+        engine.cpu(thread)?;
+        proc::stat(thread)?;
         Ok(Self {
             engine,
-            thread: engine.thread()?,
+            thread,
             sleep: SLEEP,
             started: false,
         })

@@ -24,16 +24,13 @@ pub const MODE: &str = "exact";
 
 /// Runs one workload on one engine and measures all but the lock holds.
 pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
-    engine.reset()?;
     let mut crew = Crew::start(name)?;
     let mut sheet = Sheet::new(name, engine.name(), MODE);
     let facts = crew.facts();
     println!("#   {} {name}: {} pages", engine.name(), facts.pages);
-    if facts.use_zero_pages && !engine.has("use_zero_pages") {
-        println!("# {}: no use_zero_pages: nothing to measure", engine.name());
+    if !engine.prepare(name, facts.use_zero_pages)? {
         return Ok(Vec::new());
     }
-    engine.set("use_zero_pages", u64::from(facts.use_zero_pages))?;
     let mut run = Run {
         engine,
         name,

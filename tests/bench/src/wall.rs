@@ -23,14 +23,11 @@ const PASSES: u64 = 3;
 
 /// One run of one workload on one engine.
 pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
-    engine.reset()?;
     let mut crew = Crew::start(name)?;
     let facts = crew.facts();
-    if facts.use_zero_pages && !engine.has("use_zero_pages") {
-        println!("# {}: no use_zero_pages: nothing to measure", engine.name());
+    if !engine.prepare(name, facts.use_zero_pages)? {
         return Ok(Vec::new());
     }
-    engine.set("use_zero_pages", u64::from(facts.use_zero_pages))?;
     let mut sheet = Sheet::new(name, engine.name(), MODE);
     let smart = engine.has("smart_scan").then_some(1);
     sheet.put(smart, "pages", facts.pages as f64, "pages");

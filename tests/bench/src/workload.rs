@@ -95,16 +95,27 @@ pub struct Plan {
     pub use_zero_pages: bool,
 }
 
+/// The ending of workloads that are run with `merge_eagerly` set: the same
+/// pages, on engines that have this knob.
+const EAGER: &str = "_eager";
+
+/// Whether a workload of this name wants `merge_eagerly`.
+pub fn is_eager(name: &str) -> bool {
+    name.ends_with(EAGER)
+}
+
 /// Every workload made by the generator, in the order of the report. `real`
 /// comes from real programs instead.
-pub const GENERATED: [&str; 11] = [
+pub const GENERATED: [&str; 13] = [
     "dup50",
+    "dup50_eager",
     "unique",
     "equal",
     "zero",
     "zero_use_zero_pages",
     "tail",
     "volatile",
+    "volatile_eager",
     "thp",
     "sparse",
     "vmas",
@@ -149,7 +160,7 @@ fn each(processes: usize, area: impl Fn(usize) -> Area) -> Plan {
 /// more in tests); `None` when there is no such workload.
 pub fn plan(name: &str, shrink: usize) -> Option<Plan> {
     let pages = FULL / shrink;
-    let plan = match name {
+    let plan = match name.strip_suffix(EAGER).unwrap_or(name) {
         "dup50" => each(4, |p| Area::plain(half_equal(p, pages))),
         "unique" => each(4, |p| Area::plain((0..pages).map(|i| own(p, i)).collect())),
         "equal" => each(4, |_| Area::plain(vec![same(0); pages])),
@@ -472,6 +483,12 @@ mod tests {
             assert_eq!(children.iter().filter(|c| c.parent == parent).count(), 3);
         }
         assert_eq!(children[0].writes.len() * 4, 16384 / 4 / SHRINK);
+    }
+
+    #[test]
+    fn eager_workloads_are_the_same_pages() {
+        assert_eq!(small("volatile_eager"), small("volatile"));
+        assert!(is_eager("dup50_eager") && !is_eager("dup50"));
     }
 
     #[test]
