@@ -293,16 +293,6 @@ bool rksm_pte_uffd(pte_t pte)
 	return pte_uffd(pte);
 }
 
-bool rksm_pte_same(pte_t a, pte_t b)
-{
-	return pte_same(a, b);
-}
-
-unsigned long rksm_pte_pfn(pte_t pte)
-{
-	return pte_pfn(pte);
-}
-
 pte_t rksm_pte_clean_wrprotect(pte_t pte)
 {
 	pte = pte_mkclean(pte);

@@ -74,8 +74,6 @@ bool rksm_pte_none(pte_t pte);
 bool rksm_pte_write(pte_t pte);
 bool rksm_pte_dirty(pte_t pte);
 bool rksm_pte_uffd(pte_t pte);
-bool rksm_pte_same(pte_t a, pte_t b);
-unsigned long rksm_pte_pfn(pte_t pte);
 pte_t rksm_pte_clean_wrprotect(pte_t pte);
 pte_t rksm_mk_shared_pte(struct page *page, struct vm_area_struct *vma, pte_t old);
 pte_t rksm_ptep_clear_flush(struct vm_area_struct *vma, unsigned long addr, pte_t *pte);

@@ -24,7 +24,7 @@ use kernel::{
 /// The most pages that one walk comes by: those of one page table.
 pub(crate) const BATCH_PAGES: usize = 512;
 
-/// The most entries that are looked at under one hold of a page-table lock.
+/// The most entries, or pages of a huge page, that are looked at under one hold of a page-table lock.
 const LOCK_ENTRIES: usize = 64;
 
 /// What a page was when the walk came by.
@@ -426,15 +426,17 @@ unsafe extern "C" fn rksm_walk_pmd(
 ) -> c_int {
     // SAFETY: the caller's promise; the walker calls this from `walk` only, which lent us `visit`.
     let visit = unsafe { &mut *ctx.cast::<Visit<'_>>() };
-    // SAFETY: the caller's promise.
-    if let Some(over) = unsafe { visit.huge(vma, pmd, addr, end) } {
-        return c_int::from(over);
-    }
     let mut from = addr;
     while from < end {
         let to = end.min(from.saturating_add(LOCK_ENTRIES * PAGE_SIZE));
+        // A huge page may be split or made at any time between two holds of the lock.
         // SAFETY: the caller's promise.
-        match unsafe { visit.table(vma, pmd, from, to) } {
+        let over = match unsafe { visit.huge(vma, pmd, from, to) } {
+            // SAFETY: the caller's promise.
+            None => unsafe { visit.table(vma, pmd, from, to) },
+            over => over,
+        };
+        match over {
             Some(false) => from = to,
             Some(true) => return 1,
             None => break,
