@@ -421,6 +421,8 @@ impl Engine {
             state.forget_range(id, 0, usize::MAX);
             crate::mm::report_metadata(&mm, 0);
         }
+        // Who exited meanwhile, or just before, is not among the live any more.
+        self.reap(state);
         result = result.and(if self.registry.lock().has_missed() {
             Err(ENOMEM)
         } else {

@@ -195,6 +195,16 @@ impl Engine {
             // If that fails, the next round tries again.
             let _ = self.enter_registered();
         }
+        self.reap(state);
+        state
+            .core
+            .sweep_limbo(LIMBO_SWEEP, self.run() == run::UNMERGE);
+        state.core.unpin_if_empty();
+        self.publish_stats(state);
+    }
+
+    /// Forgets who is gone.
+    fn reap(&self, state: &mut State) {
         loop {
             // In a statement of its own: the lock must not be held for the rest.
             let dead = self.registry.lock().take_dead();
@@ -204,11 +214,6 @@ impl Engine {
             state.forget_mm(id);
             drop(mm);
         }
-        state
-            .core
-            .sweep_limbo(LIMBO_SWEEP, self.run() == run::UNMERGE);
-        state.core.unpin_if_empty();
-        self.publish_stats(state);
     }
 
     fn publish_stats(&self, state: &State) {

@@ -27,6 +27,9 @@ pub(crate) const BATCH_PAGES: usize = 512;
 /// The most entries, or pages of a huge page, that are looked at under one hold of a page-table lock.
 const LOCK_ENTRIES: usize = 64;
 
+/// The most page tables that one walk goes through, as they may all be next to empty.
+const WALK_TABLES: usize = 64;
+
 /// What a page was when the walk came by.
 #[derive(Clone, Copy)]
 pub(crate) enum Seen {
@@ -129,8 +132,8 @@ impl Batch {
     }
 }
 
-/// Fills `batch` with at most `max` pages of `vma` from `from` on. Returns the address to go on from,
-/// which is the VMA's end when there are no more pages in it.
+/// Fills `batch` with at most `max` pages of `vma` from `from` on, or fewer when they lie far apart. Returns
+/// the address to go on from, which is the VMA's end when there are no more pages in it.
 ///
 /// Samples are taken in place by `hasher`, under the page-table lock, which is what keeps the pages. No
 /// reference is taken. A page-table lock is held for [`LOCK_ENTRIES`] entries at most.
@@ -143,11 +146,19 @@ pub(crate) fn fill(
 ) -> usize {
     batch.len = 0;
     let max = max.min(BATCH_PAGES);
-    let mut visit = Visit::Scan { batch, max, hasher };
+    let mut tables = WALK_TABLES;
+    let mut reached = vma.end();
+    let mut visit = Visit::Scan {
+        batch,
+        max,
+        hasher,
+        tables: &mut tables,
+        reached: &mut reached,
+    };
     walk(vma, from, vma.end(), &mut visit);
     match batch.pages().last() {
         Some(last) if batch.len >= max => last.addr.saturating_add(PAGE_SIZE),
-        _ => vma.end(),
+        _ => reached,
     }
 }
 
@@ -180,6 +191,10 @@ enum Visit<'a> {
         batch: &'a mut Batch,
         max: usize,
         hasher: &'a Hasher,
+        /// How many more page tables to go through.
+        tables: &'a mut usize,
+        /// How far the walk came, if it ended for want of these.
+        reached: &'a mut usize,
     },
     Get(Option<PageRef>),
     FindKsm(Option<usize>),
@@ -199,7 +214,9 @@ impl Visit<'_> {
         // SAFETY: as above.
         let anon = ksm || unsafe { ffi::rksm_folio_test_plain_anon(folio) };
         match self {
-            Visit::Scan { batch, max, hasher } if anon => {
+            Visit::Scan {
+                batch, max, hasher, ..
+            } if anon => {
                 batch.push(if ksm {
                     // SAFETY: as above.
                     SeenPage::ksm(addr, unsafe { node_id_of(folio) })
@@ -285,7 +302,10 @@ impl Visit<'_> {
         if first.is_null() {
             return None;
         }
-        let over = if let Visit::Scan { batch, max, hasher } = self {
+        let over = if let Visit::Scan {
+            batch, max, hasher, ..
+        } = self
+        {
             // SAFETY: the entries of `addr..end` start at `first`, and their lock is held.
             unsafe { scan_entries(first, addr, end, batch, *max, hasher) }
         } else {
@@ -377,9 +397,15 @@ unsafe fn scan_entries(
         content: ptr::null(),
     };
     for (nth, addr) in (addr..end).step_by(PAGE_SIZE).enumerate() {
-        // SAFETY: by the caller's promise this is the entry of `addr`. What it maps is kept by that,
-        // under the lock.
-        if !unsafe { ffi::rksm_entry_anon(first.add(nth), &raw mut mapped) } {
+        // SAFETY: by the caller's promise this is the entry of `addr`.
+        let entry = unsafe { first.add(nth) };
+        // Most entries of a sparse area are empty, and not worth a call.
+        // SAFETY: an entry is one word, which the MMU may change at any time.
+        if unsafe { entry.cast::<u64>().read_volatile() } == 0 {
+            continue;
+        }
+        // SAFETY: as above. What the entry maps is kept by that, under the lock.
+        if !unsafe { ffi::rksm_entry_anon(entry, &raw mut mapped) } {
             continue;
         }
         batch.push(if is_ksm_mapping(mapped.mapping) {
@@ -440,6 +466,16 @@ unsafe extern "C" fn rksm_walk_pmd(
             Some(false) => from = to,
             Some(true) => return 1,
             None => break,
+        }
+    }
+    if let Visit::Scan {
+        tables, reached, ..
+    } = visit
+    {
+        **tables = tables.saturating_sub(1);
+        if **tables == 0 {
+            **reached = end;
+            return 1;
         }
     }
     0
