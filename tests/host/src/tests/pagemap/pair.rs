@@ -303,6 +303,27 @@ impl Pair {
         found
     }
 
+    /// Goes through whole leaves, from the one that begins at `from` on.
+    pub(super) fn visit_leaves(&mut self, from: usize) {
+        let mut found = Vec::new();
+        let mut next = Some(from);
+        while let Some(from) = next {
+            let before = found.len();
+            let each = |addr, word: &Counted| found.push((addr, word.id()));
+            let end = self.map.visit_leaf(from, each);
+            let leaf = self.model.range(from..).next().map(|(addr, _)| addr / LEAF);
+            assert_eq!(end, leaf.map(|leaf| leaf * LEAF + (LEAF - 1)));
+            let of_leaf = found[before..]
+                .iter()
+                .all(|(addr, _)| Some(addr / LEAF) == leaf);
+            assert!(of_leaf);
+            next = end.and_then(|end| end.checked_add(1));
+        }
+        assert!(found
+            .into_iter()
+            .eq(self.model.range(from..).map(|(addr, id)| (*addr, *id))));
+    }
+
     /// Empties a range as the engine does.
     pub(super) fn clear(&mut self, from: usize, to: usize) {
         while let Some(addr) = self.next(from, to) {
