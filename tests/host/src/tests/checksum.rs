@@ -415,7 +415,7 @@ fn samples_are_spread() {
                 equal <= bound(MANY, 32),
                 "{name}, seed {seed}: {equal} equal"
             );
-            // Both ends matter to the filter: high bits choose its cache line, low bits the counters.
+            // Both ends matter to the filter: high bits choose its word, low bits the counters.
             for shift in [0, 20] {
                 let worst =
                     unevenness(samples.iter().map(|sample| (sample.get() >> shift) & 0xfff));
