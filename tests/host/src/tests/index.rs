@@ -4,7 +4,7 @@
 
 use super::counted::{Counted, Ledger};
 use crate::engine::{
-    checksum::Checksum,
+    checksum::{Checksum, Sample},
     index::{Index, Place, StableKey},
 };
 use kernel::{
@@ -160,6 +160,17 @@ impl Pair {
         found
     }
 
+    /// The first node of a sample, unless there are others with another checksum.
+    fn only_sum(&self, sample: Sample) -> Option<StableKey> {
+        let only = self.index.only_sum(sample);
+        let of_sample = |key: &&Plain| Checksum::from_raw(key.0).sample() == sample;
+        let mut keys = self.stable.keys().filter(of_sample);
+        let first = keys.next();
+        let expected = first.filter(|first| keys.all(|key| key.0 == first.0));
+        assert_eq!(only.map(plain), expected.copied());
+        only
+    }
+
     /// The next node of one tree, of whatever checksum.
     fn next_in(&self, which: Tree, after: Option<StableKey>) -> Option<StableKey> {
         let (next, tree) = match which {
@@ -239,6 +250,7 @@ impl Pair {
             let found = self.nodes_of(sum);
             let expected = self.stable.keys().filter(|key| key.0 == sum.get());
             assert!(found.iter().map(|key| plain(*key)).eq(expected.copied()));
+            self.only_sum(sum.sample());
             assert_eq!(
                 self.index.waiting(sum),
                 self.unstable.get(&sum.get()).copied()
@@ -284,6 +296,7 @@ enum Op {
     PutBack(sample::Index),
     /// Behind a key, which may be gone.
     NextStable(sample::Index),
+    OnlySum(usize),
     NextIn(Tree, sample::Index),
     Sweep(Tree, Vec<Deed>),
     Wait(usize, usize, Plan),
@@ -314,6 +327,7 @@ fn op() -> impl Strategy<Value = Op> {
         10 => key().prop_map(Op::ToStable),
         1 => key().prop_map(Op::PutBack),
         4 => key().prop_map(Op::NextStable),
+        4 => sum().prop_map(Op::OnlySum),
         4 => (tree(), key()).prop_map(|(tree, at)| Op::NextIn(tree, at)),
         1 => (tree(), prop::collection::vec(deed, 1..8))
             .prop_map(|(tree, deeds)| Op::Sweep(tree, deeds)),
@@ -343,6 +357,9 @@ proptest! {
                     if let Some(after) = pair.key(at) {
                         pair.next_stable(after.sum, Some(after));
                     }
+                }
+                Op::OnlySum(nth) => {
+                    pair.only_sum(sum(nth).sample());
                 }
                 Op::NextIn(tree, at) => {
                     pair.next_in(tree, pair.key(at));
@@ -385,6 +402,41 @@ fn nodes_of_one_checksum() {
     pair.move_to_limbo(back);
     pair.move_to_stable(back);
     assert_eq!(pair.nodes_of(sum(1)), keys);
+    pair.finish();
+}
+
+/// A sample stands for one content only as long as all its nodes have the same checksum; those of
+/// neighbouring samples, and those without mappings, do not count.
+#[test]
+fn only_one_checksum_of_a_sample() {
+    let mut pair = Pair::new();
+    let sample = Sample::from_raw;
+    let add = |pair: &mut Pair, raw, hash| {
+        let key = pair.new_key(Checksum::new(sample(raw), hash));
+        pair.insert_stable(key);
+        key
+    };
+    add(&mut pair, 6, u64::MAX);
+    add(&mut pair, 8, 0);
+    for raw in [0, 5, 7, 9, u32::MAX] {
+        assert_eq!(pair.only_sum(sample(raw)), None);
+    }
+    for hash in [0, u64::MAX, 1 << 40] {
+        let older = add(&mut pair, 7, hash);
+        let newer = add(&mut pair, 7, hash);
+        // The newest first, as everywhere.
+        assert_eq!(pair.only_sum(sample(7)), Some(newer));
+        let other = add(&mut pair, 7, !hash);
+        assert_eq!(pair.only_sum(sample(7)), None);
+        pair.move_to_limbo(other);
+        assert_eq!(pair.only_sum(sample(7)), Some(newer));
+        pair.move_to_limbo(newer);
+        assert_eq!(pair.only_sum(sample(7)), Some(older));
+        pair.remove(older);
+        assert_eq!(pair.only_sum(sample(7)), None);
+    }
+    let last = add(&mut pair, u32::MAX, u64::MAX);
+    assert_eq!(pair.only_sum(sample(u32::MAX)), Some(last));
     pair.finish();
 }
 
