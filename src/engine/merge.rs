@@ -104,7 +104,7 @@ impl State {
     fn wait(&mut self, place: Place, sum: Checksum) {
         let before = self.core.index.waiting(sum);
         if self.core.index.wait(sum, place, GFP_SCAN).is_err() {
-            return;
+            return self.core.try_again();
         }
         if let Some(other) = before {
             if let (Some(word), core) = self.word(other) {

@@ -130,6 +130,25 @@ impl<W> Leaf<W> {
         None
     }
 
+    /// Makes room for `more` words. Growing by doubling, as `reserve` does, must not go beyond what a
+    /// full leaf takes.
+    fn make_room(&mut self, more: usize, flags: Flags) -> Result {
+        let (len, capacity) = (self.words.len(), self.words.capacity());
+        if capacity.saturating_sub(len) >= more {
+            return Ok(());
+        }
+        if capacity.saturating_mul(2) <= LEAF_PAGES || len.saturating_add(more) > LEAF_PAGES {
+            return Ok(self.words.reserve(more, flags)?);
+        }
+        let mut wider = KVec::with_capacity(LEAF_PAGES, flags)?;
+        for word in self.words.drain_all() {
+            // There is room for all of them.
+            let _ = wider.push_within_capacity(word);
+        }
+        self.words = wider;
+        Ok(())
+    }
+
     fn remove(&mut self, slot: Slot) -> Option<W> {
         if !self.has(slot) {
             return None;
@@ -349,16 +368,13 @@ impl<W> LeafCursor<'_, W> {
     /// On failure the leaf is unchanged.
     #[inline]
     pub(crate) fn insert(&mut self, word: W, expected: usize, flags: Flags) -> Result<(), W> {
-        let words = &mut self.leaf.words;
-        if words.len() == words.capacity() {
-            let room = LEAF_PAGES.saturating_sub(words.len());
-            if words
-                .reserve(expected.clamp(1, room.max(1)), flags)
-                .is_err()
-            {
-                return Err(word);
-            }
+        let room = LEAF_PAGES.saturating_sub(self.leaf.words.len());
+        let more = expected.clamp(1, room.max(1));
+        let full = self.leaf.words.len() == self.leaf.words.capacity();
+        if full && self.leaf.make_room(more, flags).is_err() {
+            return Err(word);
         }
+        let words = &mut self.leaf.words;
         if self.rank == words.len() {
             words.push_within_capacity(word).map_err(|err| err.0)?;
         } else {
@@ -408,7 +424,7 @@ impl<W> LeafCursor<'_, W> {
     ) -> bool {
         if self.rank != self.leaf.words.len()
             || self.at.page.saturating_add(count) > LEAF_PAGES
-            || self.leaf.words.reserve(count, flags).is_err()
+            || self.leaf.make_room(count, flags).is_err()
         {
             return false;
         }

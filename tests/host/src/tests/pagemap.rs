@@ -514,7 +514,6 @@ fn dense_pages_are_cheap() {
 /// Nor does it matter in how small batches they come. (The first 100 of 512, which is the default of
 /// `pages_to_scan`, get room for 100, which is then doubled to 200, 400 and 800.)
 #[test]
-#[ignore = "fails: the vector's room is doubled beyond what a leaf can ever have"]
 fn small_batches_are_cheap() {
     for size in [1, 37, 100, 300, 511] {
         let mut pair = Pair::new();
