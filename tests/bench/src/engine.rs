@@ -90,6 +90,10 @@ impl Engine {
         for run in [0, 2, 0] {
             self.write("run", run)?;
         }
+        // The in-tree thread may still sleep between two wake-ups, where only
+        // a change of this knob reaches it, and only if it sees the change.
+        self.write("sleep_millisecs", DEFAULT_SLEEP)?;
+        std::thread::sleep(Duration::from_millis(100));
         for counter in ["pages_shared", "pages_sharing"] {
             let left = self.read(counter)?;
             ensure!(
@@ -167,6 +171,7 @@ const POLL: Duration = Duration::from_millis(10);
 const CLOSE_POLL: Duration = Duration::from_millis(1);
 const PASS_LIMIT: Duration = Duration::from_secs(300);
 const SLEEP: u64 = 600_000;
+const DEFAULT_SLEEP: u64 = 20;
 
 impl Stepper {
     /// `run` must be 0; nothing starts yet.

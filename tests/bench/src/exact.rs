@@ -47,7 +47,6 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     run.idle(&mut stepper)?;
     crew.verify()?;
     drop(crew);
-    engine.reset()?;
     Ok(sheet.into_records())
 }
 

@@ -5,7 +5,7 @@
 //! processes that hold what it makes; `engine` drives an engine pass by pass;
 //! `exact` and `wall` measure; `phase` tells QEMU's plugin (in plugin/) what is being
 //! measured, and `holds` is its bookkeeping of locks; `results`,
-//! `table`, `report` and `plot` are what comes out.
+//! `table`, `report`, `targets` and `plot` are what comes out.
 
 pub mod bystander;
 pub mod content;
@@ -24,6 +24,7 @@ pub mod report;
 pub mod results;
 pub mod session;
 pub mod table;
+pub mod targets;
 pub mod trace;
 pub mod wall;
 pub mod worker;

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{anyhow, Result};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 /// One workload's figures. What was not measured has no bar.
 pub struct Bars {
@@ -42,8 +43,9 @@ fn range(bars: &[Bars]) -> (f64, f64) {
         return (1.0, 10.0);
     }
     let low = 10f64.powf((least / 1.5).log10().floor());
-    let high = 10f64.powf((most * 1.1).log10().ceil());
-    (low, high.max(low * 10.0))
+    // Room for the numbers, and for the legend above all bars.
+    let high = 10f64.powf((most * 1.5).log10().ceil());
+    (low, high.max(low * 10.0) * 5.0)
 }
 
 type Error = Box<dyn std::error::Error>;
@@ -89,6 +91,17 @@ fn chart(
             .label(engine)
             .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()));
     }
+    for (n, value) in [|b: &Bars| b.ksm, |b: &Bars| b.rksm].into_iter().enumerate() {
+        let number = |(i, b): (usize, &Bars)| {
+            let value = value(b).filter(|&v| v > low)?;
+            let middle = i as f64 + 0.5 + (n as f64 - 0.5) * BAR;
+            let style = centred(("sans-serif", 9).into_text_style(area), VPos::Bottom);
+            Some(EmptyElement::at((middle, value)) + Text::new(brief(value), (0, -2), style))
+        };
+        chart
+            .draw_series(bars.iter().enumerate().filter_map(number))
+            .map_err(|e| e.to_string())?;
+    }
     let label = |(i, name): (usize, &&str)| {
         let style =
             ("sans-serif", 13)
@@ -104,6 +117,7 @@ fn chart(
         .map_err(|e| e.to_string())?;
     chart
         .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
         .background_style(WHITE)
         .border_style(BLACK)
         .label_font(("sans-serif", 14))
@@ -112,9 +126,30 @@ fn chart(
     Ok(())
 }
 
+fn centred(style: TextStyle<'_>, vertical: VPos) -> TextStyle<'_> {
+    style.pos(Pos::new(HPos::Center, vertical))
+}
+
 /// Names that do not fit under their bars.
 fn short(name: &str) -> String {
-    name.replace("zero_use_zero_pages", "zero (uzp)")
+    name.replace("zero_use_zero_pages", "zero, uzp")
+        .replace("_eager", ", e.")
+}
+
+/// A number with three digits and a unit prefix.
+fn brief(value: f64) -> String {
+    let (scaled, prefix) = match value {
+        v if v >= 1e9 => (v / 1e9, "G"),
+        v if v >= 1e6 => (v / 1e6, "M"),
+        v if v >= 1e3 => (v / 1e3, "k"),
+        v => (v, ""),
+    };
+    let digits = match scaled {
+        s if s >= 100.0 => 0,
+        s if s >= 10.0 => 1,
+        _ => 2,
+    };
+    format!("{scaled:.digits$}{prefix}")
 }
 
 #[cfg(test)]
@@ -131,8 +166,14 @@ mod tests {
 
     #[test]
     fn the_scale_holds_all_values() {
-        assert_eq!(range(&[bars(5000.0, Some(170.0))]), (100.0, 10_000.0));
+        assert_eq!(range(&[bars(5000.0, Some(170.0))]), (100.0, 50_000.0));
         assert_eq!(range(&[bars(0.0, None)]), (1.0, 10.0));
+    }
+
+    #[test]
+    fn numbers_are_brief() {
+        let brief = [9.0, 16_652.0, 1.56e9].map(brief);
+        assert_eq!(brief, ["9.00", "16.7k", "1.56G"]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::plot::{self, Bars};
 use crate::results::{self, Record};
 use crate::table::figure;
 use crate::trace::Spread;
-use crate::{exact, wall};
+use crate::{exact, targets, wall};
 
 /// A metric and how it is presented.
 struct Metric {
@@ -294,6 +294,14 @@ pub fn write(dir: &Path) -> Result<()> {
     let mut text = String::from("# Figures of the benchmark\n\n");
     text += "Made by `make bench`; Documentation/benchmark.md says what they mean.\n\n";
     text += &machine.markdown();
+    text += "\n## Targets\n\n";
+    text += &targets::table(|(mode, workload, name, smart_scan), engine| {
+        let metric = Metric {
+            smart_scan,
+            ..metric(mode, name, "", "")
+        };
+        report.find(&metric, workload, engine)
+    });
     text += "\n## Workloads\n\n";
     text += &report.workload_table();
     for metric in &METRICS {

@@ -40,13 +40,25 @@ impl Session<'_> {
         prepare_guest()?;
         let mut records = Vec::new();
         for &engine in engines {
-            engine.load()?;
-            // The profile needs the module's symbols, too.
-            fs::copy("/proc/kallsyms", self.out.join("kallsyms")).context("kallsyms")?;
             self.run_engine(engine, &mut records)?;
-            engine.unload()?;
         }
         Ok(())
+    }
+
+    /// One run of one workload. The module is loaded for it anew: what it has
+    /// kept of an earlier workload would not count as metadata of this one.
+    fn run_once(&self, engine: Engine, name: &str) -> Result<Vec<Record>> {
+        engine.load()?;
+        if self.mode == Mode::Exact {
+            // The profile needs the module's symbols, too.
+            fs::copy("/proc/kallsyms", self.out.join("kallsyms")).context("kallsyms")?;
+        }
+        let records = match self.mode {
+            Mode::Exact => exact::run(engine, name),
+            Mode::Wall => wall::run(engine, name),
+        }?;
+        engine.unload()?;
+        Ok(records)
     }
 
     fn run_engine(&self, engine: Engine, records: &mut Vec<Record>) -> Result<()> {
@@ -59,10 +71,7 @@ impl Session<'_> {
                 engine.name()
             );
             for _ in 0..self.runs {
-                let run = match self.mode {
-                    Mode::Exact => exact::run(engine, name),
-                    Mode::Wall => wall::run(engine, name),
-                };
+                let run = self.run_once(engine, name);
                 records.extend(run.with_context(|| format!("{} on {name}", engine.name()))?);
                 // Each time, so that what comes later cannot cost what there is.
                 let file = format!("{}.json", self.mode.name());

@@ -58,7 +58,6 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     engine.write("run", 0)?;
     crew.verify()?;
     drop(crew);
-    engine.reset()?;
     Ok(sheet.into_records())
 }
 
