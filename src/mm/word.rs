@@ -63,9 +63,9 @@ impl PageWord {
 
     /// In which pass a merged page was merged.
     pub(crate) fn merged_in(&self) -> Option<u32> {
+        let word = self.item_word()?;
         // SAFETY: by the type invariant the item was not given back yet.
-        self.item_word()
-            .map(|word| unsafe { ItemBox::pass_in(word) })
+        Some(unsafe { ItemBox::pass_in(word) })
     }
 
     /// A page seen twice or more with this sample.

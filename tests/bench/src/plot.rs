@@ -91,7 +91,10 @@ fn chart(
             .label(engine)
             .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()));
     }
-    for (n, value) in [|b: &Bars| b.ksm, |b: &Bars| b.rksm].into_iter().enumerate() {
+    for (n, value) in [|b: &Bars| b.ksm, |b: &Bars| b.rksm]
+        .into_iter()
+        .enumerate()
+    {
         let number = |(i, b): (usize, &Bars)| {
             let value = value(b).filter(|&v| v > low)?;
             let middle = i as f64 + 0.5 + (n as f64 - 0.5) * BAR;
