@@ -25,6 +25,17 @@ pub struct Latency {
     pub faults: u64,
 }
 
+/// What the faults were about.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Latencies {
+    /// All of them.
+    pub all: Latency,
+    /// Of pages that were not there.
+    pub fresh: Latency,
+    /// Of pages that had been merged: none if the engine did not get there.
+    pub broken: Option<Latency>,
+}
+
 impl Latency {
     fn new(mut all: Vec<u64>) -> Option<Self> {
         all.sort_unstable();
@@ -36,11 +47,40 @@ impl Latency {
         })
     }
 
+    fn words(&self) -> String {
+        format!("{} {} {} {}", self.median, self.p99, self.max, self.faults)
+    }
+
+    fn from_words(words: &[u64]) -> Option<Self> {
+        let &[median, p99, max, faults] = words else {
+            return None;
+        };
+        Some(Self {
+            median,
+            p99,
+            max,
+            faults,
+        })
+    }
+}
+
+impl Latencies {
+    fn new(fresh: Vec<u64>, broken: Vec<u64>) -> Option<Self> {
+        Some(Self {
+            all: Latency::new(fresh.iter().chain(&broken).copied().collect())?,
+            fresh: Latency::new(fresh)?,
+            broken: Latency::new(broken),
+        })
+    }
+
     /// As one line, for the parent.
     fn line(&self) -> String {
+        let broken = self.broken.map(|broken| format!(" {}", broken.words()));
         format!(
-            "faults {} {} {} {}",
-            self.median, self.p99, self.max, self.faults
+            "faults {} {}{}",
+            self.all.words(),
+            self.fresh.words(),
+            broken.unwrap_or_default()
         )
     }
 
@@ -50,15 +90,18 @@ impl Latency {
             .skip(1)
             .map(str::parse)
             .collect::<Result<_, _>>()?;
-        let [median, p99, max, faults] = numbers[..] else {
-            bail!("the bystander said {line:?}");
-        };
-        Ok(Self {
-            median,
-            p99,
-            max,
-            faults,
-        })
+        let mut each = numbers.chunks(4).map(Latency::from_words);
+        match (each.next(), each.next(), each.next(), each.next()) {
+            (Some(Some(all)), Some(Some(fresh)), None, None) => Ok(Self {
+                all,
+                fresh,
+                broken: None,
+            }),
+            (Some(Some(all)), Some(Some(fresh)), Some(broken @ Some(_)), None) => {
+                Ok(Self { all, fresh, broken })
+            }
+            _ => bail!("the bystander said {line:?}"),
+        }
     }
 }
 
@@ -76,13 +119,14 @@ fn faults() -> Result<i64> {
 
 struct Bystander {
     area: Mapping,
-    times: Vec<u64>,
+    fresh: Vec<u64>,
+    broken: Vec<u64>,
 }
 
 impl Bystander {
-    /// Writes to the page, and keeps the time if that took a fault: of a page
+    /// Writes to the page, and tells the time if that took a fault: of a page
     /// that was not there, or that had been merged.
-    fn touch(&mut self, index: usize, value: u64) -> Result<()> {
+    fn touch(&mut self, index: usize, value: u64) -> Result<Option<u64>> {
         let word = &mut self.area.page(index)[..8];
         let before = faults()?;
         let start = Instant::now();
@@ -90,10 +134,7 @@ impl Bystander {
         // The write must not move behind the clock.
         std::hint::black_box(&word);
         let time = start.elapsed();
-        if faults()? > before {
-            self.times.push(time.as_nanos() as u64);
-        }
-        Ok(())
+        Ok((faults()? > before).then_some(time.as_nanos() as u64))
     }
 
     /// Touches every page afresh, gives the engine time, and writes again.
@@ -101,11 +142,13 @@ impl Bystander {
         self.area.advise(libc::MADV_DONTNEED)?;
         for index in 0..PAGES {
             // Pairs of equal pages, so that there is something to merge.
-            self.touch(index, (1 << 63) | (round << 32) | (index / 2) as u64)?;
+            let time = self.touch(index, (1 << 63) | (round << 32) | (index / 2) as u64)?;
+            self.fresh.extend(time);
         }
         std::thread::sleep(PAUSE);
         for index in 0..PAGES {
-            self.touch(index, (1 << 62) | (round << 32) | index as u64)?;
+            let time = self.touch(index, (1 << 62) | (round << 32) | index as u64)?;
+            self.broken.extend(time);
         }
         Ok(())
     }
@@ -118,15 +161,16 @@ pub fn run(least: usize) -> Result<()> {
     area.advise(libc::MADV_MERGEABLE)?;
     let mut bystander = Bystander {
         area,
-        times: Vec::with_capacity(least + 2 * PAGES),
+        fresh: Vec::with_capacity(least + PAGES),
+        broken: Vec::with_capacity(least + PAGES),
     };
     let mut round = 1;
-    while bystander.times.len() < least {
+    while bystander.fresh.len() + bystander.broken.len() < least {
         bystander.round(round)?;
         round += 1;
     }
-    if let Some(latency) = Latency::new(bystander.times) {
-        println!("{}", latency.line());
+    if let Some(latencies) = Latencies::new(bystander.fresh, bystander.broken) {
+        println!("{}", latencies.line());
     }
     Ok(())
 }
@@ -137,25 +181,28 @@ mod tests {
 
     #[test]
     fn latencies_survive_the_pipe() {
-        let latency = Latency::new((1..=1000).rev().collect()).unwrap();
-        assert_eq!((latency.median, latency.p99, latency.max), (500, 990, 1000));
-        assert_eq!(Latency::parse(&latency.line()).unwrap(), latency);
-        assert!(Latency::parse("faults 1 2").is_err());
-        assert!(Latency::new(Vec::new()).is_none());
+        let some: Vec<u64> = (1..=1000).rev().collect();
+        let latencies = Latencies::new(some.clone(), Vec::new()).unwrap();
+        let all = latencies.all;
+        assert_eq!((all.median, all.p99, all.max), (500, 990, 1000));
+        assert_eq!(Latencies::parse(&latencies.line()).unwrap(), latencies);
+        let latencies = Latencies::new(some, vec![7000; 1000]).unwrap();
+        assert_eq!((latencies.all.p99, latencies.fresh.p99), (7000, 990));
+        assert_eq!(latencies.broken.unwrap().faults, 1000);
+        assert_eq!(Latencies::parse(&latencies.line()).unwrap(), latencies);
+        assert!(Latencies::parse("faults 1 2").is_err());
+        assert!(Latencies::new(Vec::new(), Vec::new()).is_none());
     }
 
     #[test]
     fn only_faults_are_timed() {
         let mut bystander = Bystander {
             area: Mapping::new(8).unwrap(),
-            times: Vec::new(),
+            fresh: Vec::new(),
+            broken: Vec::new(),
         };
         bystander.touch(0, 1).unwrap();
-        let first = bystander.times.len();
-        assert!(first <= 1);
-        for _ in 0..10 {
-            bystander.touch(0, 2).unwrap();
-        }
-        assert!(bystander.times.len() < first + 10);
+        let faults = (0..10).filter_map(|_| bystander.touch(0, 2).unwrap());
+        assert!(faults.count() < 10);
     }
 }

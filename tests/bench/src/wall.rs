@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
-use crate::bystander::Latency;
+use crate::bystander::Latencies;
 use crate::crew::Crew;
 use crate::engine::Engine;
 use crate::results::{Record, Sheet};
@@ -39,10 +39,18 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
         sheet.put(smart, "seconds_to_99", goal.time.as_secs_f64(), "s");
     }
     sheet.put(smart, "sharing", race.saved as f64, "pages");
-    let latency = bystander(FAULTS)?;
+    let Latencies {
+        all: latency,
+        fresh,
+        broken,
+    } = bystander(FAULTS)?;
     sheet.put(smart, "fault_median", latency.median as f64, "ns");
     sheet.put(smart, "fault_p99", latency.p99 as f64, "ns");
     sheet.put(smart, "fault_max", latency.max as f64, "ns");
+    sheet.put(smart, "fault_fresh_p99", fresh.p99 as f64, "ns");
+    if let Some(broken) = broken {
+        sheet.put(smart, "fault_broken_p99", broken.p99 as f64, "ns");
+    }
     println!(
         "#   {} {name}: {}, sharing {} of {}, faults: median {} ns, p99 {} ns, max {} ns of {}",
         engine.name(),
@@ -55,6 +63,7 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
         latency.max,
         latency.faults
     );
+    println!("#     fresh: {fresh:?}, merged before: {broken:?}");
     engine.write("run", 0)?;
     crew.verify()?;
     drop(crew);
@@ -122,7 +131,7 @@ impl Race {
 }
 
 /// Runs the bystander to its end.
-fn bystander(faults: usize) -> Result<Latency> {
+fn bystander(faults: usize) -> Result<Latencies> {
     let output = Command::new(std::env::current_exe()?)
         .args(["bystander", &faults.to_string()])
         .output()
@@ -132,5 +141,5 @@ fn bystander(faults: usize) -> Result<Latency> {
         "the bystander failed: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    Latency::parse(String::from_utf8_lossy(&output.stdout).trim_end())
+    Latencies::parse(String::from_utf8_lossy(&output.stdout).trim_end())
 }
