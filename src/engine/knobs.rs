@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The files in `/sys/kernel/mm/rksm/`: names, modes, formats, defaults and errors are those of the
-//! files of the same name in `/sys/kernel/mm/ksm/`. Only `merge_eagerly` is rksm's own.
+//! files of the same name in `/sys/kernel/mm/ksm/`. Only `merge_eagerly` and `pass_millisecs`
+//! are rksm's own.
 
 use super::{run, Engine};
 use crate::mm::{
@@ -18,6 +19,9 @@ use kernel::{
 pub(super) const DEFAULT_PAGES_TO_SCAN: u32 = 100;
 /// Milliseconds between batches.
 pub(super) const DEFAULT_SLEEP_MILLISECS: u32 = 20;
+/// Milliseconds from pass to pass, at least. In-tree KSM never looks at a page again so soon, for want
+/// of speed; memory that changes from one moment to the next is not worth merging.
+pub(super) const DEFAULT_PASS_MILLISECS: u32 = 1000;
 
 const RUN: usize = 0;
 const PAGES_TO_SCAN: usize = 1;
@@ -29,6 +33,7 @@ const PAGES_VOLATILE: usize = 6;
 const PAGES_SCANNED: usize = 7;
 const FULL_SCANS: usize = 8;
 const MERGE_EAGERLY: usize = 9;
+const PASS_MILLISECS: usize = 10;
 
 impl Directory for Engine {
     const NAME: &'static CStr = c"rksm";
@@ -44,8 +49,9 @@ impl Directory for Engine {
         Knob::ro(c"pages_volatile"),
         Knob::ro(c"pages_scanned"),
         Knob::ro(c"full_scans"),
-        // In-tree KSM has no such file.
+        // In-tree KSM has no such files.
         Knob::rw(c"merge_eagerly"),
+        Knob::rw(c"pass_millisecs"),
     ];
 
     fn show(&self, knob: usize, out: &mut Output<'_>) -> Result {
@@ -60,6 +66,7 @@ impl Directory for Engine {
             PAGES_SCANNED => self.stats.scanned.load(Relaxed),
             FULL_SCANS => self.stats.full_scans.load(Relaxed),
             MERGE_EAGERLY => u64::from(self.merge_eagerly.load(Relaxed)),
+            PASS_MILLISECS => u64::from(self.pass_millisecs.load(Relaxed)),
             _ => return Err(EINVAL),
         };
         writeln!(out, "{value}").map_err(|_| EINVAL)
@@ -75,6 +82,11 @@ impl Directory for Engine {
             PAGES_TO_SCAN => set(&self.pages_to_scan),
             SLEEP_MILLISECS => {
                 set(&self.sleep_millisecs)?;
+                self.wake();
+                Ok(())
+            }
+            PASS_MILLISECS => {
+                set(&self.pass_millisecs)?;
                 self.wake();
                 Ok(())
             }

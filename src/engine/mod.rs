@@ -9,6 +9,7 @@ mod filter;
 pub(crate) mod index;
 mod knobs;
 mod merge;
+mod pace;
 mod pagemap;
 mod registry;
 mod scan;
@@ -36,6 +37,7 @@ use kernel::{
     },
     task::Task,
 };
+use pace::Pace;
 use pagemap::PageMap;
 use registry::{Registry, Reservation};
 use stats::Stats;
@@ -76,6 +78,8 @@ pub(crate) struct Engine {
     sleep_millisecs: Atomic<u32>,
     /// Whether to merge pages at first sight.
     merge_eagerly: Atomic<u32>,
+    /// The shortest time from the beginning of one pass to that of the next.
+    pass_millisecs: Atomic<u32>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
     hasher: Hasher,
@@ -132,6 +136,7 @@ impl Engine {
                 pages_to_scan: Atomic::new(knobs::DEFAULT_PAGES_TO_SCAN),
                 sleep_millisecs: Atomic::new(knobs::DEFAULT_SLEEP_MILLISECS),
                 merge_eagerly: Atomic::new(0),
+                pass_millisecs: Atomic::new(knobs::DEFAULT_PASS_MILLISECS),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
                 hasher: Hasher::new(crate::mm::random_words()),
@@ -244,14 +249,28 @@ impl intree::Listener for Engine {
 impl kthread::Main for Engine {
     fn main(&self, current: &kthread::Current) {
         let mut backoff = RETRY_MS;
+        let mut pace = Pace::new();
         while !current.should_stop() {
             let unfinished = {
                 let mut state = self.state.lock();
                 self.do_chores(&mut state);
                 state.core.index.limbo_len() != 0 || self.registry.lock().has_missed()
             };
+            let shortest = self.pass_millisecs.load(Relaxed);
             if self.should_scan() {
-                self.scan(current);
+                let rest = pace.rest(shortest);
+                if rest != 0 {
+                    current.sleep(Some(rest), || {
+                        self.pass_millisecs.load(Relaxed) != shortest
+                            || !self.should_scan()
+                            || self.has_chores()
+                    });
+                    continue;
+                }
+                pace.go_on();
+                if self.scan(current) {
+                    pace.end_pass();
+                }
             }
             backoff = if unfinished {
                 backoff.saturating_mul(2).min(RETRY_MAX_MS)

@@ -114,8 +114,8 @@ pub(super) fn use_mm(mm: &Mm) -> Option<ARef<MmWithUserAsync>> {
 }
 
 impl Engine {
-    /// Scans `pages_to_scan` pages, or to the end of the pass.
-    pub(super) fn scan(&self, current: &Current) {
+    /// Scans `pages_to_scan` pages, or to the end of the pass. Returns whether that was reached.
+    pub(super) fn scan(&self, current: &Current) -> bool {
         let mut budget = self.pages_to_scan.load(Relaxed) as usize;
         while budget > 0 && !current.should_stop() && !current.is_freezing() {
             current.cond_resched();
@@ -131,9 +131,10 @@ impl Engine {
                     self.stats.add_scanned(pages);
                     budget = budget.saturating_sub(pages);
                 }
-                Step::PassDone => break,
+                Step::PassDone => return true,
             }
         }
+        false
     }
 
     /// Looks at the next few pages, `budget` at most, and merges what it can.

@@ -23,6 +23,7 @@ pub const THEME: Theme = Theme {
         ("volatile-pages-never-merge", 60, volatile),
         ("pages-to-scan-is-respected", 60, pages_to_scan),
         ("sleep-millisecs-is-respected", 60, sleep_millisecs),
+        ("passes-keep-their-distance", 60, pass_millisecs),
         ("thread-is-nice-and-sleeps-when-idle", 60, idle),
         ("thread-wakes-for-the-first-process", 60, wakes),
         ("thread-freezes-with-the-system", 90, freezes),
@@ -129,6 +130,34 @@ fn pages_to_scan() -> Outcome {
         "{passes} passes over {pages} pages"
     );
     worker.exit()?;
+    PASS
+}
+
+fn pass_millisecs() -> Outcome {
+    if engine::is_in_tree() {
+        return skip("the in-tree engine has no pass_millisecs");
+    }
+    let mut workers = pair()?;
+    engine::write("pass_millisecs", 600_000)?;
+    engine::write("pages_to_scan", ALL)?;
+    engine::write("sleep_millisecs", 0)?;
+    engine::write("run", 1)?;
+    wait_for("first pass", Duration::from_secs(30), || {
+        Ok(engine::read("full_scans")? == 1)
+    })?;
+    // Neither another pace nor a process that comes or goes brings the next pass nearer.
+    engine::write("sleep_millisecs", 1)?;
+    let third = Worker::mergeable(N, 100)?;
+    third.exit()?;
+    std::thread::sleep(Duration::from_millis(300));
+    let c = engine::counters()?;
+    ensure!(c.full_scans == 1 && c.sharing == 0, "{c:?}");
+    // A shorter distance counts at once.
+    engine::write("pass_millisecs", 0)?;
+    wait_for("merging", Duration::from_secs(30), || {
+        Ok(engine::read("pages_sharing")? == N as u64)
+    })?;
+    verify_all(&mut workers)?;
     PASS
 }
 
