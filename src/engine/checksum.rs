@@ -3,8 +3,8 @@
 //! What pages are compared by before they are compared.
 //!
 //! A [`Sample`] is made of eight of a page's 512 words, so looking at a page costs four cache lines. It
-//! is what is remembered of every page. Only when the samples of two pages are equal are all words
-//! read, for a [`Checksum`], which is the key of both trees.
+//! is what is remembered of every page. Only when pages with the same sample turn out to differ are all
+//! words of these read, for a [`Checksum`], which is the key of both trees.
 //!
 //! Both use the folded multiplication of wyhash and its kin (multiply two words to 128 bits, xor the
 //! halves): it takes half the instructions of xxh64 for each byte, and its weaknesses do not matter
@@ -55,7 +55,23 @@ pub(crate) const FULL_BITS: u32 = 29;
 impl Checksum {
     /// The checksum of a page with this sample whose words have this hash.
     pub(crate) const fn new(sample: Sample, hash: u64) -> Self {
-        Self((sample.0 as u64) << FULL_BITS | hash >> (u64::BITS - FULL_BITS))
+        let bits = match hash >> (u64::BITS - FULL_BITS) {
+            // Taken, see below.
+            0 => 1,
+            bits => bits,
+        };
+        Self(Self::unknown(sample).0 | bits)
+    }
+
+    /// What stands for the checksum of a page with this sample while it is not known. No checksum that
+    /// was computed is equal to it, and none with the same sample is smaller.
+    pub(crate) const fn unknown(sample: Sample) -> Self {
+        Self((sample.0 as u64) << FULL_BITS)
+    }
+
+    /// Whether this only stands for a checksum that is not known.
+    pub(crate) const fn is_unknown(self) -> bool {
+        self.0 & ((1 << FULL_BITS) - 1) == 0
     }
 
     /// Takes back what [`Self::get`] gave.

@@ -4,12 +4,15 @@
 //!
 //! Both are keyed by checksum, recorded when the page was hashed: a page that changes makes its entry
 //! useless, but never a tree wrong. Nothing is thrown away between passes.
+//!
+//! As long as no two pages with the same sample are known to differ, nobody computes the checksum: they
+//! are all entered under [`Checksum::unknown`].
 
 use super::checksum::{Checksum, Sample};
 use kernel::{
     alloc::Flags,
     prelude::*,
-    rbtree::{RBTree, RBTreeNode},
+    rbtree::{Entry, RBTree, RBTreeNode, RBTreeNodeReservation},
 };
 
 /// Numbers a registered address space; never used twice.
@@ -34,6 +37,17 @@ pub(crate) struct Place {
     pub(crate) slot: SlotId,
     /// The address, page aligned.
     pub(crate) addr: usize,
+}
+
+/// What [`Index::nodes_like`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NodesLike {
+    /// No node.
+    None,
+    /// Nodes with one checksum, of which this is the first.
+    Alike(StableKey),
+    /// Nodes with more than one checksum.
+    Various,
 }
 
 /// The most stable nodes of one checksum that are looked at for a page, so that nobody can craft
@@ -124,19 +138,50 @@ impl<N> Index<N> {
         (key.sum == sum).then_some(*key)
     }
 
-    /// The key of the first node whose page has this sample, if all nodes whose pages do have the same
-    /// checksum.
-    pub(crate) fn only_sum(&self, sample: Sample) -> Option<StableKey> {
-        let at_least = |sum| {
-            let cursor = self.stable.cursor_lower_bound(&StableKey { sum, nth: 0 })?;
-            let (key, _) = cursor.current();
-            (key.sum.sample() == sample).then_some(*key)
+    /// Whether there are nodes whose pages have this sample, and if they all have the same checksum, the
+    /// key of the first one.
+    pub(crate) fn nodes_like(&self, sample: Sample) -> NodesLike {
+        let from = StableKey {
+            sum: Checksum::unknown(sample),
+            nth: 0,
         };
-        let first = at_least(Checksum::new(sample, 0))?;
-        match first.sum.successor().and_then(at_least) {
-            Some(_) => None,
-            None => Some(first),
+        let is_like = |key: &StableKey| key.sum.sample() == sample;
+        let Some(cursor) = self.stable.cursor_lower_bound(&from) else {
+            return NodesLike::None;
+        };
+        let first = *cursor.current().0;
+        if !is_like(&first) {
+            return NodesLike::None;
         }
+        // Most often it is the only one.
+        let various = match cursor.peek_next() {
+            Some((next, _)) if is_like(next) => first.sum.successor().is_some_and(|sum| {
+                self.stable
+                    .cursor_lower_bound(&StableKey { sum, nth: 0 })
+                    .is_some_and(|other| is_like(other.current().0))
+            }),
+            _ => false,
+        };
+        if various {
+            NodesLike::Various
+        } else {
+            NodesLike::Alike(first)
+        }
+    }
+
+    /// Gives a node with known mappings another checksum. The tree is unchanged on failure.
+    pub(crate) fn rekey(
+        &mut self,
+        key: StableKey,
+        sum: Checksum,
+        flags: Flags,
+    ) -> Result<StableKey> {
+        let reservation = RBTreeNodeReservation::new(flags)?;
+        let node = self.stable.remove(&key).ok_or(ENOENT)?;
+        let key = StableKey { sum, ..key };
+        // Numbers are never used twice, so there is no other node with this key.
+        self.stable.insert(reservation.into_node(key, node));
+        Ok(key)
     }
 
     /// The node with this key, in whichever tree it is.
@@ -166,6 +211,9 @@ impl<N> Index<N> {
 
     /// Marks a node as one with known mappings. Does not allocate.
     pub(crate) fn move_to_stable(&mut self, key: StableKey) {
+        if self.limbo_len == 0 {
+            return;
+        }
         if let Some(node) = self.limbo.remove_node(&key) {
             self.limbo_len = self.limbo_len.saturating_sub(1);
             self.stable.insert(node);
@@ -188,21 +236,34 @@ impl<N> Index<N> {
         self.unstable.get(&sum).copied()
     }
 
+    /// The checksum under which the first page with this sample waits, if any does.
+    pub(crate) fn waiting_like(&self, sample: Sample) -> Option<Checksum> {
+        let cursor = self
+            .unstable
+            .cursor_lower_bound(&Checksum::unknown(sample))?;
+        let sum = *cursor.current().0;
+        (sum.sample() == sample).then_some(sum)
+    }
+
     /// Lets `place` wait under `sum`, instead of whoever did. Allocates only if nobody did.
     pub(crate) fn wait(&mut self, sum: Checksum, place: Place, flags: Flags) -> Result {
-        if let Some(waiting) = self.unstable.get_mut(&sum) {
-            *waiting = place;
-            return Ok(());
+        match self.unstable.entry(sum) {
+            Entry::Occupied(mut waiting) => *waiting.get_mut() = place,
+            Entry::Vacant(nobody) => {
+                nobody.insert(place, RBTreeNodeReservation::new(flags)?);
+                self.unstable_len = self.unstable_len.saturating_add(1);
+            }
         }
-        self.unstable.try_create_and_insert(sum, place, flags)?;
-        self.unstable_len = self.unstable_len.saturating_add(1);
         Ok(())
     }
 
     /// Takes `place` out of the unstable tree, if it is what waits under `sum`.
     pub(crate) fn stop_waiting(&mut self, sum: Checksum, place: Place) {
-        if self.waiting(sum) == Some(place) && self.unstable.remove(&sum).is_some() {
-            self.unstable_len = self.unstable_len.saturating_sub(1);
+        if let Some(waiting) = self.unstable.find_mut(&sum) {
+            if *waiting.get() == place {
+                waiting.remove();
+                self.unstable_len = self.unstable_len.saturating_sub(1);
+            }
         }
     }
 }

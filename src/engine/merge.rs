@@ -7,7 +7,7 @@
 
 use super::{
     checksum::{Checksum, Hasher, Sample},
-    index::{Place, SlotId, StableKey, MAX_COMPARES, MAX_SHARING},
+    index::{NodesLike, Place, SlotId, StableKey, MAX_COMPARES, MAX_SHARING},
     pagemap::Found,
     scan::{known_mm, use_mm, Candidate, CandidateKind, Cursor},
     Core, Engine, State, GFP_SCAN,
@@ -32,7 +32,8 @@ pub(super) enum Joined {
     Unknown,
     /// The page is merged.
     Yes,
-    /// There is none. This is the page's checksum, and whether it may be mapped elsewhere, too.
+    /// There is none. This is the page's checksum (perhaps [`Checksum::unknown`]), and whether it may be
+    /// mapped elsewhere, too.
     NoneFits(Checksum, bool),
     /// Nothing can be done with the page now.
     Hopeless,
@@ -123,9 +124,9 @@ impl State {
 
     /// Tries to merge a page into one of the merged pages with its checksum.
     ///
-    /// As long as all merged pages with its sample have the same content, as far as anybody knows, the
-    /// checksum is not even computed: the page is as likely to be another one of these, and the
-    /// comparison that follows anyway says so for certain.
+    /// As long as all pages with its sample have the same content, as far as anybody knows, the checksum
+    /// is not even computed: the page is as likely to be another one of these, and the comparison that
+    /// follows anyway says so for certain.
     fn join_stable(
         &mut self,
         hasher: &Hasher,
@@ -133,13 +134,23 @@ impl State {
         place: Place,
         sample: Sample,
     ) -> Joined {
-        if let Some(first) = self.core.index.only_sum(sample) {
-            match self.join_one_of(vma, place, Some(first), true) {
+        let unknown = Checksum::unknown(sample);
+        match self.core.index.nodes_like(sample) {
+            NodesLike::Alike(first) => match self.join_one_of(vma, place, Some(first), true) {
                 Some(Ok(())) => return Joined::Yes,
                 Some(Err(err)) if err != EAGAIN => return Joined::Hopeless,
+                None if first.sum.is_unknown() => return Joined::NoneFits(unknown, true),
                 _ => {}
+            },
+            NodesLike::None => {
+                let waiting = self.core.index.waiting_like(sample);
+                if waiting.is_none_or(Checksum::is_unknown) {
+                    return Joined::NoneFits(unknown, true);
+                }
             }
+            NodesLike::Various => {}
         }
+        self.core.find_sums(hasher, sample);
         let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
             return Joined::Hopeless;
         };
@@ -228,9 +239,20 @@ impl State {
         }) else {
             return self.wait(place, sum);
         };
-        if may_be_shared && page_at(mm, place.addr).is_some_and(|page| page.is_same(&other_page)) {
-            // Shared by fork: nothing to gain.
-            return;
+        if may_be_shared {
+            let Some(page) = page_at(mm, place.addr).filter(PageRef::is_plain_anon) else {
+                return;
+            };
+            if page.is_same(&other_page) {
+                // Shared by fork: nothing to gain.
+                return;
+            }
+            if sum.is_unknown() && page.differs_from(&other_page) {
+                // From now on both need their checksums.
+                let sums = (page.checksum(hasher), other_page.checksum(hasher));
+                drop((page, other_page));
+                return self.part(place, sums.0, other, sums.1);
+            }
         }
         drop(other_page);
         let Ok(key) = self.publish(mm, place, sum) else {
@@ -243,6 +265,23 @@ impl State {
         // that it is the other one's turn to be tried first, which costs nothing when it is pinned.
         if self.undo(mm, place, key) {
             self.wait(place, sum);
+        }
+    }
+
+    /// Lets two pages with the same sample wait under their checksums, of which `other` waited without one.
+    fn part(&mut self, place: Place, sum: Checksum, other: Place, other_sum: Checksum) {
+        self.core
+            .index
+            .stop_waiting(Checksum::unknown(sum.sample()), other);
+        for (place, sum) in [(other, other_sum), (place, sum)] {
+            // A page that has changed since it was looked at is looked at again in the next pass.
+            match self.word(place) {
+                (Some(word), core) if word.sample() == sum.sample() => {
+                    core.relabel(word, PageWord::steady(sum.sample()));
+                    self.wait(place, sum);
+                }
+                _ => self.core.try_again(),
+            }
         }
     }
 
@@ -378,6 +417,32 @@ impl Core {
             node.set_ambiguous();
         }
         Some(result)
+    }
+
+    /// Computes the checksums of merged pages with this sample that were merged without, so that pages
+    /// which are not like them can be told apart. A few at a time, as there may be any number.
+    fn find_sums(&mut self, hasher: &Hasher, sample: Sample) {
+        for _ in 0..MAX_COMPARES {
+            let Some(key) = self.index.next_stable(Checksum::unknown(sample), None) else {
+                break;
+            };
+            let Some(node) = self.index.node(key) else {
+                break;
+            };
+            // Write-protected wherever it is mapped, so this is the checksum as long as it is merged.
+            let Some(sum) = node.page().map(|page| page.checksum(hasher)) else {
+                self.release(key);
+                continue;
+            };
+            match self.index.rekey(key, sum, GFP_SCAN) {
+                Ok(key) => {
+                    if let Some(node) = self.index.node(key) {
+                        node.set_key(key);
+                    }
+                }
+                Err(_) => return self.try_again(),
+            }
+        }
     }
 
     fn publish_at(

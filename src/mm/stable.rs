@@ -296,6 +296,11 @@ impl NodeBox {
         NodeId::new(self.0.as_addr())
     }
 
+    /// Sets the key under which the node is in the index.
+    pub(crate) fn set_key(&self, key: StableKey) {
+        self.0.key.set(key);
+    }
+
     /// Whether the sample of the page is known to be that of other content, too.
     pub(crate) fn is_ambiguous(&self) -> bool {
         self.0.ambiguous.get()

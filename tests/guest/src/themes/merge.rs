@@ -28,6 +28,7 @@ pub const THEME: Theme = Theme {
         ("zero-pages", 60, zero_pages),
         ("300-sharers-of-one-page", 60, many_sharers),
         ("one-byte-makes-a-difference", 60, one_byte),
+        ("nearly-equal-pages", 60, nearly_equal),
         ("unregistered-memory-is-left-alone", 60, unregistered),
         ("shared-mapping-is-left-alone", 60, shared_mapping),
         ("private-file-pages", 60, private_file_pages),
@@ -163,6 +164,43 @@ fn one_byte() -> Outcome {
     PASS
 }
 
+/// A worker whose page `i` is like every other, but for a byte of its own.
+fn near_copies() -> Result<Worker> {
+    let mut worker = Worker::mergeable(N, 0)?;
+    worker.fill(0, N, 100, 0)?;
+    for i in 0..N {
+        worker.poke(i, 1, (i * 509 + 7) % PAGE, 1 + i as u8)?;
+    }
+    Ok(worker)
+}
+
+/// Pages that hardly differ, so that most look the same to whoever reads only some of their words.
+fn nearly_equal() -> Outcome {
+    const KINDS: u64 = N as u64;
+    // All at once, nothing being merged yet.
+    let mut workers = vec![near_copies()?, near_copies()?];
+    scan::until_merged(KINDS, KINDS)?;
+    verify_all(&mut workers)?;
+    // More of the same, and as many again that differ from these.
+    for extra in 1..=3 {
+        let mut worker = near_copies()?;
+        if extra > 1 {
+            worker.poke(0, N, 2000, 0xa5)?;
+        }
+        workers.push(worker);
+        let (shared, sharing) = match extra {
+            1 => (KINDS, 2 * KINDS),
+            2 => (KINDS, 2 * KINDS),
+            _ => (2 * KINDS, 3 * KINDS),
+        };
+        scan::until_merged(shared, sharing)?;
+        scan::passes(3)?;
+        scan::until_merged(shared, sharing)?;
+        verify_all(&mut workers)?;
+    }
+    PASS
+}
+
 fn unregistered() -> Outcome {
     let mut plain = Worker::with_pages(N)?;
     plain.fill(0, N, 100, 1)?;
@@ -243,6 +281,8 @@ fn merges_again() -> Outcome {
     let mut workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
     for round in 1..4u8 {
         scan::until_merged(N as u64, N as u64)?;
+        // Or some would be merged again before they are looked at.
+        scan::stop()?;
         for worker in &mut workers {
             worker.poke(0, N, 77, round)?;
             ensure!(worker.merged()? == 0, "a written page is still merged");

@@ -89,7 +89,20 @@ proptest! {
         // None but the low bits of the hash are lost.
         prop_assert_eq!(sum.sample().get(), raw);
         prop_assert_eq!(sum.get() >> FULL_BITS, u64::from(raw));
-        prop_assert_eq!(sum.get() & ((1 << FULL_BITS) - 1), hash >> (64 - FULL_BITS));
+        prop_assert_eq!(sum.get() & ((1 << FULL_BITS) - 1), (hash >> (64 - FULL_BITS)).max(1));
+    }
+
+    /// What is not known is below all that is, and nothing else is taken for it.
+    #[test]
+    fn unknown_comes_first(raw in raw_sample(), hash in bits()) {
+        let sample = Sample::from_raw(raw);
+        let (known, unknown) = (Checksum::new(sample, hash), Checksum::unknown(sample));
+        prop_assert!(unknown < known);
+        prop_assert!(unknown.is_unknown() && !known.is_unknown());
+        prop_assert_eq!(unknown.sample(), sample);
+        prop_assert_eq!(Checksum::from_raw(unknown.get()), unknown);
+        let below = unknown.get().checked_sub(1).map(Checksum::from_raw);
+        prop_assert!(below.is_none_or(|below| below.sample() < sample));
     }
 
     #[test]

@@ -5,11 +5,11 @@
 use super::counted::{Counted, Ledger};
 use crate::engine::{
     checksum::{Checksum, Sample},
-    index::{Index, Place, StableKey},
+    index::{Index, NodesLike, Place, StableKey},
 };
 use kernel::{
     alloc::flags::GFP_NOWAIT,
-    error::code::ENOMEM,
+    error::code::{ENOENT, ENOMEM},
     testing::{failing, live, watch, Events, Live, Plan},
 };
 use proptest::{prelude::*, sample};
@@ -160,15 +160,48 @@ impl Pair {
         found
     }
 
-    /// The first node of a sample, unless there are others with another checksum.
-    fn only_sum(&self, sample: Sample) -> Option<StableKey> {
-        let only = self.index.only_sum(sample);
+    /// Whether there are nodes of a sample, and the first one, unless there are others with another
+    /// checksum.
+    fn nodes_like(&self, sample: Sample) -> NodesLike {
+        let found = self.index.nodes_like(sample);
         let of_sample = |key: &&Plain| Checksum::from_raw(key.0).sample() == sample;
-        let mut keys = self.stable.keys().filter(of_sample);
-        let first = keys.next();
-        let expected = first.filter(|first| keys.all(|key| key.0 == first.0));
-        assert_eq!(only.map(plain), expected.copied());
-        only
+        let keys: Vec<_> = self.stable.keys().filter(of_sample).collect();
+        match (found, keys.first()) {
+            (NodesLike::None, None) => {}
+            (NodesLike::Alike(only), Some(&first)) => {
+                assert_eq!(plain(only), *first);
+                assert!(keys.iter().all(|key| key.0 == first.0));
+            }
+            (NodesLike::Various, Some(&first)) => assert!(keys.iter().any(|key| key.0 != first.0)),
+            (found, first) => panic!("{found:?}, and there is {first:?}"),
+        }
+        found
+    }
+
+    /// The checksum under which somebody with this sample waits.
+    fn waiting_like(&self, sample: Sample) -> Option<Checksum> {
+        let found = self.index.waiting_like(sample);
+        let sums = self.unstable.keys().copied().map(Checksum::from_raw);
+        assert_eq!(found, sums.filter(|sum| sum.sample() == sample).min());
+        found
+    }
+
+    /// Gives a node another checksum, as is done when that is found out.
+    fn rekey(&mut self, key: StableKey, sum: Checksum, plan: Plan) {
+        let (result, events) = watch(|| failing(plan, || self.index.rekey(key, sum, GFP_NOWAIT)));
+        let old = self.stable.get(&plain(key)).copied();
+        match result {
+            Ok(new) => {
+                assert_eq!((new.sum, new.nth), (sum, key.nth));
+                let id = self.stable.remove(&plain(key)).unwrap();
+                assert_eq!(self.stable.insert(plain(new), id), None);
+                self.keys.retain(|other| *other != key);
+                self.keys.push(new);
+                assert_eq!((events.allocs, events.frees), (1, 1));
+            }
+            Err(err) if events.failed > 0 => assert_eq!(err, ENOMEM),
+            Err(err) => assert_eq!((err, old), (ENOENT, None)),
+        }
     }
 
     /// The next node of one tree, of whatever checksum.
@@ -250,7 +283,8 @@ impl Pair {
             let found = self.nodes_of(sum);
             let expected = self.stable.keys().filter(|key| key.0 == sum.get());
             assert!(found.iter().map(|key| plain(*key)).eq(expected.copied()));
-            self.only_sum(sum.sample());
+            self.nodes_like(sum.sample());
+            self.waiting_like(sum.sample());
             assert_eq!(
                 self.index.waiting(sum),
                 self.unstable.get(&sum.get()).copied()
@@ -296,7 +330,9 @@ enum Op {
     PutBack(sample::Index),
     /// Behind a key, which may be gone.
     NextStable(sample::Index),
-    OnlySum(usize),
+    NodesLike(usize),
+    WaitingLike(usize),
+    Rekey(sample::Index, usize, Plan),
     NextIn(Tree, sample::Index),
     Sweep(Tree, Vec<Deed>),
     Wait(usize, usize, Plan),
@@ -327,7 +363,9 @@ fn op() -> impl Strategy<Value = Op> {
         10 => key().prop_map(Op::ToStable),
         1 => key().prop_map(Op::PutBack),
         4 => key().prop_map(Op::NextStable),
-        4 => sum().prop_map(Op::OnlySum),
+        4 => sum().prop_map(Op::NodesLike),
+        2 => sum().prop_map(Op::WaitingLike),
+        3 => (key(), sum(), plan()).prop_map(|(key, sum, plan)| Op::Rekey(key, sum, plan)),
         4 => (tree(), key()).prop_map(|(tree, at)| Op::NextIn(tree, at)),
         1 => (tree(), prop::collection::vec(deed, 1..8))
             .prop_map(|(tree, deeds)| Op::Sweep(tree, deeds)),
@@ -358,8 +396,16 @@ proptest! {
                         pair.next_stable(after.sum, Some(after));
                     }
                 }
-                Op::OnlySum(nth) => {
-                    pair.only_sum(sum(nth).sample());
+                Op::NodesLike(nth) => {
+                    pair.nodes_like(sum(nth).sample());
+                }
+                Op::WaitingLike(nth) => {
+                    pair.waiting_like(sum(nth).sample());
+                }
+                Op::Rekey(at, nth, plan) => {
+                    if let Some(key) = pair.key(at) {
+                        pair.rekey(key, sum(nth), plan);
+                    }
                 }
                 Op::NextIn(tree, at) => {
                     pair.next_in(tree, pair.key(at));
@@ -419,24 +465,24 @@ fn only_one_checksum_of_a_sample() {
     add(&mut pair, 6, u64::MAX);
     add(&mut pair, 8, 0);
     for raw in [0, 5, 7, 9, u32::MAX] {
-        assert_eq!(pair.only_sum(sample(raw)), None);
+        assert_eq!(pair.nodes_like(sample(raw)), NodesLike::None);
     }
     for hash in [0, u64::MAX, 1 << 40] {
         let older = add(&mut pair, 7, hash);
         let newer = add(&mut pair, 7, hash);
         // The newest first, as everywhere.
-        assert_eq!(pair.only_sum(sample(7)), Some(newer));
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Alike(newer));
         let other = add(&mut pair, 7, !hash);
-        assert_eq!(pair.only_sum(sample(7)), None);
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
         pair.move_to_limbo(other);
-        assert_eq!(pair.only_sum(sample(7)), Some(newer));
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Alike(newer));
         pair.move_to_limbo(newer);
-        assert_eq!(pair.only_sum(sample(7)), Some(older));
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Alike(older));
         pair.remove(older);
-        assert_eq!(pair.only_sum(sample(7)), None);
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::None);
     }
     let last = add(&mut pair, u32::MAX, u64::MAX);
-    assert_eq!(pair.only_sum(sample(u32::MAX)), Some(last));
+    assert_eq!(pair.nodes_like(sample(u32::MAX)), NodesLike::Alike(last));
     pair.finish();
 }
 
