@@ -12,7 +12,7 @@ pub(crate) mod checksum;
 pub(crate) mod filter;
 #[path = "../../../src/engine/index.rs"]
 pub(crate) mod index;
-#[path = "../../../src/engine/pagemap.rs"]
+#[path = "../../../src/engine/pagemap/mod.rs"]
 pub(crate) mod pagemap;
 #[path = "../../../src/engine/registry.rs"]
 pub(crate) mod registry;

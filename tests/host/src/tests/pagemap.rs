@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/pagemap.rs`: against a map of the standard library.
+//! Tests of `engine/pagemap/`: against a map of the standard library.
 
 mod pair;
 
@@ -331,10 +331,17 @@ fn one_allocation_for_the_words_of_a_batch() {
                 .collect();
             let end = count * PAGE_SIZE;
             let ((), events) = watch(|| pair.absorb(0, end, &batch, way, Plan::Never));
-            assert_eq!((events.allocs, events.frees), (2, 0));
-            // What is left is the leaf itself, which the kernel's slabs have as one of 128 bytes.
-            let leaf = pair.map.bytes() - count * size_of::<Counted>();
-            assert!((100..=128).contains(&leaf), "{leaf}");
+            // What is left is the leaf itself, which the kernel's slabs have as one of 64 bytes, and one
+            // of 128 for the bits if it has more than one page.
+            let leaf = pair.map.bytes();
+            if count == 1 {
+                assert_eq!((events.allocs, events.frees), (1, 0));
+                assert!(leaf <= 64, "{leaf}");
+            } else {
+                assert_eq!((events.allocs, events.frees), (3, 0));
+                let leaf = leaf - count * size_of::<Counted>();
+                assert!(leaf <= 64 + 128, "{leaf}");
+            }
             pair.empty_by_removing();
         }
     }
@@ -507,7 +514,7 @@ fn dense_pages_are_cheap() {
     let pages = pair.model.len();
     assert_eq!(pages, 8 * 512);
     let overhead = pair.map.bytes() - pages * size_of::<Counted>();
-    assert!(overhead * 4 <= pages, "{overhead} bytes");
+    assert!(overhead * 3 <= pages, "{overhead} bytes");
     pair.empty_by_dropping();
 }
 
@@ -524,7 +531,7 @@ fn small_batches_are_cheap() {
             let end = batch[batch.len() - 1].0 + PAGE_SIZE;
             pair.absorb(batch[0].0, end, batch, Way::Runs, Plan::Never);
         }
-        let most = 128 + 512 * size_of::<Counted>();
+        let most = 64 + 128 + 512 * size_of::<Counted>();
         assert!(
             pair.map.bytes() <= most,
             "batches of {size}: {} bytes",

@@ -2,18 +2,11 @@
 
 //! What is remembered of each page of one address space.
 
-use core::mem::size_of;
-use kernel::{
-    alloc::{kvec::InsertError, Flags},
-    page::PAGE_SHIFT,
-    prelude::*,
-    rbtree::RBTree,
-};
+mod leaf;
 
-/// Pages per leaf: those of one page table on x86-64, though nothing depends on that.
-const LEAF_PAGES: usize = 512;
-const LEAF_SHIFT: usize = 9;
-const BITS: usize = u64::BITS as usize;
+use core::mem::size_of;
+use kernel::{alloc::Flags, page::PAGE_SHIFT, prelude::*, rbtree::RBTree};
+use leaf::{Leaf, LEAF_PAGES, LEAF_SHIFT};
 
 /// How much trouble one page makes, and how much of it is too much: four pages lately.
 const TROUBLE_STEP: usize = 16;
@@ -23,20 +16,14 @@ const TROUBLE_LIMIT: u8 = 64;
 ///
 /// Addresses are grouped by 512 pages; a leaf holds one bit per page, and the words of the pages
 /// that have one, packed in the order of their addresses. So a page costs `size_of::<W>()` and its
-/// share of a leaf, wherever pages lie close together.
+/// share of a leaf, wherever pages lie close together. A leaf of a single page holds no more than its
+/// word.
 ///
 /// # Invariants
 ///
 /// No leaf is empty.
 pub(crate) struct PageMap<W> {
     leaves: RBTree<usize, Leaf<W>>,
-}
-
-struct Leaf<W> {
-    present: [u64; LEAF_PAGES / BITS],
-    words: KVec<W>,
-    /// See [`PageMap::note_trouble`].
-    trouble: u8,
 }
 
 /// Where a page is: which leaf, and which page of it.
@@ -58,106 +45,6 @@ impl Slot {
     fn addr(self) -> usize {
         (self.leaf << LEAF_SHIFT | self.page) << PAGE_SHIFT
     }
-
-    fn bit(self) -> (usize, u64) {
-        (self.page / BITS, 1 << (self.page % BITS))
-    }
-}
-
-impl<W> Leaf<W> {
-    fn new() -> Self {
-        Self {
-            present: [0; LEAF_PAGES / BITS],
-            words: KVec::new(),
-            trouble: 0,
-        }
-    }
-
-    fn has(&self, slot: Slot) -> bool {
-        let (word, bit) = slot.bit();
-        self.present.get(word).is_some_and(|bits| bits & bit != 0)
-    }
-
-    /// How many pages before `slot` have a word, which is where the word of `slot` is.
-    fn rank(&self, slot: Slot) -> usize {
-        let (word, bit) = slot.bit();
-        let before: u32 = self
-            .present
-            .iter()
-            .take(word)
-            .map(|bits| bits.count_ones())
-            .sum();
-        let within = self
-            .present
-            .get(word)
-            .map_or(0, |bits| (bits & (bit - 1)).count_ones());
-        (before + within) as usize
-    }
-
-    /// How many of `count` pages from `page` on have a word; `None` if they reach over the end.
-    fn count(&self, page: usize, count: usize) -> Option<usize> {
-        let end = page.checked_add(count).filter(|&end| end <= LEAF_PAGES)?;
-        let mut ones = 0;
-        for (nth, bits) in self.present.iter().enumerate() {
-            let start = nth * BITS;
-            let from = page.saturating_sub(start).min(BITS);
-            let to = end.saturating_sub(start).min(BITS);
-            if from < to {
-                let mask = (u64::MAX >> (BITS - (to - from))) << from;
-                ones += (bits & mask).count_ones() as usize;
-            }
-        }
-        Some(ones)
-    }
-
-    fn set_bit(&mut self, slot: Slot, on: bool) {
-        let (word, bit) = slot.bit();
-        if let Some(bits) = self.present.get_mut(word) {
-            *bits = if on { *bits | bit } else { *bits & !bit };
-        }
-    }
-
-    /// The first page at or after `page` that has a word.
-    fn next(&self, page: usize) -> Option<usize> {
-        let mut mask = u64::MAX << (page % BITS);
-        for (nth, bits) in self.present.iter().enumerate().skip(page / BITS) {
-            let left = bits & mask;
-            if left != 0 {
-                return Some(nth * BITS + left.trailing_zeros() as usize);
-            }
-            mask = u64::MAX;
-        }
-        None
-    }
-
-    /// Makes room for `more` words. Growing by doubling, as `reserve` does, must not go beyond what a
-    /// full leaf takes.
-    fn make_room(&mut self, more: usize, flags: Flags) -> Result {
-        let (len, capacity) = (self.words.len(), self.words.capacity());
-        if capacity.saturating_sub(len) >= more {
-            return Ok(());
-        }
-        if capacity.saturating_mul(2) <= LEAF_PAGES || len.saturating_add(more) > LEAF_PAGES {
-            return Ok(self.words.reserve(more, flags)?);
-        }
-        let mut wider = KVec::with_capacity(LEAF_PAGES, flags)?;
-        for word in self.words.drain_all() {
-            // There is room for all of them.
-            let _ = wider.push_within_capacity(word);
-        }
-        self.words = wider;
-        Ok(())
-    }
-
-    fn remove(&mut self, slot: Slot) -> Option<W> {
-        if !self.has(slot) {
-            return None;
-        }
-        let rank = self.rank(slot);
-        let word = self.words.remove(rank).ok()?;
-        self.set_bit(slot, false);
-        Some(word)
-    }
 }
 
 impl<W> PageMap<W> {
@@ -171,13 +58,7 @@ impl<W> PageMap<W> {
     /// The word of the page at `addr`, to be changed.
     pub(crate) fn get_mut(&mut self, addr: usize) -> Option<&mut W> {
         let slot = Slot::of(addr);
-        let leaf = self.leaves.get_mut(&slot.leaf)?;
-        if leaf.has(slot) {
-            let rank = leaf.rank(slot);
-            leaf.words.get_mut(rank)
-        } else {
-            None
-        }
+        self.leaves.get_mut(&slot.leaf)?.get_mut(slot.page)
     }
 
     /// The pages of the leaf that `addr` is in, to be gone through from `addr` on in the order of their
@@ -192,7 +73,7 @@ impl<W> PageMap<W> {
         }
         let leaf = self.leaves.get_mut(&slot.leaf).ok_or(ENOMEM)?;
         Ok(LeafCursor {
-            rank: leaf.rank(slot),
+            rank: leaf.rank(slot.page),
             at: slot,
             leaf,
         })
@@ -206,7 +87,7 @@ impl<W> PageMap<W> {
     /// Takes the word of the page at `addr` out of the map.
     pub(crate) fn remove(&mut self, addr: usize) -> Option<W> {
         let slot = Slot::of(addr);
-        let word = self.leaves.get_mut(&slot.leaf)?.remove(slot)?;
+        let word = self.leaves.get_mut(&slot.leaf)?.remove(slot.page)?;
         self.prune(addr);
         Some(word)
     }
@@ -237,8 +118,7 @@ impl<W> PageMap<W> {
         // Three words of `struct rb_node`, then key and value.
         let node = 4 * size_of::<usize>() + size_of::<Leaf<W>>();
         self.leaves.iter().fold(0usize, |sum, (_, leaf)| {
-            let words = leaf.words.capacity().saturating_mul(size_of::<W>());
-            sum.saturating_add(node).saturating_add(words)
+            sum.saturating_add(node).saturating_add(leaf.bytes())
         })
     }
 
@@ -248,7 +128,7 @@ impl<W> PageMap<W> {
         if self
             .leaves
             .get(&leaf)
-            .is_some_and(|content| content.words.is_empty())
+            .is_some_and(|content| content.len() == 0)
         {
             self.leaves.remove(&leaf);
         }
@@ -280,7 +160,7 @@ impl<W> PageMap<W> {
         leaf.trouble = leaf.trouble.saturating_sub(1);
         if leaf.trouble < TROUBLE_LIMIT {
             let mut page = 0;
-            for word in leaf.words.iter() {
+            for word in leaf.words() {
                 let Some(next) = leaf.next(page) else {
                     break;
                 };
@@ -302,7 +182,7 @@ impl<W> PageMap<W> {
     /// Calls `each` with every word.
     pub(crate) fn for_each(&self, mut each: impl FnMut(&W)) {
         for (_, leaf) in self.leaves.iter() {
-            leaf.words.iter().for_each(&mut each);
+            leaf.words().iter().for_each(&mut each);
         }
     }
 }
@@ -340,18 +220,17 @@ impl<W> LeafCursor<'_, W> {
                 .next(self.at.page)
                 .filter(|&page| page < sought.page)
             {
-                let passed = Slot { page, ..self.at };
-                if let Some(word) = self.leaf.remove(passed) {
-                    return Found::Passed(passed.addr(), word);
+                if let Some(word) = self.leaf.remove(page) {
+                    return Found::Passed(Slot { page, ..self.at }.addr(), word);
                 }
             }
             // INVARIANT: no word in between.
             self.at = sought;
         }
-        if !self.leaf.has(self.at) {
+        if !self.leaf.has(self.at.page) {
             return Found::Nothing;
         }
-        match self.leaf.words.get_mut(self.rank) {
+        match self.leaf.words_mut().get_mut(self.rank) {
             Some(word) => {
                 // INVARIANT: moved on by one page and one word.
                 self.at.page = self.at.page.wrapping_add(1);
@@ -368,23 +247,8 @@ impl<W> LeafCursor<'_, W> {
     /// On failure the leaf is unchanged.
     #[inline]
     pub(crate) fn insert(&mut self, word: W, expected: usize, flags: Flags) -> Result<(), W> {
-        let room = LEAF_PAGES.saturating_sub(self.leaf.words.len());
-        let more = expected.clamp(1, room.max(1));
-        let full = self.leaf.words.len() == self.leaf.words.capacity();
-        if full && self.leaf.make_room(more, flags).is_err() {
-            return Err(word);
-        }
-        let words = &mut self.leaf.words;
-        if self.rank == words.len() {
-            words.push_within_capacity(word).map_err(|err| err.0)?;
-        } else {
-            words
-                .insert_within_capacity(self.rank, word)
-                .map_err(|err| match err {
-                    InsertError::IndexOutOfBounds(word) | InsertError::OutOfCapacity(word) => word,
-                })?;
-        }
-        self.leaf.set_bit(self.at, true);
+        self.leaf
+            .insert(self.at.page, self.rank, word, expected, flags)?;
         // INVARIANT: moved on by one page and one word.
         self.at.page = self.at.page.wrapping_add(1);
         self.rank = self.rank.wrapping_add(1);
@@ -399,7 +263,7 @@ impl<W> LeafCursor<'_, W> {
         if !all {
             return None;
         }
-        let words = self.leaf.words.get_mut(run)?;
+        let words = self.leaf.words_mut().get_mut(run)?;
         // INVARIANT: moved on by as many pages as words.
         self.at.page = self.at.page.wrapping_add(count);
         self.rank = self.rank.wrapping_add(count);
@@ -408,7 +272,7 @@ impl<W> LeafCursor<'_, W> {
 
     /// Whether no page from the first one on has a word, if the cursor has not moved yet.
     pub(crate) fn is_empty_from_here(&self) -> bool {
-        self.rank == self.leaf.words.len()
+        self.rank == self.leaf.len()
     }
 
     /// Gives `count` pages from the first one on a word each, if none of them nor any page behind them
@@ -422,19 +286,16 @@ impl<W> LeafCursor<'_, W> {
         flags: Flags,
         mut word: impl FnMut(usize) -> W,
     ) -> bool {
-        if self.rank != self.leaf.words.len()
-            || self.at.page.saturating_add(count) > LEAF_PAGES
-            || self.leaf.make_room(count, flags).is_err()
-        {
+        if self.rank != self.leaf.len() {
             return false;
         }
-        for nth in 0..count {
-            if self.leaf.words.push_within_capacity(word(nth)).is_err() {
-                // Cannot be: there is room.
-                return false;
-            }
-            let page = self.at.page.wrapping_add(nth);
-            self.leaf.set_bit(Slot { page, ..self.at }, true);
+        let page = self.at.page;
+        let filled = self
+            .leaf
+            .fill(page, count, flags, &mut word)
+            .unwrap_or(false);
+        if !filled {
+            return false;
         }
         // INVARIANT: moved on by as many pages as words.
         self.at.page = self.at.page.wrapping_add(count);
@@ -444,6 +305,6 @@ impl<W> LeafCursor<'_, W> {
 
     /// How many words the leaf has.
     pub(crate) fn len(&self) -> usize {
-        self.leaf.words.len()
+        self.leaf.len()
     }
 }

@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The words of the pages of one leaf.
+
+use core::{mem::size_of, slice};
+use kernel::{
+    alloc::{kvec::InsertError, Flags},
+    prelude::*,
+};
+
+/// Pages per leaf: those of one page table on x86-64, though nothing depends on that.
+pub(super) const LEAF_PAGES: usize = 512;
+pub(super) const LEAF_SHIFT: usize = 9;
+const BITS: usize = u64::BITS as usize;
+const GROUPS: usize = LEAF_PAGES / BITS;
+
+/// Words of some of 512 pages.
+pub(super) struct Leaf<W> {
+    content: Content<W>,
+    /// See [`PageMap::note_trouble`](super::PageMap::note_trouble).
+    pub(super) trouble: u8,
+}
+
+/// Far the most leaves are either nearly full, or have a single page.
+enum Content<W> {
+    Nothing,
+    One(u16, W),
+    Many(KBox<Many<W>>),
+}
+
+/// # Invariants
+///
+/// There are as many words as bits are set. `before` says how many are set in the groups before each.
+struct Many<W> {
+    present: [u64; GROUPS],
+    before: [u16; GROUPS],
+    words: KVec<W>,
+}
+
+/// Which group the bit of a page is in, and the bit.
+fn bit(page: usize) -> (usize, u64) {
+    (page / BITS, 1 << (page % BITS))
+}
+
+impl<W> Many<W> {
+    fn new(flags: Flags) -> Result<KBox<Self>> {
+        // INVARIANT: no words, no bits.
+        Ok(KBox::new(
+            Self {
+                present: [0; GROUPS],
+                before: [0; GROUPS],
+                words: KVec::new(),
+            },
+            flags,
+        )?)
+    }
+
+    fn has(&self, page: usize) -> bool {
+        let (group, bit) = bit(page);
+        self.present.get(group).is_some_and(|bits| bits & bit != 0)
+    }
+
+    fn rank(&self, page: usize) -> usize {
+        let (group, bit) = bit(page);
+        match (self.present.get(group), self.before.get(group)) {
+            (Some(bits), Some(&before)) => {
+                usize::from(before) + (bits & (bit - 1)).count_ones() as usize
+            }
+            // Behind the last page.
+            _ => self.words.len(),
+        }
+    }
+
+    fn next(&self, page: usize) -> Option<usize> {
+        let mut mask = u64::MAX << (page % BITS);
+        for (nth, bits) in self.present.iter().enumerate().skip(page / BITS) {
+            let left = bits & mask;
+            if left != 0 {
+                return Some(nth * BITS + left.trailing_zeros() as usize);
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+
+    fn set_bit(&mut self, page: usize) {
+        let (group, bit) = bit(page);
+        if let Some(bits) = self.present.get_mut(group) {
+            *bits |= bit;
+            let behind = self.before.iter_mut().skip(group.wrapping_add(1));
+            behind.for_each(|before| *before = before.wrapping_add(1));
+        }
+    }
+
+    fn clear_bit(&mut self, page: usize) {
+        let (group, bit) = bit(page);
+        if let Some(bits) = self.present.get_mut(group) {
+            *bits &= !bit;
+            let behind = self.before.iter_mut().skip(group.wrapping_add(1));
+            behind.for_each(|before| *before = before.wrapping_sub(1));
+        }
+    }
+
+    /// Makes room for `more` words. Growing by doubling, as `reserve` does, must not go beyond what a
+    /// full leaf takes.
+    fn make_room(&mut self, more: usize, flags: Flags) -> Result {
+        let (len, capacity) = (self.words.len(), self.words.capacity());
+        if capacity.saturating_sub(len) >= more {
+            return Ok(());
+        }
+        if capacity.saturating_mul(2) <= LEAF_PAGES || len.saturating_add(more) > LEAF_PAGES {
+            return Ok(self.words.reserve(more, flags)?);
+        }
+        let mut wider = KVec::with_capacity(LEAF_PAGES, flags)?;
+        for word in self.words.drain_all() {
+            // There is room for all of them.
+            let _ = wider.push_within_capacity(word);
+        }
+        self.words = wider;
+        Ok(())
+    }
+
+    /// Gives `page`, which has none, a word, of which `rank` are before it. There is room.
+    fn insert_in_room(&mut self, page: usize, rank: usize, word: W) -> Result<(), W> {
+        if rank == self.words.len() {
+            self.words.push_within_capacity(word).map_err(|err| err.0)?;
+        } else {
+            self.words
+                .insert_within_capacity(rank, word)
+                .map_err(|err| match err {
+                    InsertError::IndexOutOfBounds(word) | InsertError::OutOfCapacity(word) => word,
+                })?;
+        }
+        // INVARIANT: one bit more, one word more.
+        self.set_bit(page);
+        Ok(())
+    }
+}
+
+impl<W> Leaf<W> {
+    pub(super) fn new() -> Self {
+        Self {
+            content: Content::Nothing,
+            trouble: 0,
+        }
+    }
+
+    /// How many pages have a word.
+    #[inline]
+    pub(super) fn len(&self) -> usize {
+        self.words().len()
+    }
+
+    /// The words, in the order of their pages.
+    #[inline]
+    pub(super) fn words(&self) -> &[W] {
+        match &self.content {
+            Content::Nothing => &[],
+            Content::One(_, word) => slice::from_ref(word),
+            Content::Many(many) => &many.words,
+        }
+    }
+
+    /// The words, in the order of their pages.
+    #[inline]
+    pub(super) fn words_mut(&mut self) -> &mut [W] {
+        match &mut self.content {
+            Content::Nothing => &mut [],
+            Content::One(_, word) => slice::from_mut(word),
+            Content::Many(many) => &mut many.words,
+        }
+    }
+
+    /// Whether `page` has a word.
+    #[inline]
+    pub(super) fn has(&self, page: usize) -> bool {
+        match &self.content {
+            Content::Nothing => false,
+            Content::One(only, _) => usize::from(*only) == page,
+            Content::Many(many) => many.has(page),
+        }
+    }
+
+    /// How many pages before `page` have a word, which is where the word of `page` is.
+    #[inline]
+    pub(super) fn rank(&self, page: usize) -> usize {
+        match &self.content {
+            Content::Nothing => 0,
+            Content::One(only, _) => usize::from(usize::from(*only) < page),
+            Content::Many(many) => many.rank(page),
+        }
+    }
+
+    /// The word of `page`.
+    pub(super) fn get_mut(&mut self, page: usize) -> Option<&mut W> {
+        if !self.has(page) {
+            return None;
+        }
+        let rank = self.rank(page);
+        self.words_mut().get_mut(rank)
+    }
+
+    /// How many of `count` pages from `page` on have a word; `None` if they reach over the end.
+    pub(super) fn count(&self, page: usize, count: usize) -> Option<usize> {
+        let end = page.checked_add(count).filter(|&end| end <= LEAF_PAGES)?;
+        self.rank(end).checked_sub(self.rank(page))
+    }
+
+    /// The first page at or after `page` that has a word.
+    #[inline]
+    pub(super) fn next(&self, page: usize) -> Option<usize> {
+        match &self.content {
+            Content::Nothing => None,
+            Content::One(only, _) => Some(usize::from(*only)).filter(|&only| only >= page),
+            Content::Many(many) => many.next(page),
+        }
+    }
+
+    /// Gives `page`, which has none, a word, of which `rank` are before it. `expected` says how many more
+    /// words are about to come, this one included. On failure the leaf is unchanged.
+    pub(super) fn insert(
+        &mut self,
+        page: usize,
+        rank: usize,
+        word: W,
+        expected: usize,
+        flags: Flags,
+    ) -> Result<(), W> {
+        if let (Content::Nothing, 1, Ok(only)) = (&self.content, expected, u16::try_from(page)) {
+            self.content = Content::One(only, word);
+            return Ok(());
+        }
+        // Room is made for all that are expected, once.
+        if let Content::Many(many) = &mut self.content {
+            if many.words.len() < many.words.capacity() {
+                return many.insert_in_room(page, rank, word);
+            }
+        }
+        let more = expected.clamp(1, LEAF_PAGES.saturating_sub(self.len()).max(1));
+        match self.many_with_room(more, flags) {
+            Ok(many) => many.insert_in_room(page, rank, word),
+            Err(_) => Err(word),
+        }
+    }
+
+    /// Gives `count` pages from `page` on, behind all that have one, a word each; `word` makes the word of
+    /// the nth page. `None` or `false`: that was not possible, and nothing was done.
+    pub(super) fn fill(
+        &mut self,
+        page: usize,
+        count: usize,
+        flags: Flags,
+        word: &mut impl FnMut(usize) -> W,
+    ) -> Option<bool> {
+        let end = page.checked_add(count).filter(|&end| end <= LEAF_PAGES)?;
+        if let (Content::Nothing, 1) = (&self.content, count) {
+            self.content = Content::One(u16::try_from(page).ok()?, word(0));
+            return Some(true);
+        }
+        let many = self.many_with_room(count, flags).ok()?;
+        for nth in 0..count {
+            // There is room for all.
+            if many.words.push_within_capacity(word(nth)).is_err() {
+                return None;
+            }
+        }
+        // INVARIANT: `count` bits more, and as many words.
+        for (group, bits) in many.present.iter_mut().enumerate() {
+            let start = group * BITS;
+            let from = page.saturating_sub(start).min(BITS);
+            let to = end.saturating_sub(start).min(BITS);
+            if from < to {
+                *bits |= (u64::MAX >> (BITS - (to - from))) << from;
+            }
+        }
+        let mut sum = 0;
+        for (bits, before) in many.present.iter().zip(many.before.iter_mut()) {
+            *before = sum;
+            sum = sum.wrapping_add(bits.count_ones() as u16);
+        }
+        Some(true)
+    }
+
+    /// Takes the word of `page` away.
+    pub(super) fn remove(&mut self, page: usize) -> Option<W> {
+        if !self.has(page) {
+            return None;
+        }
+        if let Content::Many(many) = &mut self.content {
+            let rank = many.rank(page);
+            let word = many.words.remove(rank).ok()?;
+            // INVARIANT: one bit less, one word less.
+            many.clear_bit(page);
+            return Some(word);
+        }
+        match core::mem::replace(&mut self.content, Content::Nothing) {
+            Content::One(_, word) => Some(word),
+            _ => None,
+        }
+    }
+
+    /// The memory that the content takes besides the leaf itself, in bytes, without the allocator's own
+    /// overhead.
+    pub(super) fn bytes(&self) -> usize {
+        match &self.content {
+            Content::Many(many) => {
+                let words = many.words.capacity().saturating_mul(size_of::<W>());
+                words.saturating_add(size_of::<Many<W>>())
+            }
+            _ => 0,
+        }
+    }
+
+    /// The content as one of many words, with room for `more`. On failure the leaf is unchanged.
+    fn many_with_room(&mut self, more: usize, flags: Flags) -> Result<&mut Many<W>> {
+        if !matches!(self.content, Content::Many(_)) {
+            let mut many = Many::new(flags)?;
+            many.make_room(self.len().saturating_add(more), flags)?;
+            let before = core::mem::replace(&mut self.content, Content::Nothing);
+            if let Content::One(page, word) = before {
+                // There is room.
+                let _ = many.insert_in_room(usize::from(page), 0, word);
+            }
+            self.content = Content::Many(many);
+        }
+        match &mut self.content {
+            Content::Many(many) => {
+                many.make_room(more, flags)?;
+                Ok(many)
+            }
+            // Cannot be, see above.
+            _ => Err(ENOMEM),
+        }
+    }
+}
