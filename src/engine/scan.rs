@@ -302,16 +302,22 @@ impl Engine {
         scratch: &mut Scratch,
     ) -> bool {
         scratch.len = 0;
+        scratch.batch.clear();
         let from = state.cursor.addr;
+        let mut next = from;
         let guard = mm.mmap_read_lock();
-        let Some(vma) = MergeableVma::next(mm, &guard, from) else {
+        while !scratch.batch.is_full(budget) {
+            let Some(vma) = MergeableVma::next(mm, &guard, next) else {
+                break;
+            };
+            let start = next.max(vma.start());
+            next = walk::fill(&vma, start, budget, &self.hasher, &mut scratch.batch);
+        }
+        if next == from {
             drop(guard);
-            scratch.batch.clear();
             state.forget_range(slot, from, usize::MAX);
             return false;
-        };
-        let start = from.max(vma.start());
-        let next = walk::fill(&vma, start, budget, &self.hasher, &mut scratch.batch);
+        }
         state.absorb(mm, slot, from, next, scratch);
         state.cursor.addr = next;
         true

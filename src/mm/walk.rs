@@ -27,8 +27,11 @@ pub(crate) const BATCH_PAGES: usize = 512;
 /// The most entries, or pages of a huge page, that are looked at under one hold of a page-table lock.
 const LOCK_ENTRIES: usize = 64;
 
-/// The most page tables that one walk goes through, as they may all be next to empty.
+/// The most page tables, and areas, that are gone through for one batch, as they may all be next to empty.
 const WALK_TABLES: usize = 64;
+
+/// How many entries are looked at together to see whether they are all empty.
+const FEW: usize = 8;
 
 /// What a page was when the walk came by.
 #[derive(Clone, Copy)]
@@ -102,6 +105,8 @@ impl SeenPage {
 pub(crate) struct Batch {
     pages: [SeenPage; BATCH_PAGES],
     len: usize,
+    /// How many more page tables, or areas, to go through.
+    tables: usize,
 }
 
 impl Batch {
@@ -110,12 +115,19 @@ impl Batch {
         init!(Self {
             pages <- pin_init::init_array_from_fn(|_| SeenPage::default()),
             len: 0,
+            tables: 0,
         })
     }
 
     /// Takes all pages out.
     pub(crate) fn clear(&mut self) {
         self.len = 0;
+        self.tables = WALK_TABLES;
+    }
+
+    /// Whether [`fill`] would not add anything, with the same `max`.
+    pub(crate) fn is_full(&self, max: usize) -> bool {
+        self.len >= max.min(BATCH_PAGES) || self.tables == 0
     }
 
     /// The pages, in the order of their addresses.
@@ -132,8 +144,9 @@ impl Batch {
     }
 }
 
-/// Fills `batch` with at most `max` pages of `vma` from `from` on, or fewer when they lie far apart. Returns
-/// the address to go on from, which is the VMA's end when there are no more pages in it.
+/// Adds pages of `vma` from `from` on to `batch`, until it has `max` of them, or fewer when they lie far
+/// apart. Returns the address to go on from, which is the VMA's end when there are no more pages in it.
+/// The batch was cleared before its first area; areas come in the order of their addresses.
 ///
 /// Samples are taken in place by `hasher`, under the page-table lock, which is what keeps the pages. No
 /// reference is taken. A page-table lock is held for [`LOCK_ENTRIES`] entries at most.
@@ -144,15 +157,14 @@ pub(crate) fn fill(
     hasher: &Hasher,
     batch: &mut Batch,
 ) -> usize {
-    batch.len = 0;
     let max = max.min(BATCH_PAGES);
-    let mut tables = WALK_TABLES;
     let mut reached = vma.end();
+    // Many areas without a single page table must not be walked under one hold of `mmap_lock` either.
+    batch.tables = batch.tables.saturating_sub(1);
     let mut visit = Visit::Scan {
         batch,
         max,
         hasher,
-        tables: &mut tables,
         reached: &mut reached,
     };
     walk(vma, from, vma.end(), &mut visit);
@@ -191,9 +203,7 @@ enum Visit<'a> {
         batch: &'a mut Batch,
         max: usize,
         hasher: &'a Hasher,
-        /// How many more page tables to go through.
-        tables: &'a mut usize,
-        /// How far the walk came, if it ended for want of these.
+        /// How far the walk came, if it ended for having gone through many page tables.
         reached: &'a mut usize,
     },
     Get(Option<PageRef>),
@@ -283,8 +293,8 @@ impl Visit<'_> {
         found
     }
 
-    /// Looks at the part `addr..end` of a page table, under one hold of its lock. Returns whether the
-    /// walk is over, or `None` if there is no page table.
+    /// Looks at the part `addr..end` of a page table, as far as that goes under one hold of its lock.
+    /// Returns whether the walk is over, and how far this came; or `None` if there is no page table.
     ///
     /// # Safety
     ///
@@ -295,31 +305,33 @@ impl Visit<'_> {
         pmd: *mut bindings::pmd_t,
         addr: usize,
         end: usize,
-    ) -> Option<bool> {
+    ) -> Option<(bool, usize)> {
         let mut ptl = ptr::null_mut();
         // SAFETY: the VMA is valid; page tables are not freed while `mmap_lock` is held.
         let first = unsafe { ffi::rksm_pte_lock((*vma).vm_mm, pmd, addr, &mut ptl) };
         if first.is_null() {
             return None;
         }
-        let over = if let Visit::Scan {
+        let result = if let Visit::Scan {
             batch, max, hasher, ..
         } = self
         {
             // SAFETY: the entries of `addr..end` start at `first`, and their lock is held.
             unsafe { scan_entries(first, addr, end, batch, *max, hasher) }
         } else {
-            (addr..end)
+            let end = end.min(addr.saturating_add(LOCK_ENTRIES * PAGE_SIZE));
+            let over = (addr..end)
                 .step_by(PAGE_SIZE)
                 .enumerate()
                 .any(|(nth, addr)| {
                     // SAFETY: `addr` lies in the range of the page table, which is mapped and locked.
                     unsafe { self.entry(vma, addr, ffi::rksm_ptep_get(first.add(nth))) }
-                })
+                });
+            (over, end)
         };
         // SAFETY: locked above.
         unsafe { ffi::rksm_pte_unlock(first, ptl) };
-        Some(over)
+        Some(result)
     }
 
     /// Looks at the part `addr..end` of a huge page. `None`: it is none, look at the page table.
@@ -379,7 +391,35 @@ impl Visit<'_> {
     }
 }
 
-/// Puts the anonymous pages of `addr..end` into `batch`. Returns whether it is full.
+/// Whether an entry is empty.
+///
+/// # Safety
+///
+/// `entry` is mapped. (It is one word, which the MMU may change at any time.)
+#[inline(always)]
+unsafe fn is_empty(entry: *const bindings::pte_t) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { entry.cast::<u64>().read_volatile() == 0 }
+}
+
+/// Whether [`FEW`] entries are empty.
+///
+/// # Safety
+///
+/// All of them are mapped, and `first` is the first one.
+#[inline(always)]
+unsafe fn are_empty(first: *const bindings::pte_t) -> bool {
+    // SAFETY: the caller's promise.
+    let word = |nth| unsafe { first.cast::<u64>().add(nth).read_volatile() };
+    // Written out, since reads that are volatile are not combined by the compiler.
+    const { assert!(FEW == 8) };
+    let left = word(0) | word(1) | word(2) | word(3);
+    let right = word(4) | word(5) | word(6) | word(7);
+    left | right == 0
+}
+
+/// Puts the anonymous pages of `addr..end` into `batch`. Returns whether it is full, and how far this came
+/// when [`LOCK_ENTRIES`] were looked at, those that are empty left aside.
 ///
 /// # Safety
 ///
@@ -391,19 +431,30 @@ unsafe fn scan_entries(
     batch: &mut Batch,
     max: usize,
     hasher: &Hasher,
-) -> bool {
+) -> (bool, usize) {
     let mut mapped = ffi::rksm_mapped {
         mapping: 0,
         content: ptr::null(),
     };
-    for (nth, addr) in (addr..end).step_by(PAGE_SIZE).enumerate() {
+    let mut next = (first, addr);
+    let mut left = LOCK_ENTRIES;
+    while next.1 < end && left != 0 {
+        let (entry, addr) = next;
+        // The address behind the last page may be no address any more, but is not used then.
+        next = (entry.wrapping_add(1), addr.wrapping_add(PAGE_SIZE));
         // SAFETY: by the caller's promise this is the entry of `addr`.
-        let entry = unsafe { first.add(nth) };
-        // Most entries of a sparse area are empty, and not worth a call.
-        // SAFETY: an entry is one word, which the MMU may change at any time.
-        if unsafe { entry.cast::<u64>().read_volatile() } == 0 {
+        if unsafe { is_empty(entry) } {
+            // Most entries of a sparse area are: look at several together.
+            // SAFETY: as above, for so many.
+            while end.wrapping_sub(next.1) >= FEW * PAGE_SIZE && unsafe { are_empty(next.0) } {
+                next = (
+                    next.0.wrapping_add(FEW),
+                    next.1.wrapping_add(FEW * PAGE_SIZE),
+                );
+            }
             continue;
         }
+        left = left.wrapping_sub(1);
         // SAFETY: as above. What the entry maps is kept by that, under the lock.
         if !unsafe { ffi::rksm_entry_anon(entry, &raw mut mapped) } {
             continue;
@@ -416,10 +467,10 @@ unsafe fn scan_entries(
             SeenPage::anon(addr, hasher.sample(|nth| content.word(nth)))
         });
         if batch.len >= max {
-            return true;
+            return (true, next.1);
         }
     }
-    false
+    (false, next.1)
 }
 
 /// The size of what one entry of the second-lowest level of page tables maps.
@@ -457,23 +508,20 @@ unsafe extern "C" fn rksm_walk_pmd(
         let to = end.min(from.saturating_add(LOCK_ENTRIES * PAGE_SIZE));
         // A huge page may be split or made at any time between two holds of the lock.
         // SAFETY: the caller's promise.
-        let over = match unsafe { visit.huge(vma, pmd, from, to) } {
+        let result = match unsafe { visit.huge(vma, pmd, from, to) } {
             // SAFETY: the caller's promise.
-            None => unsafe { visit.table(vma, pmd, from, to) },
-            over => over,
+            None => unsafe { visit.table(vma, pmd, from, end) },
+            Some(over) => Some((over, to)),
         };
-        match over {
-            Some(false) => from = to,
-            Some(true) => return 1,
+        match result {
+            Some((false, to)) => from = to,
+            Some((true, _)) => return 1,
             None => break,
         }
     }
-    if let Visit::Scan {
-        tables, reached, ..
-    } = visit
-    {
-        **tables = tables.saturating_sub(1);
-        if **tables == 0 {
+    if let Visit::Scan { batch, reached, .. } = visit {
+        batch.tables = batch.tables.saturating_sub(1);
+        if batch.tables == 0 {
             **reached = end;
             return 1;
         }
