@@ -12,6 +12,7 @@ use super::{
 use crate::mm::{
     kthread::Current,
     stable::{ItemBox, NodeId},
+    trace,
     vma::{is_abandoned, MergeableVma},
     walk::{self, Batch, Seen, BATCH_PAGES},
     word::{PageState, PageWord},
@@ -188,6 +189,7 @@ impl Engine {
             gathering: false,
         };
         state.core.pass = state.core.pass.wrapping_add(1);
+        trace::start_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
         last
     }
 
@@ -216,6 +218,7 @@ impl Engine {
             events: state.cursor.events,
             ..Cursor::new()
         };
+        trace::stop_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
         self.stats.add_full_scan();
         Step::PassDone
     }

@@ -23,6 +23,7 @@ pub(crate) mod oom;
 mod pte;
 pub(crate) mod stable;
 pub(crate) mod sysfs;
+pub(crate) mod trace;
 pub(crate) mod unload;
 pub(crate) mod vma;
 pub(crate) mod walk;

@@ -123,6 +123,14 @@ const void *rksm_btf(unsigned long *len);
 
 /* Tracepoints. */
 void rksm_tracepoint_synchronize_unregister(void);
+void rksm_trace_start_scan(int seq, u32 rmap_entries);
+void rksm_trace_stop_scan(int seq, u32 rmap_entries);
+void rksm_trace_merge_one_page(unsigned long pfn, void *item, struct mm_struct *mm, int err);
+void rksm_trace_merge_with_ksm_page(void *kpage, unsigned long pfn, void *item,
+				    struct mm_struct *mm, int err);
+void rksm_trace_remove_ksm_page(unsigned long pfn);
+void rksm_trace_remove_rmap_item(unsigned long pfn, void *item, struct mm_struct *mm);
+void rksm_trace_advisor(s64 scan_time, unsigned long pages_to_scan, unsigned int cpu_percent);
 
 /* The in-tree engine. */
 typedef void (*rksm_mm_fn)(void *data, struct mm_struct *mm);

@@ -18,6 +18,7 @@
 use super::{
     ffi,
     folio::{LockedPage, PageRef, MAPPING_FLAGS},
+    trace,
     vma::MergeableVma,
 };
 use crate::{
@@ -394,7 +395,9 @@ impl NodeBox {
             return Err(self);
         }
         self.unlink_all();
-        self.0.published.set(false);
+        if self.0.published.replace(false) {
+            trace::remove_ksm_page(self.0.kpfn());
+        }
         Ok(())
     }
 
@@ -413,7 +416,10 @@ impl NodeBox {
                 .cast::<Item>();
             // SAFETY: only items are put on the list, by `link`, and an item that is on a list is
             // not freed (see `ItemBox::drop`).
-            unsafe { self.0.unlink(&*item) };
+            unsafe {
+                ffi::rksm_trace_remove_rmap_item(self.0.kpfn(), item.cast(), (*item).mm());
+                self.0.unlink(&*item);
+            }
             // SAFETY: no precondition but being allowed to sleep.
             unsafe { ffi::rksm_cond_resched() };
         }
@@ -576,6 +582,11 @@ impl ItemBox {
                 Detached::Done(key, node.items.get())
             }
         }
+    }
+
+    /// Where it is. Only good for showing.
+    pub(super) fn as_ptr(&self) -> *const core::ffi::c_void {
+        (&raw const **self.0).cast()
     }
 
     /// Moves the box's memory into one word, to be given back to [`ItemBox::from_word`].

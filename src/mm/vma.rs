@@ -7,9 +7,9 @@ use super::{
     folio::{LockedPage, PageRef},
     pte::{NotifierRange, PteLock},
     stable::{ItemBox, NodeBox},
-    walk,
+    trace, walk,
 };
-use core::ptr::NonNull;
+use core::ptr::{self, NonNull};
 use kernel::{
     bindings,
     mm::{virt::VmaRef, Mm, MmWithUser, MmapReadGuard},
@@ -112,6 +112,19 @@ impl<'a> MergeableVma<'a> {
         node: &NodeBox,
         item: &mut ItemBox,
     ) -> Result<PageRef> {
+        let pfn = page.pfn();
+        let result = self.try_publish(addr, page, node, item);
+        trace::merge_with_ksm_page(true, pfn, ptr::null_mut(), item, self.mm(), &result);
+        result
+    }
+
+    fn try_publish(
+        &self,
+        addr: usize,
+        page: PageRef,
+        node: &NodeBox,
+        item: &mut ItemBox,
+    ) -> Result<PageRef> {
         let page = self.lock_small(page)?;
         self.write_protect(addr, &page)?;
         // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
@@ -128,6 +141,26 @@ impl<'a> MergeableVma<'a> {
     /// the entry is put back as it was, and the result is `EAGAIN`. Other errors are as in
     /// [`Self::publish`].
     pub(crate) fn join(
+        &self,
+        addr: usize,
+        page: PageRef,
+        kpage: &LockedPage,
+        node: &NodeBox,
+        item: &mut ItemBox,
+    ) -> Result {
+        let result = self.try_join(addr, page, kpage, node, item);
+        trace::merge_with_ksm_page(
+            false,
+            kpage.pfn(),
+            kpage.as_ptr(),
+            item,
+            self.mm(),
+            &result,
+        );
+        result
+    }
+
+    fn try_join(
         &self,
         addr: usize,
         page: PageRef,

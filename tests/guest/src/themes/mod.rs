@@ -15,6 +15,7 @@ mod pin;
 mod registration;
 mod scanning;
 mod soak;
+mod trace;
 mod unmerge;
 mod vmops;
 
@@ -44,6 +45,7 @@ pub const ALL: &[&Theme] = &[
     &scanning::THEME,
     &eager::THEME,
     &counters::THEME,
+    &trace::THEME,
     &soak::THEME,
     &lifecycle::THEME,
 ];
