@@ -34,6 +34,8 @@ const PAGES_SCANNED: usize = 7;
 const FULL_SCANS: usize = 8;
 const MERGE_EAGERLY: usize = 9;
 const PASS_MILLISECS: usize = 10;
+const SMART_SCAN: usize = 11;
+const PAGES_SKIPPED: usize = 12;
 
 impl Directory for Engine {
     const NAME: &'static CStr = c"rksm";
@@ -52,6 +54,8 @@ impl Directory for Engine {
         // In-tree KSM has no such files.
         Knob::rw(c"merge_eagerly"),
         Knob::rw(c"pass_millisecs"),
+        Knob::rw(c"smart_scan"),
+        Knob::ro(c"pages_skipped"),
     ];
 
     fn show(&self, knob: usize, out: &mut Output<'_>) -> Result {
@@ -67,6 +71,8 @@ impl Directory for Engine {
             FULL_SCANS => self.stats.full_scans.load(Relaxed),
             MERGE_EAGERLY => u64::from(self.merge_eagerly.load(Relaxed)),
             PASS_MILLISECS => u64::from(self.pass_millisecs.load(Relaxed)),
+            SMART_SCAN => u64::from(self.smart_scan.load(Relaxed)),
+            PAGES_SKIPPED => self.stats.skipped.load(Relaxed),
             _ => return Err(EINVAL),
         };
         writeln!(out, "{value}").map_err(|_| EINVAL)
@@ -88,6 +94,11 @@ impl Directory for Engine {
             PASS_MILLISECS => {
                 set(&self.pass_millisecs)?;
                 self.wake();
+                Ok(())
+            }
+            SMART_SCAN => {
+                let on = input.parse_bool()?;
+                self.smart_scan.store(on.into(), Relaxed);
                 Ok(())
             }
             MERGE_EAGERLY => match input.parse_u32()? {

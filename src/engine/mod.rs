@@ -76,6 +76,8 @@ pub(crate) struct Engine {
     run: Atomic<u32>,
     pages_to_scan: Atomic<u32>,
     sleep_millisecs: Atomic<u32>,
+    /// Whether to skip areas in which looking came to nothing for some passes.
+    smart_scan: Atomic<u32>,
     /// Whether to merge pages at first sight.
     merge_eagerly: Atomic<u32>,
     /// The shortest time from the beginning of one pass to that of the next.
@@ -112,6 +114,8 @@ struct Core {
     pages: usize,
     /// Pages that are steady and do not wait.
     steady: usize,
+    /// Counts what happened to pages that are remembered.
+    changes: u64,
     /// Counts what [`Core::try_again`] is called for. Starts at 1, see [`scan::Cursor`].
     events: u64,
     /// Numbers the passes.
@@ -135,6 +139,7 @@ impl Engine {
                 run: Atomic::new(run::STOP),
                 pages_to_scan: Atomic::new(knobs::DEFAULT_PAGES_TO_SCAN),
                 sleep_millisecs: Atomic::new(knobs::DEFAULT_SLEEP_MILLISECS),
+                smart_scan: Atomic::new(1),
                 merge_eagerly: Atomic::new(0),
                 pass_millisecs: Atomic::new(knobs::DEFAULT_PASS_MILLISECS),
                 stats: Stats::new(),
@@ -313,6 +318,7 @@ impl State {
                 items: 0,
                 pages: 0,
                 steady: 0,
+                changes: 0,
                 events: 1,
                 pass: 0,
                 soon_broken: 0,
@@ -392,6 +398,7 @@ impl State {
 impl Core {
     /// Notes that a page with this sample is remembered from now on.
     fn enter(&mut self, sample: Sample) {
+        self.changes = self.changes.wrapping_add(1);
         self.count(sample);
         self.pages = self.pages.saturating_add(1);
     }
@@ -411,6 +418,7 @@ impl Core {
 
     /// Notes that a page is no longer remembered, and takes it out of whichever tree it is in.
     fn leave(&mut self, place: Place, word: PageWord) {
+        self.changes = self.changes.wrapping_add(1);
         self.pages = self.pages.saturating_sub(1);
         self.filter.remove(word.sample());
         self.retire(place, word);
@@ -418,6 +426,7 @@ impl Core {
 
     /// Changes what is remembered of a page to "seen with this sample".
     fn renew(&mut self, place: Place, word: &mut PageWord, sample: Sample) {
+        self.changes = self.changes.wrapping_add(1);
         let caution = self.caution_after(word);
         let old = core::mem::replace(word, PageWord::seen_with(sample, caution));
         if old.sample() != sample {
@@ -442,6 +451,7 @@ impl Core {
 
     /// Changes the word of a page that does not wait to another with the same sample.
     fn relabel(&mut self, word: &mut PageWord, new: PageWord) {
+        self.changes = self.changes.wrapping_add(1);
         // An item that is still listed must never be dropped.
         if let Some(item) = word.take_item() {
             self.detach(item);

@@ -39,6 +39,8 @@ pub(super) struct Cursor {
     news: bool,
     /// [`Core::events`] when this pass began.
     events: u64,
+    /// Whether some leaves of the current address space are skipped in this pass.
+    skipping: bool,
     /// Whether all pages were looked at, and those that have an equal are merged now, at first sight.
     gathering: bool,
 }
@@ -51,6 +53,7 @@ impl Cursor {
             last: None,
             news: true,
             events: 0,
+            skipping: false,
             gathering: false,
         }
     }
@@ -186,6 +189,7 @@ impl Engine {
             last: Some(last),
             news: state.core.events != before,
             events: state.core.events,
+            skipping: false,
             gathering: false,
         };
         state.core.pass = state.core.pass.wrapping_add(1);
@@ -231,6 +235,9 @@ impl Engine {
         mm: &MmWithUser,
         budget: usize,
     ) -> Option<usize> {
+        if state.cursor.addr == 0 {
+            self.begin_mm(state, slot);
+        }
         let mut scratch = state.scratch.take()?;
         state.fit_filter(BATCH_PAGES);
         let more = self.look_on(state, slot, mm, budget, &mut scratch);
@@ -238,6 +245,23 @@ impl Engine {
         let looked = scratch.batch.pages().len();
         state.scratch = Some(scratch);
         more.then_some(looked)
+    }
+
+    /// Decides what is to be skipped of an address space in this pass.
+    fn begin_mm(&self, state: &mut State, slot: SlotId) {
+        state.cursor.skipping = false;
+        if self.smart_scan.load(Relaxed) == 0 {
+            return;
+        }
+        if let Some(known) = state.mms.get_mut(&slot) {
+            // What is merged is looked at in every pass, or it would show as merged long after it was
+            // written to.
+            let skipped = known
+                .pages
+                .begin_pass(state.cursor.news, PageWord::is_merged);
+            self.stats.add_skipped(skipped);
+            state.cursor.skipping = skipped != 0;
+        }
     }
 
     /// Merges what is remembered of the next few pages of one address space, at first sight. `None`: there
@@ -314,7 +338,22 @@ impl Engine {
                 break;
             };
             let start = next.max(vma.start());
-            next = walk::fill(&vma, start, budget, &self.hasher, &mut scratch.batch);
+            let limit = match state.next_skipped(slot, start) {
+                Ok((first, last)) if first <= start => {
+                    // What is before it is done with first; then go on behind it.
+                    if next == from {
+                        drop(guard);
+                        state.forget_range(slot, from, start.min(first.max(from)));
+                        state.cursor.addr = last.saturating_add(1);
+                        return last != usize::MAX;
+                    }
+                    break;
+                }
+                Ok((first, _)) => first,
+                Err(before) => before,
+            };
+            let batch = &mut scratch.batch;
+            next = walk::fill(&vma, start, limit, budget, &self.hasher, batch);
         }
         if next == from {
             drop(guard);
@@ -328,9 +367,12 @@ impl Engine {
 }
 
 impl MmState {
-    /// Notes with the area around `addr` how many of its pages were written to soon after they were
-    /// merged.
-    fn note_broken(&mut self, addr: usize, core: &mut Core) {
+    /// Notes with the area around `addr` whether anything happened to its pages since there were so many
+    /// `changes`, and how many of these were written to soon after they were merged.
+    fn note(&mut self, addr: usize, changes: u64, core: &mut Core) {
+        if core.changes != changes {
+            self.pages.note_change(addr);
+        }
         let broken = core::mem::take(&mut core.soon_broken);
         if broken != 0 {
             self.pages.note_trouble(addr, broken);
@@ -345,6 +387,14 @@ impl MmState {
 }
 
 impl State {
+    /// The next leaf of an address space that this pass skips, see [`PageMap::next_skipped`].
+    fn next_skipped(&mut self, slot: SlotId, from: usize) -> Result<(usize, usize), usize> {
+        match self.mms.get_mut(&slot) {
+            Some(known) if self.cursor.skipping => known.pages.next_skipped(from),
+            _ => Err(usize::MAX),
+        }
+    }
+
     /// Compares the pages of a batch, which covers `from..to`, with what is remembered of them. What is
     /// remembered of addresses without a page is outdated and goes.
     fn absorb(&mut self, mm: &Mm, slot: SlotId, from: usize, to: usize, scratch: &mut Scratch) {
@@ -388,7 +438,9 @@ impl State {
             return;
         };
         let core = &mut self.core;
+        let changes = core.changes;
         if let Ok(mut leaf) = known.pages.leaf_from(addr, GFP_SCAN) {
+            let news = self.cursor.news || leaf.is_owed_news();
             let end = first.saturating_add(count);
             // Without holes among the pages, most often all are known, or all are new.
             let dense = scratch
@@ -398,8 +450,8 @@ impl State {
                 .is_some_and(|last| last.addr().wrapping_sub(addr) / PAGE_SIZE + 1 == count);
             if dense {
                 if let Some(words) = leaf.known_run(count) {
-                    core.look_at_run(slot, words, first, scratch, self.cursor.news);
-                    return known.note_broken(addr, core);
+                    core.look_at_run(slot, words, first, scratch, news);
+                    return known.note(addr, changes, core);
                 }
                 let pages = scratch.batch.pages().get(first..end).unwrap_or(&[]);
                 if leaf.is_empty_from_here() && pages.iter().all(|page| page.sample().is_some()) {
@@ -444,7 +496,7 @@ impl State {
             }
         }
         known.pages.prune(addr);
-        known.note_broken(addr, core);
+        known.note(addr, changes, core);
     }
 }
 

@@ -17,6 +17,8 @@ pub(crate) struct Stats {
     pub(crate) volatile: Atomic<u64>,
     /// Pages looked at since the module was loaded.
     pub(crate) scanned: Atomic<u64>,
+    /// Pages that `smart_scan` saved looking at since the module was loaded.
+    pub(crate) skipped: Atomic<u64>,
     /// How often all mergeable areas were looked at since everything was unmerged last.
     pub(crate) full_scans: Atomic<u64>,
 }
@@ -29,6 +31,7 @@ impl Stats {
             unshared: Atomic::new(0),
             volatile: Atomic::new(0),
             scanned: Atomic::new(0),
+            skipped: Atomic::new(0),
             full_scans: Atomic::new(0),
         }
     }
@@ -52,6 +55,11 @@ impl Stats {
     /// Counts pages that were looked at.
     pub(super) fn add_scanned(&self, pages: usize) {
         self.scanned.add(pages as u64, Relaxed);
+    }
+
+    /// Counts pages that were not looked at.
+    pub(super) fn add_skipped(&self, pages: usize) {
+        self.skipped.add(pages as u64, Relaxed);
     }
 
     /// Counts a completed pass.

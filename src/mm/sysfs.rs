@@ -76,6 +76,15 @@ impl Input<'_> {
             Err(EINVAL)
         }
     }
+
+    /// Whether it says yes, as `kstrtobool()` takes it. `EINVAL` if it says neither yes nor no.
+    pub(crate) fn parse_bool(&self) -> Result<bool> {
+        let mut value = false;
+        // SAFETY: a C string, and a place for the result.
+        let ret = unsafe { bindings::kstrtobool(self.0.as_char_ptr(), &raw mut value) };
+        kernel::error::to_result(ret)?;
+        Ok(value)
+    }
 }
 
 /// The kobject of `/sys/kernel/mm`.

@@ -144,8 +144,9 @@ impl Batch {
     }
 }
 
-/// Adds pages of `vma` from `from` on to `batch`, until it has `max` of them, or fewer when they lie far
-/// apart. Returns the address to go on from, which is the VMA's end when there are no more pages in it.
+/// Adds pages of `vma` from `from` on, and before `limit`, to `batch`, until it has `max` of them, or fewer when they lie far
+/// apart. Returns the address to go on from, which is the VMA's end, or `limit`, when there are no more
+/// pages before that.
 /// The batch was cleared before its first area; areas come in the order of their addresses.
 ///
 /// Samples are taken in place by `hasher`, under the page-table lock, which is what keeps the pages. No
@@ -153,12 +154,14 @@ impl Batch {
 pub(crate) fn fill(
     vma: &MergeableVma<'_>,
     from: usize,
+    limit: usize,
     max: usize,
     hasher: &Hasher,
     batch: &mut Batch,
 ) -> usize {
+    let end = vma.end().min(limit);
     let max = max.min(BATCH_PAGES);
-    let mut reached = vma.end();
+    let mut reached = end;
     // Many areas without a single page table must not be walked under one hold of `mmap_lock` either.
     batch.tables = batch.tables.saturating_sub(1);
     let mut visit = Visit::Scan {
@@ -167,7 +170,7 @@ pub(crate) fn fill(
         hasher,
         reached: &mut reached,
     };
-    walk(vma, from, vma.end(), &mut visit);
+    walk(vma, from, end, &mut visit);
     match batch.pages().last() {
         Some(last) if batch.len >= max => last.addr.saturating_add(PAGE_SIZE),
         _ => reached,

@@ -111,6 +111,12 @@ impl PageWord {
         })
     }
 
+    /// Whether the page is merged.
+    #[inline]
+    pub(crate) fn is_merged(&self) -> bool {
+        self.0 & TAG_MASK == TAG_MERGED
+    }
+
     /// What is known of the page.
     #[inline]
     pub(crate) fn state(&self) -> PageState {

@@ -19,6 +19,52 @@ pub(super) struct Leaf<W> {
     content: Content<W>,
     /// See [`PageMap::note_trouble`](super::PageMap::note_trouble).
     pub(super) trouble: u8,
+    /// What is known of how much looking at the pages is worth.
+    pub(super) age: Age,
+}
+
+/// For how long nothing has come of looking at the pages of a leaf.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Age {
+    /// Passes in which nothing changed.
+    passes: u8,
+    /// How many of the next passes are to skip the leaf.
+    skips: u8,
+    /// Whether this pass skips it.
+    pub(super) is_skipped: bool,
+    /// Whether there was news for it in a pass that skipped it.
+    pub(super) is_owed_news: bool,
+}
+
+impl Age {
+    /// Begins a pass, for which there is news or not, and decides whether it skips the leaf. The ages
+    /// and numbers of passes are those of in-tree KSM, which has them for each page.
+    pub(super) fn begin_pass(&mut self, news: bool, may_skip: impl FnOnce() -> bool) {
+        if !self.is_skipped {
+            // It was looked at in the pass before.
+            self.is_owed_news = false;
+        }
+        let age = self.passes;
+        self.passes = age.saturating_add(1);
+        self.is_skipped = age >= 3 && self.skips != 0;
+        if self.is_skipped {
+            self.skips = self.skips.saturating_sub(1);
+            self.is_owed_news |= news;
+        } else if age >= 3 && may_skip() {
+            self.skips = match age {
+                0..=3 => 1,
+                4..=5 => 2,
+                6..=8 => 4,
+                _ => 8,
+            };
+        }
+    }
+
+    /// Notes that something happened to a page.
+    pub(super) fn begin_anew(&mut self) {
+        self.passes = 0;
+        self.skips = 0;
+    }
 }
 
 /// Far the most leaves are either nearly full, or have a single page.
@@ -142,6 +188,7 @@ impl<W> Leaf<W> {
         Self {
             content: Content::Nothing,
             trouble: 0,
+            age: Age::default(),
         }
     }
 

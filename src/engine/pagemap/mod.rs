@@ -8,6 +8,9 @@ use core::mem::size_of;
 use kernel::{alloc::Flags, page::PAGE_SHIFT, prelude::*, rbtree::RBTree};
 use leaf::{Leaf, LEAF_PAGES, LEAF_SHIFT};
 
+/// How many leaves [`PageMap::next_skipped`] looks at.
+const SKIP_SEARCH: usize = 64;
+
 /// How much trouble one page makes, and how much of it is too much: four pages lately.
 const TROUBLE_STEP: usize = 16;
 const TROUBLE_LIMIT: u8 = 64;
@@ -58,7 +61,9 @@ impl<W> PageMap<W> {
     /// The word of the page at `addr`, to be changed.
     pub(crate) fn get_mut(&mut self, addr: usize) -> Option<&mut W> {
         let slot = Slot::of(addr);
-        self.leaves.get_mut(&slot.leaf)?.get_mut(slot.page)
+        let leaf = self.leaves.get_mut(&slot.leaf)?;
+        leaf.age.begin_anew();
+        leaf.get_mut(slot.page)
     }
 
     /// The pages of the leaf that `addr` is in, to be gone through from `addr` on in the order of their
@@ -77,6 +82,53 @@ impl<W> PageMap<W> {
             at: slot,
             leaf,
         })
+    }
+
+    /// Begins a pass, for which there is news or not: decides which leaves it skips, because nothing has
+    /// come of looking at their pages for some time. A leaf is not skipped as long as it has a page whose
+    /// word `keeps` it from that. Returns how many pages are skipped.
+    pub(crate) fn begin_pass(&mut self, news: bool, mut keeps: impl FnMut(&W) -> bool) -> usize {
+        let mut pages = 0usize;
+        for (_, leaf) in self.leaves.iter_mut() {
+            let mut age = leaf.age;
+            age.begin_pass(news, || !leaf.words().iter().any(&mut keeps));
+            leaf.age = age;
+            if age.is_skipped {
+                pages = pages.saturating_add(leaf.len());
+            }
+        }
+        pages
+    }
+
+    /// The first leaf with an address at or behind `from` that this pass skips: its first and its last
+    /// address. `Err`: there is none before this address.
+    pub(crate) fn next_skipped(&mut self, from: usize) -> Result<(usize, usize), usize> {
+        let mut cursor = self.leaves.cursor_lower_bound_mut(&Slot::of(from).leaf);
+        for _ in 0..SKIP_SEARCH {
+            let Some(at) = cursor else {
+                return Err(usize::MAX);
+            };
+            let (&leaf, content) = at.current();
+            let first = Slot { leaf, page: 0 }.addr();
+            if content.age.is_skipped {
+                return Ok((first, Self::leaf_end(first)));
+            }
+            cursor = at.move_next();
+        }
+        Err(cursor.map_or(usize::MAX, |at| {
+            Slot {
+                leaf: *at.current().0,
+                page: 0,
+            }
+            .addr()
+        }))
+    }
+
+    /// Notes that something happened to a page of the leaf that `addr` is in.
+    pub(crate) fn note_change(&mut self, addr: usize) {
+        if let Some(leaf) = self.leaves.get_mut(&Slot::of(addr).leaf) {
+            leaf.age.begin_anew();
+        }
     }
 
     /// The last address of the leaf that `addr` is in.
@@ -301,6 +353,11 @@ impl<W> LeafCursor<'_, W> {
         self.at.page = self.at.page.wrapping_add(count);
         self.rank = self.rank.wrapping_add(count);
         true
+    }
+
+    /// Whether there was news for the leaf in a pass that skipped it, and that it was not looked at since.
+    pub(crate) fn is_owed_news(&self) -> bool {
+        self.leaf.age.is_owed_news
     }
 
     /// How many words the leaf has.

@@ -14,6 +14,7 @@ mod merge;
 mod pin;
 mod registration;
 mod scanning;
+mod smart;
 mod soak;
 mod trace;
 mod unmerge;
@@ -44,6 +45,7 @@ pub const ALL: &[&Theme] = &[
     &pin::THEME,
     &scanning::THEME,
     &eager::THEME,
+    &smart::THEME,
     &counters::THEME,
     &trace::THEME,
     &soak::THEME,

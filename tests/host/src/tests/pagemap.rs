@@ -540,3 +540,102 @@ fn small_batches_are_cheap() {
         pair.empty_by_dropping();
     }
 }
+
+/// Which of so many passes look at the only leaf. What happens in some of them is done by `deed`.
+fn looked_at(passes: usize, news: bool, mut deed: impl FnMut(usize, &mut Pair)) -> Vec<usize> {
+    let mut pair = Pair::with([LEAF, LEAF + 7 * PAGE_SIZE]);
+    let mut looked = Vec::new();
+    for pass in 0..passes {
+        let skipped = pair.map.begin_pass(news, |_| false);
+        let found = pair.map.next_skipped(0);
+        if skipped == 0 {
+            assert_eq!(found, Err(usize::MAX));
+            looked.push(pass);
+        } else {
+            assert_eq!((skipped, found), (2, Ok((LEAF, 2 * LEAF - 1))));
+        }
+        deed(pass, &mut pair);
+    }
+    pair.empty_by_dropping();
+    looked
+}
+
+/// The longer nothing happens, the more seldom a leaf is looked at: as in-tree KSM does with each page.
+#[test]
+fn old_leaves_are_skipped() {
+    let old = [0, 1, 2, 3, 5, 8, 13, 22, 31, 40];
+    assert_eq!(looked_at(41, false, |_, _| ()), old);
+    // News alone does not make it young.
+    assert_eq!(looked_at(41, true, |_, _| ()), old);
+    // Whatever happens to a page does.
+    let anew = [0, 1, 2, 3, 5, 8, 13, 16, 17, 18, 19, 21];
+    let deeds: [fn(&mut Pair); 3] = [
+        |pair| pair.map.note_change(LEAF + PAGE_SIZE),
+        |pair| assert!(pair.map.get_mut(LEAF).is_some()),
+        |pair| pair.map.note_change(2 * LEAF - PAGE_SIZE),
+    ];
+    for deed in deeds {
+        let once = |pass, pair: &mut Pair| {
+            if pass == 15 {
+                deed(pair);
+            }
+        };
+        assert_eq!(looked_at(22, false, once), anew);
+    }
+    // What happens to another one does not.
+    let other = |_, pair: &mut Pair| pair.map.note_change(0);
+    assert_eq!(looked_at(41, false, other), old);
+}
+
+/// A leaf with a page that has to be looked at is not skipped.
+#[test]
+fn some_leaves_are_not_skipped() {
+    let mut pair = Pair::with([0, 5 * LEAF, 5 * LEAF + PAGE_SIZE, 9 * LEAF]);
+    let kept = pair.model[&(5 * LEAF + PAGE_SIZE)];
+    for _ in 0..40 {
+        pair.map.begin_pass(false, |word| word.id() == kept);
+        assert_ne!(pair.map.next_skipped(LEAF), Ok((5 * LEAF, 6 * LEAF - 1)));
+    }
+    pair.empty_by_dropping();
+}
+
+/// News that comes while a leaf is skipped is kept until it has been looked at.
+#[test]
+fn news_waits_for_a_skipped_leaf() {
+    let mut pair = Pair::with([LEAF]);
+    let mut owed = Vec::new();
+    for pass in 0..30 {
+        // Once, in a pass that skips it.
+        let skipped = pair.map.begin_pass(pass == 9, |_| false) != 0;
+        let leaf = pair.map.leaf_from(LEAF, GFP_NOWAIT).unwrap();
+        if leaf.is_owed_news() && !skipped {
+            owed.push(pass);
+        }
+    }
+    assert_eq!(owed, [13]);
+    pair.empty_by_dropping();
+}
+
+/// The search for a leaf that is skipped goes on where it left off.
+#[test]
+fn search_for_skipped_leaves_is_bounded() {
+    let mut pair = Pair::with((0..300).map(|nth| 2 * nth * LEAF));
+    for _ in 0..5 {
+        pair.map.begin_pass(false, |_| false);
+    }
+    assert_eq!(pair.map.next_skipped(1), Ok((0, LEAF - 1)));
+    assert_eq!(pair.map.next_skipped(LEAF), Ok((2 * LEAF, 3 * LEAF - 1)));
+    pair.map.begin_pass(false, |_| false);
+    let mut from = 0;
+    let mut steps = 0;
+    while let Err(next) = pair.map.next_skipped(from) {
+        assert!(next > from);
+        steps += 1;
+        if next == usize::MAX {
+            break;
+        }
+        from = next;
+    }
+    assert!((3..10).contains(&steps), "{steps}");
+    pair.empty_by_dropping();
+}
