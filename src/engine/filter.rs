@@ -3,6 +3,7 @@
 //! Which samples more than one page has.
 
 use super::checksum::Sample;
+use core::mem::size_of;
 use kernel::{alloc::KVVec, prelude::*};
 
 /// A blocked counting filter: says of a sample whether at least two pages have it. It never misses two,
@@ -53,6 +54,11 @@ impl Filter {
     /// For how many pages there is room.
     pub(crate) fn capacity(&self) -> usize {
         self.words.len().saturating_mul(PAGES_PER_WORD)
+    }
+
+    /// The memory that it takes, in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.words.len().saturating_mul(size_of::<u64>())
     }
 
     /// Whether many counters say more than there is.

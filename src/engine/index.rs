@@ -9,6 +9,7 @@
 //! are all entered under [`Checksum::unknown`].
 
 use super::checksum::{Checksum, Sample};
+use core::mem::size_of;
 use kernel::{
     alloc::Flags,
     prelude::*,
@@ -101,6 +102,19 @@ impl<N> Index<N> {
     /// How many pages are in the unstable tree.
     pub(crate) fn unstable_len(&self) -> usize {
         self.unstable_len
+    }
+
+    /// The memory that it takes, in bytes, without the allocator's own overhead, if each `N` takes `node`
+    /// besides its place in a tree.
+    pub(crate) fn bytes(&self, node: usize) -> usize {
+        // `struct rb_node`, then key and value.
+        const LINKS: usize = 3 * size_of::<usize>();
+        let node = LINKS + size_of::<StableKey>() + size_of::<N>() + node;
+        let place = LINKS + size_of::<Checksum>() + size_of::<Place>();
+        let nodes = self.stable_len.saturating_add(self.limbo_len);
+        nodes
+            .saturating_mul(node)
+            .saturating_add(self.unstable_len.saturating_mul(place))
     }
 
     /// Whether there is no node at all.

@@ -36,6 +36,7 @@ const MERGE_EAGERLY: usize = 9;
 const PASS_MILLISECS: usize = 10;
 const SMART_SCAN: usize = 11;
 const PAGES_SKIPPED: usize = 12;
+const GENERAL_PROFIT: usize = 13;
 
 impl Directory for Engine {
     const NAME: &'static CStr = c"rksm";
@@ -56,10 +57,14 @@ impl Directory for Engine {
         Knob::rw(c"pass_millisecs"),
         Knob::rw(c"smart_scan"),
         Knob::ro(c"pages_skipped"),
+        Knob::ro(c"general_profit"),
     ];
 
     fn show(&self, knob: usize, out: &mut Output<'_>) -> Result {
         let value = match knob {
+            GENERAL_PROFIT => {
+                return writeln!(out, "{}", self.stats.profit()).map_err(|_| EINVAL);
+            }
             RUN => u64::from(self.run()),
             PAGES_TO_SCAN => u64::from(self.pages_to_scan.load(Relaxed)),
             SLEEP_MILLISECS => u64::from(self.sleep_millisecs.load(Relaxed)),

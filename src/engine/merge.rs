@@ -484,7 +484,7 @@ impl Engine {
                 }
             }
             state.forget_range(id, 0, usize::MAX);
-            crate::mm::report_metadata(&mm, 0);
+            state.report(id);
         }
         // Who exited meanwhile, or just before, is not among the live any more.
         self.reap(state);

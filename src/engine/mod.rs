@@ -91,6 +91,8 @@ pub(crate) struct Engine {
 pub(crate) struct MmState {
     mm: ARef<Mm>,
     pages: PageMap<PageWord>,
+    /// What [`State::report`] took into account last, in bytes.
+    reported: usize,
 }
 
 /// What the mutex protects.
@@ -101,6 +103,8 @@ pub(crate) struct State {
     cursor: scan::Cursor,
     /// Anonymous pages of all registered processes when the pass began.
     mapped_pages: usize,
+    /// What the maps of all address spaces take, in bytes, as of the last look at each.
+    map_bytes: usize,
 }
 
 /// What is known of all pages together.
@@ -227,7 +231,7 @@ impl Engine {
     }
 
     fn publish_stats(&self, state: &State) {
-        self.stats.publish(&state.core);
+        self.stats.publish(&state.core, state.map_bytes);
     }
 }
 
@@ -328,6 +332,7 @@ impl State {
             scratch: Some(KBox::init(scan::Scratch::init(), GFP_KERNEL)?),
             cursor: scan::Cursor::new(),
             mapped_pages: 0,
+            map_bytes: 0,
         })
     }
 
@@ -363,11 +368,24 @@ impl State {
         }
     }
 
+    /// Accounts the metadata of an address space: to itself, and in all.
+    fn report(&mut self, slot: SlotId) {
+        let Some(known) = self.mms.get_mut(&slot) else {
+            return;
+        };
+        let map = known.pages.bytes();
+        let items = crate::mm::merging_pages(&known.mm).saturating_mul(ItemBox::SIZE);
+        crate::mm::report_metadata(&known.mm, map.saturating_add(items));
+        let before = core::mem::replace(&mut known.reported, map);
+        self.map_bytes = self.map_bytes.saturating_sub(before).saturating_add(map);
+    }
+
     /// Forgets an address space.
     fn forget_mm(&mut self, slot: SlotId) {
         self.forget_range(slot, 0, usize::MAX);
         if let Some(mm) = self.mms.remove(&slot) {
             crate::mm::report_metadata(&mm.mm, 0);
+            self.map_bytes = self.map_bytes.saturating_sub(mm.reported);
         }
     }
 
@@ -561,6 +579,15 @@ impl Core {
         if gone {
             self.release(key);
         }
+    }
+
+    /// What is kept for all pages together, in bytes, without the allocator's own overhead.
+    fn bytes(&self) -> usize {
+        let items = self.items.saturating_mul(ItemBox::SIZE);
+        let index = self.index.bytes(NodeBox::SIZE);
+        items
+            .saturating_add(index)
+            .saturating_add(self.filter.bytes())
     }
 
     /// Allows unloading when there is no node left. Not called with an `mmap_lock` held.

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::mm::{
     kthread::Current,
-    stable::{ItemBox, NodeId},
+    stable::NodeId,
     trace,
     vma::{is_abandoned, MergeableVma},
     walk::{self, Batch, Seen, BATCH_PAGES},
@@ -167,9 +167,7 @@ impl Engine {
         match looked {
             Some(pages) => Step::Looked(pages),
             None => {
-                if let Some(known) = state.mms.get(&slot) {
-                    crate::mm::report_metadata(&mm, known.bytes());
-                }
+                state.report(slot);
                 state.cursor.slot = slot.wrapping_add(1);
                 state.cursor.addr = 0;
                 Step::Looked(0)
@@ -378,12 +376,6 @@ impl MmState {
             self.pages.note_trouble(addr, broken);
         }
     }
-
-    /// What is kept for the address space, in bytes.
-    fn bytes(&self) -> usize {
-        let items = crate::mm::merging_pages(&self.mm).saturating_mul(ItemBox::SIZE);
-        self.pages.bytes().saturating_add(items)
-    }
 }
 
 impl State {
@@ -510,6 +502,7 @@ pub(super) fn known_mm<'a>(
         let known = MmState {
             mm: mm.into(),
             pages: PageMap::new(),
+            reported: 0,
         };
         mms.try_create_and_insert(slot, known, GFP_SCAN).ok()?;
     }

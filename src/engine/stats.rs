@@ -3,9 +3,12 @@
 //! Counters, as they are shown in sysfs. Readers take no lock.
 
 use super::Core;
-use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::{
+    page::PAGE_SIZE,
+    sync::atomic::{Atomic, Relaxed},
+};
 
-/// All counters. The first four are states.
+/// All counters. The first five are states.
 pub(crate) struct Stats {
     /// Merged pages that are in use.
     pub(crate) shared: Atomic<u64>,
@@ -15,6 +18,8 @@ pub(crate) struct Stats {
     pub(crate) unshared: Atomic<u64>,
     /// Pages that change too fast to be candidates.
     pub(crate) volatile: Atomic<u64>,
+    /// Bytes that all metadata take.
+    pub(crate) metadata: Atomic<u64>,
     /// Pages looked at since the module was loaded.
     pub(crate) scanned: Atomic<u64>,
     /// Pages that `smart_scan` saved looking at since the module was loaded.
@@ -30,14 +35,15 @@ impl Stats {
             sharing: Atomic::new(0),
             unshared: Atomic::new(0),
             volatile: Atomic::new(0),
+            metadata: Atomic::new(0),
             scanned: Atomic::new(0),
             skipped: Atomic::new(0),
             full_scans: Atomic::new(0),
         }
     }
 
-    /// Shows the current core.
-    pub(super) fn publish(&self, core: &Core) {
+    /// Shows the current core, beside which there are maps of so many bytes.
+    pub(super) fn publish(&self, core: &Core, map_bytes: usize) {
         let shared = core.index.stable_len();
         let unshared = core.index.unstable_len().saturating_add(core.steady);
         // Released nodes leave words behind that say "merged" until the scan comes by: volatile.
@@ -50,6 +56,15 @@ impl Stats {
             .store(core.items.saturating_sub(shared) as u64, Relaxed);
         self.unshared.store(unshared as u64, Relaxed);
         self.volatile.store(volatile as u64, Relaxed);
+        let metadata = core.bytes().saturating_add(map_bytes);
+        self.metadata.store(metadata as u64, Relaxed);
+    }
+
+    /// Bytes saved by merging, less those that metadata take. Can be negative.
+    pub(super) fn profit(&self) -> i64 {
+        let saved = self.sharing.load(Relaxed).saturating_mul(PAGE_SIZE as u64);
+        let bytes = |count| i64::try_from(count).unwrap_or(i64::MAX);
+        bytes(saved).saturating_sub(bytes(self.metadata.load(Relaxed)))
     }
 
     /// Counts pages that were looked at.

@@ -276,6 +276,9 @@ pub(crate) struct NodeBox(ManuallyDrop<KBox<StableNode>>);
 unsafe impl Send for NodeBox {}
 
 impl NodeBox {
+    /// What one node takes, in bytes.
+    pub(crate) const SIZE: usize = size_of::<StableNode>();
+
     /// A node that no page belongs to yet.
     pub(crate) fn new(key: StableKey, flags: Flags) -> Result<Self> {
         let node = StableNode {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The counters against what the kernel itself says of the pages.
 
+use std::fs;
+
 use anyhow::{ensure, Result};
 
 use super::tests;
@@ -8,6 +10,7 @@ use crate::engine;
 use crate::harness::{Module, Outcome, Theme, PASS};
 use crate::pageflags::Census;
 use crate::proc;
+use crate::region::PAGE;
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
@@ -22,6 +25,7 @@ pub const THEME: Theme = Theme {
         ("scanned-and-full-scans-advance", 60, advance),
         ("run-0-keeps-them", 60, kept),
         ("profit-of-a-process", 60, profit),
+        ("general-profit", 90, general_profit),
         ("merging-frees-memory", 90, frees_memory),
         ("splitting-and-exit-free-all-memory", 120, leaks_nothing),
     ],
@@ -186,6 +190,37 @@ fn merge_many() -> Result<Worker> {
 
 fn merged_many() -> Result<()> {
     scan::until_merged(MANY as u64 / 64, MANY as u64 * 63 / 64)
+}
+
+/// What all metadata take, as `general_profit` accounts them.
+fn metadata() -> Result<i64> {
+    let text = fs::read_to_string(engine::path(engine::dir(), "general_profit"))?;
+    let profit: i64 = text.trim_end().parse()?;
+    Ok(engine::read("pages_sharing")? as i64 * PAGE as i64 - profit)
+}
+
+fn general_profit() -> Outcome {
+    const MANY: i64 = 1000;
+    // Nothing to merge: a loss, of no more than in-tree KSM's items and a page for a start.
+    let mut unique = Worker::mergeable(MANY as usize, 0)?;
+    unique.fill(0, MANY as usize, 5000, 1)?;
+    scan::passes(3)?;
+    let alone = metadata()?;
+    ensure!(alone >= 8 * MANY, "{alone} bytes for {MANY} pages");
+    ensure!(alone <= 66 * MANY + 8192, "{alone} bytes for {MANY} pages");
+    // Each merged page has an item of 64 bytes; nodes in-tree KSM leaves out of account.
+    let mut other = Worker::mergeable(MANY as usize, 0)?;
+    other.fill(0, MANY as usize, 5000, 1)?;
+    let mut workers = [unique, other];
+    scan::until_merged(MANY as u64, MANY as u64)?;
+    scan::passes(1)?;
+    scan::stop()?;
+    let both = metadata()?;
+    println!("{alone} bytes for one, {both} bytes for both");
+    ensure!(both >= 2 * 64 * MANY, "{both} bytes");
+    ensure!(both <= 5 * 64 * MANY + 16384, "{both} bytes");
+    verify_all(&mut workers)?;
+    PASS
 }
 
 fn frees_memory() -> Outcome {
