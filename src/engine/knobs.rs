@@ -7,9 +7,8 @@
 use super::{run, Engine};
 use crate::mm::{
     oom::OomOrigin,
-    sysfs::{Directory, Input, Knob, Output},
+    sysfs::{only_einval, Directory, Input, Knob},
 };
-use core::fmt::Write;
 use kernel::{
     prelude::*,
     sync::atomic::{Atomic, Relaxed},
@@ -23,99 +22,92 @@ pub(super) const DEFAULT_SLEEP_MILLISECS: u32 = 20;
 /// of speed; memory that changes from one moment to the next is not worth merging.
 pub(super) const DEFAULT_PASS_MILLISECS: u32 = 1000;
 
-const RUN: usize = 0;
-const PAGES_TO_SCAN: usize = 1;
-const SLEEP_MILLISECS: usize = 2;
-const PAGES_SHARED: usize = 3;
-const PAGES_SHARING: usize = 4;
-const PAGES_UNSHARED: usize = 5;
-const PAGES_VOLATILE: usize = 6;
-const PAGES_SCANNED: usize = 7;
-const FULL_SCANS: usize = 8;
-const MERGE_EAGERLY: usize = 9;
-const PASS_MILLISECS: usize = 10;
-const SMART_SCAN: usize = 11;
-const PAGES_SKIPPED: usize = 12;
-const GENERAL_PROFIT: usize = 13;
-
 impl Directory for Engine {
     const NAME: &'static CStr = c"rksm";
 
-    // In the order of the constants above.
-    const KNOBS: &'static [Knob] = &[
-        Knob::rw(c"run"),
-        Knob::rw(c"pages_to_scan"),
-        Knob::rw(c"sleep_millisecs"),
-        Knob::ro(c"pages_shared"),
-        Knob::ro(c"pages_sharing"),
-        Knob::ro(c"pages_unshared"),
-        Knob::ro(c"pages_volatile"),
-        Knob::ro(c"pages_scanned"),
-        Knob::ro(c"full_scans"),
+    const KNOBS: &'static [Knob<Self>] = &[
+        // What to do, and how fast.
+        Knob::rw(
+            c"run",
+            |engine, out| out.line(engine.run()),
+            |engine, input| engine.set_run(input.parse_u32().map_err(only_einval)?),
+        ),
+        Knob::rw(
+            c"pages_to_scan",
+            |engine, out| out.line(engine.pages_to_scan.load(Relaxed)),
+            |engine, input| set(&engine.pages_to_scan, &input),
+        ),
+        Knob::rw(
+            c"sleep_millisecs",
+            |engine, out| out.line(engine.sleep_millisecs.load(Relaxed)),
+            |engine, input| {
+                set(&engine.sleep_millisecs, &input)?;
+                engine.wake();
+                Ok(())
+            },
+        ),
+        Knob::rw(
+            c"smart_scan",
+            |engine, out| out.line(engine.smart_scan.load(Relaxed)),
+            |engine, input| {
+                let on = input.parse_bool().map_err(only_einval)?;
+                engine.smart_scan.store(on.into(), Relaxed);
+                Ok(())
+            },
+        ),
+        // What came of it.
+        Knob::ro(c"pages_shared", |engine, out| {
+            out.line(engine.stats.shared.load(Relaxed))
+        }),
+        Knob::ro(c"pages_sharing", |engine, out| {
+            out.line(engine.stats.sharing.load(Relaxed))
+        }),
+        Knob::ro(c"pages_unshared", |engine, out| {
+            out.line(engine.stats.unshared.load(Relaxed))
+        }),
+        Knob::ro(c"pages_volatile", |engine, out| {
+            out.line(engine.stats.volatile.load(Relaxed))
+        }),
+        Knob::ro(c"pages_scanned", |engine, out| {
+            out.line(engine.stats.scanned.load(Relaxed))
+        }),
+        Knob::ro(c"pages_skipped", |engine, out| {
+            out.line(engine.stats.skipped.load(Relaxed))
+        }),
+        Knob::ro(c"full_scans", |engine, out| {
+            out.line(engine.stats.full_scans.load(Relaxed))
+        }),
+        Knob::ro(c"general_profit", |engine, out| {
+            out.line(engine.stats.profit())
+        }),
         // In-tree KSM has no such files.
-        Knob::rw(c"merge_eagerly"),
-        Knob::rw(c"pass_millisecs"),
-        Knob::rw(c"smart_scan"),
-        Knob::ro(c"pages_skipped"),
-        Knob::ro(c"general_profit"),
-    ];
-
-    fn show(&self, knob: usize, out: &mut Output<'_>) -> Result {
-        let value = match knob {
-            GENERAL_PROFIT => {
-                return writeln!(out, "{}", self.stats.profit()).map_err(|_| EINVAL);
-            }
-            RUN => u64::from(self.run()),
-            PAGES_TO_SCAN => u64::from(self.pages_to_scan.load(Relaxed)),
-            SLEEP_MILLISECS => u64::from(self.sleep_millisecs.load(Relaxed)),
-            PAGES_SHARED => self.stats.shared.load(Relaxed),
-            PAGES_SHARING => self.stats.sharing.load(Relaxed),
-            PAGES_UNSHARED => self.stats.unshared.load(Relaxed),
-            PAGES_VOLATILE => self.stats.volatile.load(Relaxed),
-            PAGES_SCANNED => self.stats.scanned.load(Relaxed),
-            FULL_SCANS => self.stats.full_scans.load(Relaxed),
-            MERGE_EAGERLY => u64::from(self.merge_eagerly.load(Relaxed)),
-            PASS_MILLISECS => u64::from(self.pass_millisecs.load(Relaxed)),
-            SMART_SCAN => u64::from(self.smart_scan.load(Relaxed)),
-            PAGES_SKIPPED => self.stats.skipped.load(Relaxed),
-            _ => return Err(EINVAL),
-        };
-        writeln!(out, "{value}").map_err(|_| EINVAL)
-    }
-
-    fn store(&self, knob: usize, input: Input<'_>) -> Result {
-        let set = |to: &Atomic<u32>| -> Result {
-            to.store(input.parse_u32()?, Relaxed);
-            Ok(())
-        };
-        match knob {
-            RUN => self.set_run(input.parse_u32()?),
-            PAGES_TO_SCAN => set(&self.pages_to_scan),
-            SLEEP_MILLISECS => {
-                set(&self.sleep_millisecs)?;
-                self.wake();
-                Ok(())
-            }
-            PASS_MILLISECS => {
-                set(&self.pass_millisecs)?;
-                self.wake();
-                Ok(())
-            }
-            SMART_SCAN => {
-                let on = input.parse_bool()?;
-                self.smart_scan.store(on.into(), Relaxed);
-                Ok(())
-            }
-            MERGE_EAGERLY => match input.parse_u32()? {
-                eager @ 0..=1 => {
-                    self.merge_eagerly.store(eager, Relaxed);
+        Knob::rw(
+            c"merge_eagerly",
+            |engine, out| out.line(engine.merge_eagerly.load(Relaxed)),
+            |engine, input| match input.parse_u32() {
+                Ok(eager @ 0..=1) => {
+                    engine.merge_eagerly.store(eager, Relaxed);
                     Ok(())
                 }
                 _ => Err(EINVAL),
             },
-            _ => Err(EINVAL),
-        }
-    }
+        ),
+        Knob::rw(
+            c"pass_millisecs",
+            |engine, out| out.line(engine.pass_millisecs.load(Relaxed)),
+            |engine, input| {
+                set(&engine.pass_millisecs, &input)?;
+                engine.wake();
+                Ok(())
+            },
+        ),
+    ];
+}
+
+/// Takes any number for `to`, and `EINVAL` for everything else.
+fn set(to: &Atomic<u32>, input: &Input<'_>) -> Result {
+    to.store(input.parse_u32().map_err(only_einval)?, Relaxed);
+    Ok(())
 }
 
 impl Engine {

@@ -3,46 +3,59 @@
 //! A directory of knobs in `/sys/kernel/mm/`.
 
 use super::ffi;
-use core::ptr::{self, NonNull};
+use core::{
+    fmt::{self, Write},
+    ptr::{self, NonNull},
+};
 use kernel::{
-    bindings,
-    ffi::{c_char, c_uint},
-    page::PAGE_SIZE,
-    prelude::*,
-    str::CStr,
-    sync::Arc,
+    bindings, error::to_result, ffi::c_char, page::PAGE_SIZE, prelude::*, str::CStr, sync::Arc,
 };
 
-/// One file.
-pub(crate) struct Knob {
+/// One file of a directory that belongs to a `T`, with what reading and writing it does. Both may sleep.
+pub(crate) struct Knob<T> {
     name: &'static CStr,
-    mode: u16,
+    show: Show<T>,
+    store: Option<Store<T>>,
 }
 
-impl Knob {
+/// Writes what a file holds to the output.
+type Show<T> = fn(&T, &mut Output<'_>) -> Result;
+/// Takes what was written to a file.
+type Store<T> = fn(&T, Input<'_>) -> Result;
+
+impl<T> Knob<T> {
     /// A file that everybody may read and root may write.
-    pub(crate) const fn rw(name: &'static CStr) -> Self {
-        Self { name, mode: 0o644 }
+    pub(crate) const fn rw(name: &'static CStr, show: Show<T>, store: Store<T>) -> Self {
+        Self {
+            name,
+            show,
+            store: Some(store),
+        }
     }
 
     /// A file that everybody may read.
-    pub(crate) const fn ro(name: &'static CStr) -> Self {
-        Self { name, mode: 0o444 }
+    pub(crate) const fn ro(name: &'static CStr, show: Show<T>) -> Self {
+        Self {
+            name,
+            show,
+            store: None,
+        }
+    }
+
+    fn mode(&self) -> u16 {
+        match self.store {
+            Some(_) => 0o644,
+            None => 0o444,
+        }
     }
 }
 
-/// The files of a directory, and what reading and writing them does. May sleep.
-pub(crate) trait Directory: Send + Sync {
+/// What has a directory.
+pub(crate) trait Directory: Send + Sync + Sized + 'static {
     /// The directory's name.
     const NAME: &'static CStr;
     /// Its files.
-    const KNOBS: &'static [Knob];
-
-    /// Writes what file number `knob` holds to `out`.
-    fn show(&self, knob: usize, out: &mut Output<'_>) -> Result;
-
-    /// Takes what was written to file number `knob`.
-    fn store(&self, knob: usize, input: Input<'_>) -> Result;
+    const KNOBS: &'static [Knob<Self>];
 }
 
 /// The content of a file that is being read: one page at most.
@@ -51,10 +64,17 @@ pub(crate) struct Output<'a> {
     len: usize,
 }
 
-impl core::fmt::Write for Output<'_> {
-    fn write_str(&mut self, s: &str) -> core::fmt::Result {
-        let end = self.len.checked_add(s.len()).ok_or(core::fmt::Error)?;
-        let room = self.buf.get_mut(self.len..end).ok_or(core::fmt::Error)?;
+impl Output<'_> {
+    /// Writes a line. `EINVAL` if there is no room for it.
+    pub(crate) fn line(&mut self, line: impl fmt::Display) -> Result {
+        writeln!(self, "{line}").map_err(|_| EINVAL)
+    }
+}
+
+impl fmt::Write for Output<'_> {
+    fn write_str(&mut self, s: &str) -> fmt::Result {
+        let end = self.len.checked_add(s.len()).ok_or(fmt::Error)?;
+        let room = self.buf.get_mut(self.len..end).ok_or(fmt::Error)?;
         room.copy_from_slice(s.as_bytes());
         self.len = end;
         Ok(())
@@ -62,29 +82,54 @@ impl core::fmt::Write for Output<'_> {
 }
 
 /// What was written to a file.
+///
+/// Numbers are in base 10. The errors are those of the kernel's own functions: `EINVAL` for what is no
+/// number, `ERANGE` for one that does not fit; see [`only_einval`].
 pub(crate) struct Input<'a>(&'a CStr);
 
 impl Input<'_> {
-    /// The number that it is, in base 10, as `kstrtouint()` takes it. `EINVAL` for anything else.
+    /// The number that it is, as `kstrtouint()` takes it.
     pub(crate) fn parse_u32(&self) -> Result<u32> {
-        let mut value: c_uint = 0;
+        let mut value = 0;
         // SAFETY: a C string, and a place for the result.
-        let ret = unsafe { bindings::kstrtouint(self.0.as_char_ptr(), 10, &raw mut value) };
-        if ret == 0 {
-            Ok(value)
-        } else {
-            Err(EINVAL)
-        }
+        to_result(unsafe { bindings::kstrtouint(self.0.as_char_ptr(), 10, &raw mut value) })?;
+        Ok(value)
     }
 
-    /// Whether it says yes, as `kstrtobool()` takes it. `EINVAL` if it says neither yes nor no.
+    /// The number that it is, as `kstrtoint()` takes it.
+    pub(crate) fn parse_i32(&self) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: a C string, and a place for the result.
+        to_result(unsafe { bindings::kstrtoint(self.0.as_char_ptr(), 10, &raw mut value) })?;
+        Ok(value)
+    }
+
+    /// The number that it is, as `kstrtoul()` takes it.
+    pub(crate) fn parse_u64(&self) -> Result<u64> {
+        let mut value = 0;
+        // SAFETY: a C string, and a place for the result.
+        to_result(unsafe { bindings::kstrtoull(self.0.as_char_ptr(), 10, &raw mut value) })?;
+        Ok(value)
+    }
+
+    /// Whether it says yes or no, as `kstrtobool()` takes it.
     pub(crate) fn parse_bool(&self) -> Result<bool> {
         let mut value = false;
         // SAFETY: a C string, and a place for the result.
-        let ret = unsafe { bindings::kstrtobool(self.0.as_char_ptr(), &raw mut value) };
-        kernel::error::to_result(ret)?;
+        to_result(unsafe { bindings::kstrtobool(self.0.as_char_ptr(), &raw mut value) })?;
         Ok(value)
     }
+
+    /// Whether it is this word, with or without an end of line.
+    pub(crate) fn is(&self, word: &CStr) -> bool {
+        // SAFETY: two C strings.
+        unsafe { bindings::sysfs_streq(self.0.as_char_ptr(), word.as_char_ptr()) }
+    }
+}
+
+/// For files that say `EINVAL` to everything they do not take.
+pub(crate) fn only_einval(_: Error) -> Error {
+    EINVAL
 }
 
 /// The kobject of `/sys/kernel/mm`.
@@ -132,10 +177,10 @@ pub(super) fn find_mm_attribute(
 
 /// The kernel's view of one file, with the way back to its owner.
 #[repr(C)]
-struct Attribute<T> {
+struct Attribute<T: 'static> {
     kernel: bindings::kobj_attribute,
     owner: *const T,
-    knob: usize,
+    knob: &'static Knob<T>,
 }
 
 /// A directory that is shown. Dropping it removes the files and waits for whoever is using one.
@@ -144,7 +189,7 @@ struct Attribute<T> {
 ///
 /// `group` is registered; it and all it points at, `owner` included, stay where they are until it is
 /// removed.
-pub(crate) struct Shown<T: Directory + 'static> {
+pub(crate) struct Shown<T: Directory> {
     group: KBox<bindings::attribute_group>,
     _attributes: KVec<Attribute<T>>,
     _pointers: KVec<*mut bindings::attribute>,
@@ -156,15 +201,15 @@ unsafe impl<T: Directory> Send for Shown<T> {}
 // SAFETY: nothing can be done with a shared reference.
 unsafe impl<T: Directory> Sync for Shown<T> {}
 
-impl<T: Directory + 'static> Shown<T> {
+impl<T: Directory> Shown<T> {
     /// Makes the directory.
     pub(crate) fn new(owner: Arc<T>) -> Result<Self> {
         let mut attributes = KVec::with_capacity(T::KNOBS.len(), GFP_KERNEL)?;
         let mut pointers = KVec::with_capacity(T::KNOBS.len().saturating_add(1), GFP_KERNEL)?;
-        for (knob, spec) in T::KNOBS.iter().enumerate() {
+        for knob in T::KNOBS {
             let mut kernel: bindings::kobj_attribute = pin_init::zeroed();
-            kernel.attr.name = spec.name.as_char_ptr();
-            kernel.attr.mode = spec.mode;
+            kernel.attr.name = knob.name.as_char_ptr();
+            kernel.attr.mode = knob.mode();
             kernel.__bindgen_anon_1.show = Some(show::<T>);
             kernel.__bindgen_anon_2.store = Some(store::<T>);
             attributes.push(
@@ -186,7 +231,7 @@ impl<T: Directory + 'static> Shown<T> {
         let group = KBox::new(group, GFP_KERNEL)?;
         // SAFETY: the group and all it points at live in allocations that are not touched until
         // `drop` removed it.
-        kernel::error::to_result(unsafe { bindings::sysfs_create_group(mm_kobj(), &*group) })?;
+        to_result(unsafe { bindings::sysfs_create_group(mm_kobj(), &*group) })?;
         // INVARIANT: just registered.
         Ok(Self {
             group,
@@ -197,7 +242,7 @@ impl<T: Directory + 'static> Shown<T> {
     }
 }
 
-impl<T: Directory + 'static> Drop for Shown<T> {
+impl<T: Directory> Drop for Shown<T> {
     fn drop(&mut self) {
         // SAFETY: registered by the type invariant; this waits for all users of the files.
         unsafe { bindings::sysfs_remove_group(mm_kobj(), &*self.group) };
@@ -222,7 +267,7 @@ unsafe extern "C" fn show<T: Directory>(
     };
     let mut out = Output { buf, len: 0 };
     // SAFETY: `Shown` keeps the owner as long as the file exists.
-    match unsafe { &*attribute.owner }.show(attribute.knob, &mut out) {
+    match (attribute.knob.show)(unsafe { &*attribute.owner }, &mut out) {
         Ok(()) => out.len as isize,
         Err(err) => err.to_errno() as isize,
     }
@@ -239,8 +284,12 @@ unsafe extern "C" fn store<T: Directory>(
 ) -> isize {
     // SAFETY: as in `show`; sysfs ends what was written with a NUL.
     let (attribute, input) = unsafe { (&*attr.cast::<Attribute<T>>(), CStr::from_char_ptr(buf)) };
+    // sysfs writes only to files with the mode for it.
+    let Some(store) = attribute.knob.store else {
+        return EIO.to_errno() as isize;
+    };
     // SAFETY: `Shown` keeps the owner as long as the file exists.
-    match unsafe { &*attribute.owner }.store(attribute.knob, Input(input)) {
+    match store(unsafe { &*attribute.owner }, Input(input)) {
         Ok(()) => count as isize,
         Err(err) => err.to_errno() as isize,
     }
