@@ -14,8 +14,6 @@ use kernel::{
     sync::atomic::{Atomic, Relaxed},
 };
 
-/// Pages per batch.
-pub(super) const DEFAULT_PAGES_TO_SCAN: u32 = 100;
 /// Milliseconds between batches.
 pub(super) const DEFAULT_SLEEP_MILLISECS: u32 = 20;
 /// Milliseconds from pass to pass, at least. In-tree KSM never looks at a page again so soon, for want
@@ -35,7 +33,7 @@ impl Directory for Engine {
         Knob::rw(
             c"pages_to_scan",
             |engine, out| out.line(engine.pages_to_scan.load(Relaxed)),
-            |engine, input| set(&engine.pages_to_scan, &input),
+            |engine, input| engine.set_pages_to_scan(&input),
         ),
         Knob::rw(
             c"sleep_millisecs",
@@ -53,6 +51,57 @@ impl Directory for Engine {
                 let on = input.parse_bool().map_err(only_einval)?;
                 engine.smart_scan.store(on.into(), Relaxed);
                 Ok(())
+            },
+        ),
+        // Who decides how many pages that are.
+        Knob::rw(
+            c"advisor_mode",
+            |engine, out| {
+                out.line(if engine.advisor.lock().is_on() {
+                    "none [scan-time]"
+                } else {
+                    "[none] scan-time"
+                })
+            },
+            |engine, input| engine.set_advisor_mode(&input),
+        ),
+        Knob::rw(
+            c"advisor_max_cpu",
+            |engine, out| out.line(engine.advisor.lock().limits.max_cpu),
+            |engine, input| {
+                // As in-tree: what does not fit is cut off.
+                let value = input.parse_u64().map_err(only_einval)? as u32;
+                engine.advisor.lock().limits.max_cpu = value;
+                Ok(())
+            },
+        ),
+        Knob::rw(
+            c"advisor_min_pages_to_scan",
+            |engine, out| out.line(engine.advisor.lock().limits.min_pages),
+            |engine, input| {
+                let value = input.parse_u64().map_err(only_einval)?;
+                engine.advisor.lock().limits.min_pages = value;
+                Ok(())
+            },
+        ),
+        Knob::rw(
+            c"advisor_max_pages_to_scan",
+            |engine, out| out.line(engine.advisor.lock().limits.max_pages),
+            |engine, input| {
+                let value = input.parse_u64().map_err(only_einval)?;
+                engine.advisor.lock().limits.max_pages = value;
+                Ok(())
+            },
+        ),
+        Knob::rw(
+            c"advisor_target_scan_time",
+            |engine, out| out.line(engine.advisor.lock().limits.target_secs),
+            |engine, input| match input.parse_u64() {
+                Ok(value @ 1..) => {
+                    engine.advisor.lock().limits.target_secs = value;
+                    Ok(())
+                }
+                _ => Err(EINVAL),
             },
         ),
         // What came of it.
@@ -111,6 +160,29 @@ fn set(to: &Atomic<u32>, input: &Input<'_>) -> Result {
 }
 
 impl Engine {
+    /// What a write to `pages_to_scan` does: refused while the advisor decides on it.
+    fn set_pages_to_scan(&self, input: &Input<'_>) -> Result {
+        let advisor = self.advisor.lock();
+        if advisor.is_on() {
+            return Err(EINVAL);
+        }
+        set(&self.pages_to_scan, input)
+    }
+
+    /// What a write to `advisor_mode` does.
+    fn set_advisor_mode(&self, input: &Input<'_>) -> Result {
+        let on = match input {
+            _ if input.is(c"scan-time") => true,
+            _ if input.is(c"none") => false,
+            _ => return Err(EINVAL),
+        };
+        let mut advisor = self.advisor.lock();
+        if let Some(pages) = advisor.switch(on) {
+            self.pages_to_scan.store(pages, Relaxed);
+        }
+        Ok(())
+    }
+
     /// What a write to `run` does. Unmerging ends when everything is unmerged, or with `ENOMEM`,
     /// or with `ERESTARTSYS` when the writer has a signal pending; `run` is 0 then.
     fn set_run(&self, to: u32) -> Result {

@@ -4,6 +4,7 @@
 //!
 //! Safe code only; everything that touches memory of others goes through [`crate::mm`].
 
+mod advisor;
 pub(crate) mod checksum;
 mod filter;
 pub(crate) mod index;
@@ -21,6 +22,7 @@ use crate::mm::{
     unload,
     word::{PageState, PageWord},
 };
+use advisor::Advisor;
 use checksum::{Hasher, Sample};
 use filter::Filter;
 use index::{Index, Place, SlotId, StableKey};
@@ -65,6 +67,8 @@ pub(crate) mod run {
 /// 3. the folio lock of a merged page, then (only tried) of the page to be merged into it,
 /// 4. the kernel's own: anon_vma lock, MMU notifiers, page-table lock.
 ///
+/// `advisor` is taken under `state`, or alone, for arithmetic only.
+///
 /// `registry` is innermost of all: it is taken from tracepoint probes, which run under whatever lock
 /// the kernel holds there, and nothing is taken, freed or waited for under it.
 #[pin_data]
@@ -73,6 +77,9 @@ pub(crate) struct Engine {
     state: Mutex<State>,
     #[pin]
     registry: SpinLock<Registry>,
+    /// Decides on `pages_to_scan`, which is only written with this locked.
+    #[pin]
+    advisor: Mutex<Advisor>,
     run: Atomic<u32>,
     pages_to_scan: Atomic<u32>,
     sleep_millisecs: Atomic<u32>,
@@ -140,8 +147,9 @@ impl Engine {
             try_pin_init!(Self {
                 state <- new_mutex!(State::new(module)?, "rksm_state"),
                 registry <- new_spinlock!(registry, "rksm_registry"),
+                advisor <- new_mutex!(Advisor::new(), "rksm_advisor"),
                 run: Atomic::new(run::STOP),
-                pages_to_scan: Atomic::new(knobs::DEFAULT_PAGES_TO_SCAN),
+                pages_to_scan: Atomic::new(advisor::DEFAULT_PAGES_TO_SCAN),
                 sleep_millisecs: Atomic::new(knobs::DEFAULT_SLEEP_MILLISECS),
                 smart_scan: Atomic::new(1),
                 merge_eagerly: Atomic::new(0),

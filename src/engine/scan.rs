@@ -23,6 +23,7 @@ use kernel::{
     prelude::*,
     rbtree::RBTree,
     sync::{aref::ARef, atomic::Relaxed},
+    time::{Delta, Instant, Monotonic},
 };
 
 /// How far the current pass has come.
@@ -43,6 +44,8 @@ pub(super) struct Cursor {
     skipping: bool,
     /// Whether all pages were looked at, and those that have an equal are merged now, at first sight.
     gathering: bool,
+    /// When the pass began; `None` between passes.
+    began: Option<Instant<Monotonic>>,
 }
 
 impl Cursor {
@@ -55,6 +58,7 @@ impl Cursor {
             events: 0,
             skipping: false,
             gathering: false,
+            began: None,
         }
     }
 }
@@ -128,7 +132,7 @@ impl Engine {
             if self.run() != run::MERGE {
                 break;
             }
-            let step = self.step(&mut state, budget);
+            let step = self.step(&mut state, budget, current);
             self.publish_stats(&state);
             match step {
                 Step::Looked(pages) => {
@@ -142,16 +146,16 @@ impl Engine {
     }
 
     /// Looks at the next few pages, `budget` at most, and merges what it can.
-    fn step(&self, state: &mut State, budget: usize) -> Step {
+    fn step(&self, state: &mut State, budget: usize, current: &Current) -> Step {
         let last = match state.cursor.last {
             Some(last) => last,
-            None => self.start_pass(state),
+            None => self.start_pass(state, current),
         };
         // The current address space first, then the one behind it.
         let from = state.cursor.slot;
         let next = self.registry.lock().next(from.saturating_sub(1));
         let Some((slot, mm)) = next.filter(|(slot, _)| *slot <= last) else {
-            return self.end_pass(state);
+            return self.end_pass(state, current);
         };
         if slot != from {
             state.cursor.slot = slot;
@@ -175,7 +179,7 @@ impl Engine {
         }
     }
 
-    fn start_pass(&self, state: &mut State) -> SlotId {
+    fn start_pass(&self, state: &mut State, current: &Current) -> SlotId {
         // References held by per-CPU LRU batches would keep pages from being merged.
         crate::mm::lru_add_drain_all();
         let last = self.registry.lock().last_id();
@@ -189,7 +193,9 @@ impl Engine {
             events: state.core.events,
             skipping: false,
             gathering: false,
+            began: Some(Instant::now()),
         };
+        self.advisor.lock().start_pass(current.cpu_nanos());
         state.core.pass = state.core.pass.wrapping_add(1);
         trace::start_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
         last
@@ -209,12 +215,15 @@ impl Engine {
         }
     }
 
-    fn end_pass(&self, state: &mut State) -> Step {
+    fn end_pass(&self, state: &mut State, current: &Current) -> Step {
         if self.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
             state.cursor.slot = 1;
             state.cursor.addr = 0;
             state.cursor.gathering = true;
             return Step::Looked(0);
+        }
+        if let Some(began) = state.cursor.began {
+            self.advise(began.elapsed(), current);
         }
         state.cursor = Cursor {
             events: state.cursor.events,
@@ -223,6 +232,18 @@ impl Engine {
         trace::stop_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
         self.stats.add_full_scan();
         Step::PassDone
+    }
+
+    /// Has the advisor decide how many pages to look at before sleeping, after a pass that took so long.
+    fn advise(&self, took: Delta, current: &Current) {
+        let mut advisor = self.advisor.lock();
+        let millis = u64::try_from(took.as_millis()).unwrap_or(0);
+        let pages = self.pages_to_scan.load(Relaxed);
+        if let Some(advice) = advisor.end_pass(millis, current.cpu_nanos(), pages) {
+            self.pages_to_scan.store(advice.pages, Relaxed);
+            drop(advisor);
+            trace::advisor(advice.secs, advice.pages, advice.cpu_percent);
+        }
     }
 
     /// Looks at the next few pages of one address space. `None`: there are no more.

@@ -31,6 +31,12 @@ impl Current {
         unsafe { ffi::rksm_kthread_should_stop() }
     }
 
+    /// The CPU time that the thread has used, in nanoseconds.
+    pub(crate) fn cpu_nanos(&self) -> u64 {
+        // SAFETY: looks at the current task, which has no run queue locked.
+        unsafe { ffi::rksm_cpu_time() }
+    }
+
     /// Whether the system is being frozen.
     pub(crate) fn is_freezing(&self) -> bool {
         // SAFETY: looks at the current task.

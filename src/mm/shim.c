@@ -11,6 +11,7 @@
 #include <linux/module.h>
 #include <linux/oom.h>
 #include <linux/pagewalk.h>
+#include <linux/sched/cputime.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 #include <asm/tlbflush.h>
@@ -434,6 +435,11 @@ void rksm_kthread_stop(struct task_struct *task)
 bool rksm_kthread_should_stop(void)
 {
 	return kthread_should_stop();
+}
+
+u64 rksm_cpu_time(void)
+{
+	return task_sched_runtime(current);
 }
 
 void rksm_set_nice(struct task_struct *task, long nice)

@@ -106,6 +106,7 @@ void rksm_hlist_del(struct hlist_node *node);
 struct task_struct *rksm_kthread_create(int (*fn)(void *), void *data);
 void rksm_kthread_stop(struct task_struct *task);
 bool rksm_kthread_should_stop(void);
+u64 rksm_cpu_time(void);
 void rksm_set_nice(struct task_struct *task, long nice);
 void rksm_set_freezable(void);
 void rksm_set_sleeping(void);

@@ -58,6 +58,14 @@ pub(super) fn merge_with_ksm_page<T>(
     };
 }
 
+/// `ksm_advisor`: a pass took so many seconds and percent of a CPU, which makes so many pages to look at
+/// before sleeping.
+pub(crate) fn advisor(secs: u64, pages: u32, cpu_percent: u32) {
+    let secs = i64::try_from(secs).unwrap_or(i64::MAX);
+    // SAFETY: numbers only.
+    unsafe { ffi::rksm_trace_advisor(secs, pages as usize, cpu_percent) };
+}
+
 /// `ksm_remove_ksm_page`: the node of the page that was at `pfn` is freed.
 pub(super) fn remove_ksm_page(pfn: usize) {
     // SAFETY: a number only.

@@ -6,6 +6,8 @@
 // And it is the module's own clippy that judges its style, by the kernel's settings.
 #![allow(dead_code, clippy::style, clippy::precedence)]
 
+#[path = "../../../src/engine/advisor.rs"]
+pub(crate) mod advisor;
 #[path = "../../../src/engine/checksum.rs"]
 pub(crate) mod checksum;
 #[path = "../../../src/engine/filter.rs"]

@@ -2,6 +2,7 @@
 
 //! The tests, a file for each file of the module.
 
+mod advisor;
 mod checksum;
 mod counted;
 mod filter;
