@@ -105,6 +105,14 @@ pub fn reset() -> Result<()> {
     write("run", 0)?;
     write("run", 2)?;
     write("run", 0)?;
+    if path(dir(), "advisor_mode").exists() {
+        // While it is on, nobody else may write to `pages_to_scan`.
+        write("advisor_mode", "none")?;
+        write("advisor_max_cpu", 70)?;
+        write("advisor_min_pages_to_scan", 500)?;
+        write("advisor_max_pages_to_scan", 30_000)?;
+        write("advisor_target_scan_time", 200)?;
+    }
     write("pages_to_scan", 100)?;
     write("sleep_millisecs", 20)?;
     if !is_in_tree() {

@@ -3,6 +3,7 @@
 
 use crate::harness::Theme;
 
+mod advisor;
 mod counters;
 mod cow;
 mod eager;
@@ -11,6 +12,7 @@ mod huge;
 mod knobs;
 mod lifecycle;
 mod merge;
+mod parity;
 mod pin;
 mod registration;
 mod scanning;
@@ -19,6 +21,7 @@ mod soak;
 mod trace;
 mod unmerge;
 mod vmops;
+mod vmstat;
 
 /// A table of tests: name, seconds it may take, function.
 macro_rules! tests {
@@ -34,6 +37,8 @@ use tests;
 
 /// The order in which they run: the simple before what builds on it.
 pub const ALL: &[&Theme] = &[
+    // First, as it compares with the in-tree files as they are after boot.
+    &parity::THEME,
     &knobs::THEME,
     &merge::THEME,
     &cow::THEME,
@@ -47,6 +52,8 @@ pub const ALL: &[&Theme] = &[
     &eager::THEME,
     &smart::THEME,
     &counters::THEME,
+    &vmstat::THEME,
+    &advisor::THEME,
     &trace::THEME,
     &soak::THEME,
     &lifecycle::THEME,

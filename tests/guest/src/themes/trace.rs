@@ -46,11 +46,11 @@ fn mounted() -> Result<PathBuf> {
 }
 
 /// The events of the group, recorded until this is dropped.
-struct Recorder(PathBuf);
+pub(super) struct Recorder(PathBuf);
 
 impl Recorder {
     /// `None`: the kernel has no such events.
-    fn start() -> Result<Option<Self>> {
+    pub(super) fn start() -> Result<Option<Self>> {
         let dir = mounted()?;
         if !dir.join("events/ksm/enable").exists() {
             return Ok(None);
@@ -80,7 +80,7 @@ impl Recorder {
     }
 
     /// How many lines of an event are by the engine's thread and say something.
-    fn count(&self, event: &str, says: impl Fn(&str) -> bool) -> Result<usize> {
+    pub(super) fn count(&self, event: &str, says: impl Fn(&str) -> bool) -> Result<usize> {
         let name = format!("{}-", engine::thread_name());
         let lines = self.lines(event)?;
         Ok(lines
@@ -96,7 +96,7 @@ impl Drop for Recorder {
     }
 }
 
-const NO_EVENTS: &str = "the kernel has no trace events of the group ksm";
+pub(super) const NO_EVENTS: &str = "the kernel has no trace events of the group ksm";
 
 fn merging() -> Outcome {
     let Some(recorder) = Recorder::start()? else {
