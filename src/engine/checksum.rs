@@ -104,6 +104,8 @@ pub(crate) struct Hasher {
     /// The sampled words: two of each line.
     places: [usize; 2 * SAMPLED],
     keys: [u64; 2 * SAMPLED],
+    /// The sample of a page of zeroes.
+    zero: Sample,
 }
 
 /// How many random words a [`Hasher`] is made of.
@@ -132,7 +134,23 @@ impl Hasher {
         // pages are where what is otherwise alike often differs.
         let last = PAGE_WORDS - 1;
         places[2 * SAMPLED - 2..].copy_from_slice(&[last - LINE_WORDS / 2, last]);
-        Self { places, keys }
+        let mut this = Self {
+            places,
+            keys,
+            zero: Sample(0),
+        };
+        this.zero = this.sample(|_| 0);
+        this
+    }
+
+    /// The sample of a page of zeroes.
+    pub(crate) fn zero(&self) -> Sample {
+        self.zero
+    }
+
+    /// The checksum of a page of zeroes.
+    pub(crate) fn zero_sum(&self) -> Checksum {
+        self.checksum(|_| 0, |_| [0; LINE_WORDS])
     }
 
     /// The sample of a page whose word number `n` is `word(n)`.

@@ -134,6 +134,14 @@ impl State {
         place: Place,
         sample: Sample,
     ) -> Joined {
+        if self.core.zero == Some(sample) {
+            match self.join_zero(vma, place) {
+                Ok(()) => return Joined::Yes,
+                Err(err) if err != EAGAIN => return Joined::Hopeless,
+                // Not all zeroes.
+                _ => {}
+            }
+        }
         let unknown = Checksum::unknown(sample);
         match self.core.index.nodes_like(sample) {
             NodesLike::Alike(first) => match self.join_one_of(vma, place, Some(first), true) {
@@ -169,6 +177,18 @@ impl State {
             Some(Err(err)) if err != EAGAIN => Joined::Hopeless,
             _ => Joined::NoneFits(sum, may_be_shared),
         }
+    }
+
+    /// Merges a page of zeroes with the kernel's zero page. It is not remembered afterwards: that is no page
+    /// that is scanned.
+    fn join_zero(&mut self, vma: &MergeableVma<'_>, place: Place) -> Result {
+        let page = vma
+            .page_at(place.addr)
+            .filter(PageRef::is_plain_anon)
+            .ok_or(EBUSY)?;
+        vma.join_zero(place.addr, page)?;
+        self.forget(place);
+        Ok(())
     }
 
     /// Tries to merge a page into a merged page, beginning with the node `first` and going on with others

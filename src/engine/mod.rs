@@ -23,7 +23,7 @@ use crate::mm::{
     word::{PageState, PageWord},
 };
 use advisor::Advisor;
-use checksum::{Hasher, Sample};
+use checksum::{Checksum, Hasher, Sample};
 use filter::Filter;
 use index::{Index, Place, SlotId, StableKey};
 use kernel::{
@@ -89,6 +89,8 @@ pub(crate) struct Engine {
     merge_eagerly: Atomic<u32>,
     /// The shortest time from the beginning of one pass to that of the next.
     pass_millisecs: Atomic<u32>,
+    /// Whether pages of zeroes are merged with the kernel's zero page.
+    use_zero_pages: Atomic<u32>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
     hasher: Hasher,
@@ -119,6 +121,9 @@ struct Core {
     index: Index<NodeBox>,
     /// The samples of all pages that are remembered, each counted once.
     filter: Filter,
+    /// The sample of pages that are merged with the kernel's zero page; `None` to merge them with each
+    /// other, as any others. The filter has it twice, as a single such page is enough.
+    zero: Option<Sample>,
     /// Places that map merged pages: items on nodes.
     items: usize,
     /// Pages that are remembered, merged ones included.
@@ -154,6 +159,7 @@ impl Engine {
                 smart_scan: Atomic::new(1),
                 merge_eagerly: Atomic::new(0),
                 pass_millisecs: Atomic::new(knobs::DEFAULT_PASS_MILLISECS),
+                use_zero_pages: Atomic::new(0),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
                 hasher: Hasher::new(crate::mm::random_words()),
@@ -327,6 +333,7 @@ impl State {
             core: Core {
                 index: Index::new(),
                 filter: Filter::new(),
+                zero: None,
                 items: 0,
                 pages: 0,
                 steady: 0,
@@ -397,6 +404,35 @@ impl State {
         }
     }
 
+    /// Merges pages of zeroes with the kernel's zero page from now on, or with each other. What is merged
+    /// stays as it is.
+    fn use_zero_page(&mut self, hasher: &Hasher, on: bool) {
+        let zero = hasher.zero();
+        if on == self.core.zero.is_some() {
+            return;
+        }
+        if !on {
+            self.core.zero = None;
+            self.core.filter.remove(zero);
+            self.core.filter.remove(zero);
+            return;
+        }
+        self.core.zero = Some(zero);
+        self.core.filter.add(zero);
+        self.core.filter.add(zero);
+        self.core.try_again();
+        // Who waits would wait in vain.
+        for sum in [Checksum::unknown(zero), hasher.zero_sum()] {
+            let Some(place) = self.core.index.waiting(sum) else {
+                continue;
+            };
+            self.core.index.stop_waiting(sum, place);
+            if let (Some(word), core) = self.word(place) {
+                core.relabel(word, PageWord::steady(zero));
+            }
+        }
+    }
+
     /// Makes room in the filter for `more` pages, or counts anew when it is worn. Without memory it
     /// stays as it is, and takes more pages for ones that have an equal than it should.
     fn fit_filter(&mut self, more: usize) {
@@ -411,6 +447,10 @@ impl State {
         let Ok(mut filter) = Filter::for_pages(room) else {
             return;
         };
+        for zero in self.core.zero.into_iter() {
+            filter.add(zero);
+            filter.add(zero);
+        }
         for (_, mm) in self.mms.iter() {
             mm.pages.for_each(|word| {
                 filter.add(word.sample());

@@ -147,6 +147,7 @@ impl Engine {
 
     /// Looks at the next few pages, `budget` at most, and merges what it can.
     fn step(&self, state: &mut State, budget: usize, current: &Current) -> Step {
+        state.use_zero_page(&self.hasher, self.use_zero_pages.load(Relaxed) != 0);
         let last = match state.cursor.last {
             Some(last) => last,
             None => self.start_pass(state, current),

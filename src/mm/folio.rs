@@ -125,6 +125,14 @@ impl PageRef {
         self.content().differs_from(other.content())
     }
 
+    /// Whether all bytes are zero. Unless the page is write-protected and locked, the answer may be
+    /// outdated when it arrives.
+    pub(crate) fn is_zero(&self) -> bool {
+        // SAFETY: the kernel's zero page is always there, and its content never changes.
+        let zero = unsafe { Content::new(ffi::rksm_zero_content()) };
+        !self.content().differs_from(zero)
+    }
+
     /// The checksum of the content as it is now.
     pub(crate) fn checksum(&self, hasher: &Hasher) -> Checksum {
         let content = self.content();

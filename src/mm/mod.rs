@@ -60,6 +60,12 @@ pub(crate) fn anon_pages(mm: &Mm) -> usize {
     unsafe { ffi::rksm_mm_anon_pages(mm.as_raw()) }
 }
 
+/// How many places map the kernel's zero page because a page of zeroes was merged with it.
+pub(crate) fn zero_pages() -> isize {
+    // SAFETY: reads an atomic of the kernel.
+    unsafe { ffi::rksm_zero_pages() as isize }
+}
+
 /// How many of the pages that `mm` maps are listed as merged.
 pub(crate) fn merging_pages(mm: &Mm) -> usize {
     // SAFETY: the mm is kept; the counter is a word that only the engine writes.

@@ -152,6 +152,26 @@ impl<'a> PteLock<'a> {
         Ok(unsafe { ffi::rksm_ptep_clear_flush(self.vma.as_ptr(), self.addr, self.pte) })
     }
 
+    /// Does so if nobody else can write to the page by another way, and it then does not differ from what
+    /// is to take its place. If not, the entry is as it was: `EBUSY` when the page is held by others,
+    /// `EAGAIN` when it differs.
+    pub(super) fn clear_unless(
+        &mut self,
+        page: &PageRef,
+        differs: impl FnOnce() -> bool,
+    ) -> Result<bindings::pte_t> {
+        let entry = self.clear_mergeable(page)?;
+        let err = if page.is_held_by_others() {
+            EBUSY
+        } else if differs() {
+            EAGAIN
+        } else {
+            return Ok(entry);
+        };
+        self.set(entry);
+        Err(err)
+    }
+
     pub(super) fn is_dirty(&self, entry: bindings::pte_t) -> bool {
         // SAFETY: looks at a value only.
         unsafe { ffi::rksm_pte_dirty(entry) }

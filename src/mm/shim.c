@@ -176,6 +176,11 @@ const void *rksm_page_content(const struct page *page)
 	return page_address(page);
 }
 
+const void *rksm_zero_content(void)
+{
+	return page_address(ZERO_PAGE(0));
+}
+
 void rksm_lru_add_drain_all(void)
 {
 	lru_add_drain_all();
@@ -342,11 +347,29 @@ bool rksm_is_ksm_zero_pte(pte_t pte)
 	return is_ksm_zero_pte(pte);
 }
 
+/* The dirty bit tells it from a zero page that was there by a read fault. */
+pte_t rksm_mk_zero_pte(struct vm_area_struct *vma, unsigned long addr)
+{
+	return pte_mkdirty(pte_mkspecial(pfn_pte(zero_pfn(addr), vma->vm_page_prot)));
+}
+
 /* Address spaces and VMAs. */
 
 unsigned long rksm_mm_anon_pages(struct mm_struct *mm)
 {
 	return get_mm_counter(mm, MM_ANONPAGES);
+}
+
+/* An anonymous page became a zero page, which is none. */
+void rksm_mm_count_zero_page(struct mm_struct *mm)
+{
+	ksm_map_zero_page(mm);
+	dec_mm_counter(mm, MM_ANONPAGES);
+}
+
+long rksm_zero_pages(void)
+{
+	return atomic_long_read(&ksm_zero_pages);
 }
 
 int rksm_mm_users(struct mm_struct *mm)

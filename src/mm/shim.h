@@ -47,6 +47,7 @@ int rksm_split_huge_page(struct page *page);
 void rksm_page_add_rmap(struct page *page, struct vm_area_struct *vma, unsigned long addr);
 void rksm_page_remove_rmap(struct page *page, struct vm_area_struct *vma);
 const void *rksm_page_content(const struct page *page);
+const void *rksm_zero_content(void);
 void rksm_lru_add_drain_all(void);
 
 /* What the scan asks of an entry. */
@@ -82,10 +83,13 @@ struct page *rksm_normal_page(struct vm_area_struct *vma, unsigned long addr, pt
 struct page *rksm_normal_page_pmd(struct vm_area_struct *vma, unsigned long addr, pmd_t pmd);
 struct folio *rksm_migration_folio(pte_t pte);
 bool rksm_is_ksm_zero_pte(pte_t pte);
+pte_t rksm_mk_zero_pte(struct vm_area_struct *vma, unsigned long addr);
 
 /* Address spaces and VMAs. */
 int rksm_mm_users(struct mm_struct *mm);
 unsigned long rksm_mm_anon_pages(struct mm_struct *mm);
+void rksm_mm_count_zero_page(struct mm_struct *mm);
+long rksm_zero_pages(void);
 bool rksm_mm_tlb_flush_pending(struct mm_struct *mm);
 void rksm_notify_start(struct mmu_notifier_range *range, struct mm_struct *mm,
 		       unsigned long start, unsigned long end);

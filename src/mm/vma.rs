@@ -175,16 +175,7 @@ impl<'a> MergeableVma<'a> {
         {
             let _range = NotifierRange::start(self.mm(), addr);
             let mut pte = PteLock::new(self, addr).ok_or(EBUSY)?;
-            let entry = pte.clear_mergeable(&page)?;
-            // Nobody else may write to the page by another way, now that the entry is gone.
-            if page.is_held_by_others() {
-                pte.set(entry);
-                return Err(EBUSY);
-            }
-            if page.differs_from(kpage) {
-                pte.set(entry);
-                return Err(EAGAIN);
-            }
+            let entry = pte.clear_unless(&page, || page.differs_from(kpage))?;
             // SAFETY: both folios are locked and kept by references of ours. The entry mapped
             // `page` until we cleared it under the lock that is held, so the mapping's reference
             // and rmap of `page` are ours to drop; those of `kpage` are taken before the entry
@@ -203,6 +194,32 @@ impl<'a> MergeableVma<'a> {
             }
         }
         node.attach(kpage, item, self, addr)
+    }
+
+    /// Maps the kernel's zero page at `addr` in place of `page`, if that is all zeroes; with the mark that
+    /// tells such a zero page from others. Counts it with the address space and overall.
+    ///
+    /// Locks and errors are as in [`Self::join`].
+    pub(crate) fn join_zero(&self, addr: usize, page: PageRef) -> Result {
+        let page = self.lock_small(page)?;
+        if page.is_large() {
+            return Err(EBUSY);
+        }
+        let _range = NotifierRange::start(self.mm(), addr);
+        let mut pte = PteLock::new(self, addr).ok_or(EBUSY)?;
+        pte.clear_unless(&page, || !page.is_zero())?;
+        // SAFETY: the folio is locked and kept by a reference of ours. The entry mapped `page` until we
+        // cleared it under the lock that is held, so the mapping's reference and rmap of `page` are
+        // ours to drop. The zero page is neither counted nor ever freed. That the address space has
+        // it is counted before the lock is given up, and so before anybody can unmap it.
+        unsafe {
+            pte.set(ffi::rksm_mk_zero_pte(self.as_ptr(), addr));
+            ffi::rksm_mm_count_zero_page(self.mm().as_raw());
+            ffi::rksm_page_remove_rmap(page.as_ptr(), self.as_ptr());
+            ffi::rksm_folio_drop_swap(page.folio());
+            ffi::rksm_folio_put(page.folio());
+        }
+        Ok(())
     }
 
     /// Locks a page that can be merged and splits it off its folio.
