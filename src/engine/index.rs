@@ -45,26 +45,47 @@ pub(crate) struct Place {
 pub(crate) enum NodesLike {
     /// No node.
     None,
-    /// Nodes with one checksum, of which this is the first.
-    Alike(StableKey),
+    /// Nodes with one checksum.
+    Alike(Nodes),
     /// Nodes with more than one checksum.
     Various,
+}
+
+/// Nodes of one checksum that take another page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Nodes {
+    /// The only one.
+    One(StableKey),
+    /// More than one with this checksum.
+    Several(Checksum),
+}
+
+impl Nodes {
+    /// The checksum.
+    pub(crate) fn sum(self) -> Checksum {
+        match self {
+            Self::One(key) => key.sum,
+            Self::Several(sum) => sum,
+        }
+    }
 }
 
 /// The most stable nodes of one checksum that are looked at for a page, so that nobody can craft
 /// collisions that keep the thread busy.
 pub(crate) const MAX_COMPARES: usize = 8;
 
-/// The most places that are mapped to one merged page. More of them make walking all mappings of the
-/// page, which the kernel does under its lock, take too long (the default of in-tree KSM's
-/// `max_page_sharing`).
-pub(crate) const MAX_SHARING: usize = 256;
-
 /// The index of one set of pages that may be merged with each other.
 pub(crate) struct Index<N> {
-    /// Nodes with at least one known mapping.
+    /// Nodes with at least one known mapping, whose pages may be mapped once more.
     stable: RBTree<StableKey, N>,
+    /// Nodes whose pages are mapped as often as they may be. They stand apart so that looking for one
+    /// that takes another page never comes by these, however many there are.
+    full: RBTree<StableKey, N>,
+    /// How many nodes are in these two.
     stable_len: usize,
+    /// Checksums that more than one node in these two has, and how many nodes those are.
+    chains: usize,
+    dups: usize,
     /// Nodes without known mappings: stale, or soon to be, or mapped by a child that was forked
     /// since the last pass. No page is merged with these.
     limbo: RBTree<StableKey, N>,
@@ -80,7 +101,10 @@ impl<N> Index<N> {
     pub(crate) fn new() -> Self {
         Self {
             stable: RBTree::new(),
+            full: RBTree::new(),
             stable_len: 0,
+            chains: 0,
+            dups: 0,
             limbo: RBTree::new(),
             limbo_len: 0,
             unstable: RBTree::new(),
@@ -92,6 +116,17 @@ impl<N> Index<N> {
     /// How many nodes have known mappings.
     pub(crate) fn stable_len(&self) -> usize {
         self.stable_len
+    }
+
+    /// How many checksums there are that more than one node with known mappings has: content that is mapped
+    /// more often than one page may be.
+    pub(crate) fn chains(&self) -> usize {
+        self.chains
+    }
+
+    /// How many nodes have a checksum that others have, too.
+    pub(crate) fn dups(&self) -> usize {
+        self.dups
     }
 
     /// How many nodes have none.
@@ -138,52 +173,69 @@ impl<N> Index<N> {
         Ok(())
     }
 
-    /// The key of the first node with checksum `sum` behind `after`.
+    /// The key of the first node with checksum `sum` behind `after` that takes another page.
     pub(crate) fn next_stable(&self, sum: Checksum, after: Option<StableKey>) -> Option<StableKey> {
-        let from = match after {
-            Some(key) => StableKey {
-                sum,
-                nth: key.nth.checked_add(1)?,
-            },
-            None => StableKey { sum, nth: 0 },
-        };
-        let cursor = self.stable.cursor_lower_bound(&from)?;
-        let (key, _) = cursor.current();
-        (key.sum == sum).then_some(*key)
+        next_of(&self.stable, sum, after)
     }
 
-    /// Whether there are nodes whose pages have this sample, and if they all have the same checksum, the
-    /// key of the first one.
-    pub(crate) fn nodes_like(&self, sample: Sample) -> NodesLike {
-        let from = StableKey {
-            sum: Checksum::unknown(sample),
-            nth: 0,
-        };
-        let is_like = |key: &StableKey| key.sum.sample() == sample;
-        let Some(cursor) = self.stable.cursor_lower_bound(&from) else {
-            return NodesLike::None;
-        };
+    /// The key of a node with checksum `sum`, whether it takes another page or not.
+    pub(crate) fn any_stable(&self, sum: Checksum) -> Option<StableKey> {
+        next_of(&self.stable, sum, None).or_else(|| next_of(&self.full, sum, None))
+    }
+
+    /// The nodes with checksum `sum` that take another page.
+    pub(crate) fn nodes_with(&self, sum: Checksum) -> Option<Nodes> {
+        let cursor = self
+            .stable
+            .cursor_lower_bound(&StableKey { sum, nth: 0 })?;
         let first = *cursor.current().0;
-        if !is_like(&first) {
-            return NodesLike::None;
+        if first.sum != sum {
+            return None;
         }
-        // Most often it is the only one.
-        let various = match cursor.peek_next() {
-            Some((next, _)) if is_like(next) => first.sum.successor().is_some_and(|sum| {
-                self.stable
-                    .cursor_lower_bound(&StableKey { sum, nth: 0 })
-                    .is_some_and(|other| is_like(other.current().0))
-            }),
-            _ => false,
-        };
-        if various {
-            NodesLike::Various
-        } else {
-            NodesLike::Alike(first)
+        Some(match cursor.peek_next() {
+            Some((next, _)) if next.sum == sum => Nodes::Several(sum),
+            _ => Nodes::One(first),
+        })
+    }
+
+    /// Some nodes with checksum `sum` that take another page, those that are mapped most often first, so
+    /// that the others have a chance to get empty. `mappings` says how often a node's page is mapped.
+    pub(crate) fn by_mappings(
+        &self,
+        sum: Checksum,
+        mappings: impl Fn(&N) -> usize,
+    ) -> [Option<StableKey>; MAX_COMPARES] {
+        let mut found = [None; MAX_COMPARES];
+        let mut after = None;
+        for place in &mut found {
+            let Some(key) = self.next_stable(sum, after) else {
+                break;
+            };
+            after = Some(key);
+            let often = self.stable.get(&key).map_or(0, &mappings);
+            *place = Some((core::cmp::Reverse(often), key));
+        }
+        // What is missing goes to the end; of nodes that are mapped equally often, the newest is first.
+        found.sort_unstable_by_key(|node| (node.is_none(), *node));
+        found.map(|node| node.map(|(_, key)| key))
+    }
+
+    /// Whether there are nodes whose pages have this sample, and if they all have the same checksum, those
+    /// that take another page.
+    pub(crate) fn nodes_like(&self, sample: Sample) -> NodesLike {
+        let found = like(&self.stable, sample);
+        if self.full.is_empty() {
+            return found;
+        }
+        match (found, like(&self.full, sample)) {
+            (found, NodesLike::None) => found,
+            (NodesLike::None, NodesLike::Alike(full)) if full.sum().is_unknown() => NodesLike::None,
+            (NodesLike::Alike(nodes), NodesLike::Alike(full)) if nodes.sum() == full.sum() => found,
+            _ => NodesLike::Various,
         }
     }
 
-    /// Gives a node with known mappings another checksum. The tree is unchanged on failure.
+    /// Gives a node with known mappings another checksum. The trees are unchanged on failure.
     pub(crate) fn rekey(
         &mut self,
         key: StableKey,
@@ -191,22 +243,36 @@ impl<N> Index<N> {
         flags: Flags,
     ) -> Result<StableKey> {
         let reservation = RBTreeNodeReservation::new(flags)?;
-        let node = self.stable.remove(&key).ok_or(ENOENT)?;
+        let (node, is_full) = match self.stable.remove(&key) {
+            Some(node) => (node, false),
+            None => (self.full.remove(&key).ok_or(ENOENT)?, true),
+        };
+        self.uncount(key.sum);
         let key = StableKey { sum, ..key };
+        self.count(sum);
         // Numbers are never used twice, so there is no other node with this key.
-        self.stable.insert(reservation.into_node(key, node));
+        let node = reservation.into_node(key, node);
+        if is_full {
+            self.full.insert(node);
+        } else {
+            self.stable.insert(node);
+        }
         Ok(key)
     }
 
     /// The node with this key, in whichever tree it is.
     pub(crate) fn node(&self, key: StableKey) -> Option<&N> {
-        self.stable.get(&key).or_else(|| self.limbo.get(&key))
+        self.stable
+            .get(&key)
+            .or_else(|| self.full.get(&key))
+            .or_else(|| self.limbo.get(&key))
     }
 
     /// Takes a node out of the index.
     pub(crate) fn remove(&mut self, key: StableKey) -> Option<N> {
-        if let Some(node) = self.stable.remove(&key) {
-            self.stable_len = self.stable_len.saturating_sub(1);
+        let known = self.stable.remove(&key).or_else(|| self.full.remove(&key));
+        if let Some(node) = known {
+            self.uncount(key.sum);
             return Some(node);
         }
         let node = self.limbo.remove(&key)?;
@@ -216,8 +282,9 @@ impl<N> Index<N> {
 
     /// Marks a node as one without known mappings. Does not allocate.
     pub(crate) fn move_to_limbo(&mut self, key: StableKey) {
-        if let Some(node) = self.stable.remove_node(&key) {
-            self.stable_len = self.stable_len.saturating_sub(1);
+        let known = self.stable.remove_node(&key);
+        if let Some(node) = known.or_else(|| self.full.remove_node(&key)) {
+            self.uncount(key.sum);
             self.limbo.insert(node);
             self.limbo_len = self.limbo_len.saturating_add(1);
         }
@@ -230,9 +297,65 @@ impl<N> Index<N> {
         }
         if let Some(node) = self.limbo.remove_node(&key) {
             self.limbo_len = self.limbo_len.saturating_sub(1);
+            self.count(key.sum);
             self.stable.insert(node);
-            self.stable_len = self.stable_len.saturating_add(1);
         }
+    }
+
+    /// Marks a node with known mappings as one whose page is mapped as often as it may be. Does not
+    /// allocate.
+    pub(crate) fn set_full(&mut self, key: StableKey) {
+        if let Some(node) = self.stable.remove_node(&key) {
+            self.full.insert(node);
+        }
+    }
+
+    /// Marks a node with known mappings as one whose page may be mapped once more. Does not allocate.
+    pub(crate) fn set_not_full(&mut self, key: StableKey) {
+        if let Some(node) = self.full.remove_node(&key) {
+            self.stable.insert(node);
+        }
+    }
+
+    /// Counts a node with known mappings that is about to be inserted.
+    fn count(&mut self, sum: Checksum) {
+        self.stable_len = self.stable_len.saturating_add(1);
+        match self.up_to_two(sum) {
+            0 => {}
+            1 => {
+                self.chains = self.chains.saturating_add(1);
+                self.dups = self.dups.saturating_add(2);
+            }
+            _ => self.dups = self.dups.saturating_add(1),
+        }
+    }
+
+    /// Counts a node that had known mappings less, now that it was taken out.
+    fn uncount(&mut self, sum: Checksum) {
+        self.stable_len = self.stable_len.saturating_sub(1);
+        match self.up_to_two(sum) {
+            0 => {}
+            1 => {
+                self.chains = self.chains.saturating_sub(1);
+                self.dups = self.dups.saturating_sub(2);
+            }
+            _ => self.dups = self.dups.saturating_sub(1),
+        }
+    }
+
+    /// How many nodes with known mappings have checksum `sum`; 2 if there are more.
+    fn up_to_two(&self, sum: Checksum) -> usize {
+        let in_tree = |tree: &RBTree<StableKey, N>| {
+            let Some(cursor) = tree.cursor_lower_bound(&StableKey { sum, nth: 0 }) else {
+                return 0;
+            };
+            match (cursor.current().0, cursor.peek_next()) {
+                (first, _) if first.sum != sum => 0,
+                (_, Some((second, _))) if second.sum == sum => 2,
+                _ => 1usize,
+            }
+        };
+        in_tree(&self.stable).saturating_add(in_tree(&self.full))
     }
 
     /// The key of the first node without known mappings behind `after`.
@@ -240,9 +363,15 @@ impl<N> Index<N> {
         next_key(&self.limbo, after)
     }
 
-    /// The key of the first node with known mappings behind `after`, of whatever checksum.
+    /// The key of the first node with known mappings behind `after`, of whatever checksum, that takes
+    /// another page.
     pub(crate) fn next_node(&self, after: Option<StableKey>) -> Option<StableKey> {
         next_key(&self.stable, after)
+    }
+
+    /// The key of the first node behind `after`, of whatever checksum, that takes no other page.
+    pub(crate) fn next_full(&self, after: Option<StableKey>) -> Option<StableKey> {
+        next_key(&self.full, after)
     }
 
     /// The page that waits under checksum `sum`.
@@ -279,6 +408,56 @@ impl<N> Index<N> {
                 self.unstable_len = self.unstable_len.saturating_sub(1);
             }
         }
+    }
+}
+
+/// The key of the first node with checksum `sum` behind `after`.
+fn next_of<N>(
+    tree: &RBTree<StableKey, N>,
+    sum: Checksum,
+    after: Option<StableKey>,
+) -> Option<StableKey> {
+    let from = match after {
+        Some(key) => StableKey {
+            sum,
+            nth: key.nth.checked_add(1)?,
+        },
+        None => StableKey { sum, nth: 0 },
+    };
+    let cursor = tree.cursor_lower_bound(&from)?;
+    let (key, _) = cursor.current();
+    (key.sum == sum).then_some(*key)
+}
+
+/// What one tree knows of nodes whose pages have this sample.
+fn like<N>(tree: &RBTree<StableKey, N>, sample: Sample) -> NodesLike {
+    let from = StableKey {
+        sum: Checksum::unknown(sample),
+        nth: 0,
+    };
+    let is_like = |key: &StableKey| key.sum.sample() == sample;
+    let Some(cursor) = tree.cursor_lower_bound(&from) else {
+        return NodesLike::None;
+    };
+    let first = *cursor.current().0;
+    if !is_like(&first) {
+        return NodesLike::None;
+    }
+    // Most often it is the only one.
+    match cursor.peek_next() {
+        Some((next, _)) if is_like(next) => {
+            let various = next.sum != first.sum
+                || first.sum.successor().is_some_and(|sum| {
+                    tree.cursor_lower_bound(&StableKey { sum, nth: 0 })
+                        .is_some_and(|other| is_like(other.current().0))
+                });
+            if various {
+                NodesLike::Various
+            } else {
+                NodesLike::Alike(Nodes::Several(first.sum))
+            }
+        }
+        _ => NodesLike::Alike(Nodes::One(first)),
     }
 }
 

@@ -19,6 +19,11 @@ pub(super) const DEFAULT_SLEEP_MILLISECS: u32 = 20;
 /// Milliseconds from pass to pass, at least. In-tree KSM never looks at a page again so soon, for want
 /// of speed; memory that changes from one moment to the next is not worth merging.
 pub(super) const DEFAULT_PASS_MILLISECS: u32 = 1000;
+/// Places that map one merged page, at most. More of them make walking all mappings of the page, which the
+/// kernel does under its lock, take too long.
+pub(super) const DEFAULT_MAX_PAGE_SHARING: u32 = 256;
+/// Milliseconds between two searches for merged pages that are gone.
+pub(super) const DEFAULT_PRUNE_MILLISECS: u32 = 2000;
 
 impl Directory for Engine {
     const NAME: &'static CStr = c"rksm";
@@ -52,6 +57,29 @@ impl Directory for Engine {
                 engine.smart_scan.store(on.into(), Relaxed);
                 Ok(())
             },
+        ),
+        // What is merged with what.
+        Knob::rw(
+            c"use_zero_pages",
+            |engine, out| out.line(engine.use_zero_pages.load(Relaxed)),
+            |engine, input| {
+                let on = input.parse_bool().map_err(only_einval)?;
+                engine.use_zero_pages.store(on.into(), Relaxed);
+                Ok(())
+            },
+        ),
+        Knob::rw(
+            c"max_page_sharing",
+            |engine, out| out.line(engine.max_page_sharing.load(Relaxed)),
+            |engine, input| {
+                let most = u32::try_from(input.parse_i32()?).map_err(|_| EINVAL)?;
+                engine.set_max_page_sharing(most)
+            },
+        ),
+        Knob::rw(
+            c"stable_node_chains_prune_millisecs",
+            |engine, out| out.line(engine.stable_node_chains_prune_millisecs.load(Relaxed)),
+            |engine, input| set(&engine.stable_node_chains_prune_millisecs, &input),
         ),
         // Who decides how many pages that are.
         Knob::rw(
@@ -119,6 +147,15 @@ impl Directory for Engine {
         }),
         Knob::ro(c"pages_scanned", |engine, out| {
             out.line(engine.stats.scanned.load(Relaxed))
+        }),
+        Knob::ro(c"ksm_zero_pages", |_, out| {
+            out.line(crate::mm::zero_pages())
+        }),
+        Knob::ro(c"stable_node_chains", |engine, out| {
+            out.line(engine.stats.chains.load(Relaxed))
+        }),
+        Knob::ro(c"stable_node_dups", |engine, out| {
+            out.line(engine.stats.dups.load(Relaxed))
         }),
         Knob::ro(c"pages_skipped", |engine, out| {
             out.line(engine.stats.skipped.load(Relaxed))

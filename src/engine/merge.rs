@@ -7,7 +7,7 @@
 
 use super::{
     checksum::{Checksum, Hasher, Sample},
-    index::{NodesLike, Place, SlotId, StableKey, MAX_COMPARES, MAX_SHARING},
+    index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
     pagemap::Found,
     scan::{known_mm, use_mm, Candidate, CandidateKind, Cursor},
     Core, Engine, State, GFP_SCAN,
@@ -85,11 +85,11 @@ impl State {
             Some(other) if other == place => {}
             Some(other) => self.merge_with_waiting(hasher, mm, place, other, sum, may_be_shared),
             // One of the same batch may have been merged since.
-            None => match self.core.index.next_stable(sum, None) {
-                first @ Some(_) => {
+            None => match self.core.index.nodes_with(sum) {
+                Some(nodes) => {
                     let guard = mm.mmap_read_lock();
                     let joined = MergeableVma::at(&guard, place.addr)
-                        .and_then(|vma| self.join_one_of(&vma, place, first, false));
+                        .and_then(|vma| self.join_one_of(&vma, place, nodes, false));
                     drop(guard);
                     // None of them takes any more.
                     if joined.is_none() {
@@ -144,10 +144,10 @@ impl State {
         }
         let unknown = Checksum::unknown(sample);
         match self.core.index.nodes_like(sample) {
-            NodesLike::Alike(first) => match self.join_one_of(vma, place, Some(first), true) {
+            NodesLike::Alike(nodes) => match self.join_one_of(vma, place, nodes, true) {
                 Some(Ok(())) => return Joined::Yes,
                 Some(Err(err)) if err != EAGAIN => return Joined::Hopeless,
-                None if first.sum.is_unknown() => return Joined::NoneFits(unknown, true),
+                None if nodes.sum().is_unknown() => return Joined::NoneFits(unknown, true),
                 _ => {}
             },
             NodesLike::None => {
@@ -171,8 +171,11 @@ impl State {
             }
             return Joined::Hopeless;
         }
-        let first = self.core.index.next_stable(sum, None);
-        match self.join_one_of(vma, place, first, false) {
+        let joined = match self.core.index.nodes_with(sum) {
+            Some(nodes) => self.join_one_of(vma, place, nodes, false),
+            None => None,
+        };
+        match joined {
             Some(Ok(())) => Joined::Yes,
             Some(Err(err)) if err != EAGAIN => Joined::Hopeless,
             _ => Joined::NoneFits(sum, may_be_shared),
@@ -191,37 +194,44 @@ impl State {
         Ok(())
     }
 
-    /// Tries to merge a page into a merged page, beginning with the node `first` and going on with others
-    /// of the same checksum. `None`: there is none
-    /// that takes another page. With `guessing`, only those are tried whose sample was never found to
-    /// be that of other content.
+    /// Tries to merge a page into one of these merged pages, or of some of them. `None`: none takes another
+    /// page. With `guessing`, only those are tried whose sample was never found to be that of other
+    /// content.
     fn join_one_of(
         &mut self,
         vma: &MergeableVma<'_>,
         place: Place,
-        first: Option<StableKey>,
+        nodes: Nodes,
         guessing: bool,
     ) -> Option<Result> {
+        let sum = match nodes {
+            Nodes::One(key) => return self.join_known(vma, place, key, guessing),
+            Nodes::Several(sum) => sum,
+        };
         let mut result = None;
-        let mut key = first;
-        for _ in 0..MAX_COMPARES {
-            let Some(at) = key else {
-                break;
-            };
-            match self.core.join_node(vma, place, at, guessing) {
-                Some(Ok(item)) => {
-                    self.merged(place, item, at);
-                    return Some(Ok(()));
-                }
+        let keys = self.core.index.by_mappings(sum, NodeBox::items);
+        for key in keys.into_iter().flatten() {
+            match self.join_known(vma, place, key, guessing) {
                 // Other content, or the page changed: another node may still fit.
                 Some(Err(err)) if err == EAGAIN => result = Some(Err(err)),
-                // Pinned or locked; that will not be different with another node.
-                Some(Err(err)) => return Some(Err(err)),
                 None => {}
+                // Merged; or pinned or locked, and that will not be different with another node.
+                done => return done,
             }
-            key = self.core.index.next_stable(at.sum, Some(at));
         }
         result
+    }
+
+    /// Tries to merge a page into the page of the node `key`. `None`: that takes no other page, or is gone.
+    fn join_known(
+        &mut self,
+        vma: &MergeableVma<'_>,
+        place: Place,
+        key: StableKey,
+        guessing: bool,
+    ) -> Option<Result> {
+        let result = self.core.join_node(vma, place, key, guessing)?;
+        Some(result.map(|item| self.merged(place, item, key)))
     }
 
     /// Notes that the page at `place`, which is remembered with the same sample, was merged.
@@ -229,6 +239,9 @@ impl State {
         self.core.items = self.core.items.saturating_add(1);
         self.core.try_again();
         self.core.index.move_to_stable(key);
+        if item.mappings() >= self.core.max_sharing {
+            self.core.index.set_full(key);
+        }
         match self.word(place) {
             (Some(word), core) => {
                 let old = core::mem::replace(word, PageWord::merged(item));
@@ -425,7 +438,7 @@ impl Core {
         guessing: bool,
     ) -> Option<Result<ItemBox>> {
         let node = self.index.node(key)?;
-        if node.items() >= MAX_SHARING || guessing && node.is_ambiguous() {
+        if node.items() >= self.max_sharing || guessing && node.is_ambiguous() {
             return None;
         }
         let Some(kpage) = node.locked_page() else {
@@ -443,7 +456,7 @@ impl Core {
     /// which are not like them can be told apart. A few at a time, as there may be any number.
     fn find_sums(&mut self, hasher: &Hasher, sample: Sample) {
         for _ in 0..MAX_COMPARES {
-            let Some(key) = self.index.next_stable(Checksum::unknown(sample), None) else {
+            let Some(key) = self.index.any_stable(Checksum::unknown(sample)) else {
                 break;
             };
             let Some(node) = self.index.node(key) else {

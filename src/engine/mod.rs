@@ -9,6 +9,7 @@ pub(crate) mod checksum;
 mod filter;
 pub(crate) mod index;
 mod knobs;
+mod limits;
 mod merge;
 mod pace;
 mod pagemap;
@@ -38,6 +39,7 @@ use kernel::{
         Arc, Mutex, SetOnce, SpinLock,
     },
     task::Task,
+    time::{Instant, Monotonic},
 };
 use pace::Pace;
 use pagemap::PageMap;
@@ -91,6 +93,10 @@ pub(crate) struct Engine {
     pass_millisecs: Atomic<u32>,
     /// Whether pages of zeroes are merged with the kernel's zero page.
     use_zero_pages: Atomic<u32>,
+    /// The most places that are mapped to one merged page, as [`Core::max_sharing`].
+    max_page_sharing: Atomic<u32>,
+    /// How often to look for merged pages that are gone, in milliseconds.
+    stable_node_chains_prune_millisecs: Atomic<u32>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
     hasher: Hasher,
@@ -124,6 +130,8 @@ struct Core {
     /// The sample of pages that are merged with the kernel's zero page; `None` to merge them with each
     /// other, as any others. The filter has it twice, as a single such page is enough.
     zero: Option<Sample>,
+    /// The most places that are mapped to one merged page. Does not change while there are nodes.
+    max_sharing: usize,
     /// Places that map merged pages: items on nodes.
     items: usize,
     /// Pages that are remembered, merged ones included.
@@ -140,6 +148,10 @@ struct Core {
     soon_broken: usize,
     /// How far [`Core::sweep_limbo`] has come.
     swept: Option<StableKey>,
+    /// How far [`Core::prune`] has come.
+    pruned: Option<StableKey>,
+    /// When it began at the beginning last; `None` before the first time.
+    prune_began: Option<Instant<Monotonic>>,
     pin: unload::Pin,
 }
 
@@ -160,6 +172,8 @@ impl Engine {
                 merge_eagerly: Atomic::new(0),
                 pass_millisecs: Atomic::new(knobs::DEFAULT_PASS_MILLISECS),
                 use_zero_pages: Atomic::new(0),
+                max_page_sharing: Atomic::new(knobs::DEFAULT_MAX_PAGE_SHARING),
+                stable_node_chains_prune_millisecs: Atomic::new(knobs::DEFAULT_PRUNE_MILLISECS),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
                 hasher: Hasher::new(crate::mm::random_words()),
@@ -227,6 +241,10 @@ impl Engine {
         state
             .core
             .sweep_limbo(LIMBO_SWEEP, self.run() == run::UNMERGE);
+        if self.run() == run::MERGE {
+            let pause = self.stable_node_chains_prune_millisecs.load(Relaxed);
+            state.core.prune_after(pause);
+        }
         state.core.unpin_if_empty();
         self.publish_stats(state);
     }
@@ -322,6 +340,8 @@ const RETRY_MS: u32 = 20;
 const RETRY_MAX_MS: u32 = 1000;
 /// How many nodes to look at in one round.
 const LIMBO_SWEEP: usize = 1024;
+/// The same for nodes whose pages are mapped as often as they may be.
+const PRUNE_SWEEP: usize = 256;
 /// How often to try to enter everybody, and how many entries to allocate in between.
 const ENTER_ATTEMPTS: usize = 8;
 const ENTER_SPARES: usize = 64;
@@ -334,6 +354,7 @@ impl State {
                 index: Index::new(),
                 filter: Filter::new(),
                 zero: None,
+                max_sharing: knobs::DEFAULT_MAX_PAGE_SHARING as usize,
                 items: 0,
                 pages: 0,
                 steady: 0,
@@ -342,6 +363,8 @@ impl State {
                 pass: 0,
                 soon_broken: 0,
                 swept: None,
+                pruned: None,
+                prune_began: None,
                 pin: unload::Pin::new(module),
             },
             scratch: Some(KBox::init(scan::Scratch::init(), GFP_KERNEL)?),
@@ -552,6 +575,8 @@ impl Core {
                 self.items = self.items.saturating_sub(1);
                 if left == 0 {
                     self.index.move_to_limbo(key);
+                } else if left.saturating_add(1) == self.max_sharing {
+                    self.index.set_not_full(key);
                 }
             }
         }
@@ -568,9 +593,11 @@ impl Core {
             // Not stale after all. Without memory to index it, it is lost but harmless: dropping
             // it says so in the log.
             Err(node) => {
-                let listed = node.items() != 0;
-                if self.index.insert(key, node, GFP_KERNEL).is_ok() && listed {
+                if self.index.insert(key, node, GFP_KERNEL).is_ok() && items != 0 {
                     self.index.move_to_stable(key);
+                    if items >= self.max_sharing {
+                        self.index.set_full(key);
+                    }
                 }
             }
         }
@@ -600,15 +627,51 @@ impl Core {
         let mut next = self.index.next_node(None);
         while let Some(key) = next {
             next = self.index.next_node(Some(key));
-            if self
-                .index
-                .node(key)
-                .is_some_and(|node| node.page().is_none())
-            {
-                self.release(key);
-            }
-            crate::mm::cond_resched();
+            self.release_if_stale(key);
         }
+        self.pruned = None;
+        self.prune(usize::MAX);
+    }
+
+    /// Frees nodes whose pages are gone, of those that take no other page: nobody comes by these but who
+    /// maps them. Looks at some each time. Returns whether it has come to the end.
+    fn prune(&mut self, most: usize) -> bool {
+        let mut next = self.index.next_full(self.pruned);
+        for _ in 0..most {
+            let Some(key) = next else {
+                break;
+            };
+            self.pruned = Some(key);
+            next = self.index.next_full(self.pruned);
+            self.release_if_stale(key);
+        }
+        if next.is_none() {
+            self.pruned = None;
+        }
+        next.is_none()
+    }
+
+    /// Does so, beginning again when `pause` milliseconds are over since that was done last.
+    fn prune_after(&mut self, pause: u32) {
+        if self.pruned.is_none() {
+            let over = |began: Instant<Monotonic>| began.elapsed().as_millis() >= i64::from(pause);
+            if !self.prune_began.is_none_or(over) {
+                return;
+            }
+            self.prune_began = Some(Instant::now());
+        }
+        self.prune(PRUNE_SWEEP);
+    }
+
+    fn release_if_stale(&mut self, key: StableKey) {
+        if self
+            .index
+            .node(key)
+            .is_some_and(|node| node.page().is_none())
+        {
+            self.release(key);
+        }
+        crate::mm::cond_resched();
     }
 
     /// Frees a node without known mappings if its page is gone.

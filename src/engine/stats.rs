@@ -14,6 +14,9 @@ pub(crate) struct Stats {
     pub(crate) shared: Atomic<u64>,
     /// Further places that map these: what is saved.
     pub(crate) sharing: Atomic<u64>,
+    /// Contents that have more than one merged page, and those pages.
+    pub(crate) chains: Atomic<u64>,
+    pub(crate) dups: Atomic<u64>,
     /// Pages that have no equal but are looked at again and again.
     pub(crate) unshared: Atomic<u64>,
     /// Pages that change too fast to be candidates.
@@ -33,6 +36,8 @@ impl Stats {
         Self {
             shared: Atomic::new(0),
             sharing: Atomic::new(0),
+            chains: Atomic::new(0),
+            dups: Atomic::new(0),
             unshared: Atomic::new(0),
             volatile: Atomic::new(0),
             metadata: Atomic::new(0),
@@ -54,6 +59,8 @@ impl Stats {
         self.shared.store(shared as u64, Relaxed);
         self.sharing
             .store(core.items.saturating_sub(shared) as u64, Relaxed);
+        self.chains.store(core.index.chains() as u64, Relaxed);
+        self.dups.store(core.index.dups() as u64, Relaxed);
         self.unshared.store(unshared as u64, Relaxed);
         self.volatile.store(volatile as u64, Relaxed);
         let metadata = core.bytes().saturating_add(map_bytes);

@@ -568,6 +568,15 @@ impl ItemBox {
         Ok(Self(ManuallyDrop::new(KBox::new(item, flags)?)))
     }
 
+    /// How many places are known to map the page of the item's node.
+    pub(crate) fn mappings(&self) -> usize {
+        // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
+        // before it took off all its items.
+        self.0
+            .node()
+            .map_or(0, |node| unsafe { node.as_ref() }.items.get())
+    }
+
     /// Takes the item off its node. May sleep for the folio lock.
     pub(crate) fn detach(&mut self) -> Detached {
         let Some(node) = self.0.node() else {

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What can be changed only while nothing is merged.
+
+use super::{Core, Engine};
+use kernel::{prelude::*, sync::atomic::Relaxed};
+
+/// The smallest `max_page_sharing`: a page that is mapped once is not merged.
+const MIN_SHARING: u32 = 2;
+
+impl Engine {
+    /// Sets how many places are mapped to one merged page at most. `EINVAL` for fewer than two, `EBUSY`
+    /// while pages are merged. May sleep.
+    pub(super) fn set_max_page_sharing(&self, most: u32) -> Result {
+        if most < MIN_SHARING {
+            return Err(EINVAL);
+        }
+        let mut state = self.state.lock();
+        let sharing = most as usize;
+        if state.core.max_sharing == sharing {
+            return Ok(());
+        }
+        state.core.release_unused()?;
+        state.core.max_sharing = sharing;
+        self.max_page_sharing.store(most, Relaxed);
+        Ok(())
+    }
+}
+
+impl Core {
+    /// Frees all nodes, if no page is merged. `EBUSY` if one is: known to be, or mapped by somebody nobody
+    /// knows of.
+    fn release_unused(&mut self) -> Result {
+        if self.index.stable_len() != 0 {
+            return Err(EBUSY);
+        }
+        let mut result = Ok(());
+        let mut next = self.index.next_limbo(None);
+        while let Some(key) = next {
+            next = self.index.next_limbo(Some(key));
+            if self.index.node(key).is_some_and(|node| node.abandon(false)) {
+                self.release(key);
+            } else {
+                result = Err(EBUSY);
+            }
+            crate::mm::cond_resched();
+        }
+        self.swept = None;
+        result
+    }
+}
