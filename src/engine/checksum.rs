@@ -39,6 +39,11 @@ impl Sample {
     pub(crate) const fn get(self) -> u32 {
         self.0
     }
+
+    /// What becomes of it on a memory node. As `salt` is odd, it is another one on each.
+    const fn salted(self, salt: u32, node: u32) -> Self {
+        Self(self.0 ^ node.wrapping_mul(salt))
+    }
 }
 
 /// A 61-bit checksum of a page's content: its sample, then 29 bits of a hash of all words. (Three bits
@@ -89,6 +94,11 @@ impl Checksum {
         Sample((self.0 >> FULL_BITS) as u32)
     }
 
+    /// The same, but for the sample.
+    pub(crate) const fn with_sample(self, sample: Sample) -> Self {
+        Self(Self::unknown(sample).0 | self.0 & ((1 << FULL_BITS) - 1))
+    }
+
     /// The next larger one.
     pub(crate) const fn successor(self) -> Option<Self> {
         if self.0 < u64::MAX >> 3 {
@@ -104,8 +114,31 @@ pub(crate) struct Hasher {
     /// The sampled words: two of each line.
     places: [usize; 2 * SAMPLED],
     keys: [u64; 2 * SAMPLED],
-    /// The sample of a page of zeroes.
-    zero: Sample,
+    /// How many memory nodes there are that have samples of their own.
+    nodes: u32,
+    /// What the samples of two of them differ by; odd.
+    salt: u32,
+}
+
+/// The samples of pages of zeroes, one for each memory node that has samples of its own.
+#[derive(Clone, Copy)]
+pub(crate) struct Zeroes {
+    first: Sample,
+    nodes: u32,
+    salt: u32,
+}
+
+impl Zeroes {
+    /// All of them.
+    pub(crate) fn iter(self) -> impl Iterator<Item = Sample> {
+        (0..self.nodes).map(move |node| self.first.salted(self.salt, node))
+    }
+
+    /// Whether this is one of them.
+    #[inline]
+    pub(crate) fn contains(self, sample: Sample) -> bool {
+        self.iter().any(|zero| zero == sample)
+    }
 }
 
 /// How many random words a [`Hasher`] is made of.
@@ -134,23 +167,42 @@ impl Hasher {
         // pages are where what is otherwise alike often differs.
         let last = PAGE_WORDS - 1;
         places[2 * SAMPLED - 2..].copy_from_slice(&[last - LINE_WORDS / 2, last]);
-        let mut this = Self {
+        Self {
             places,
             keys,
-            zero: Sample(0),
-        };
-        this.zero = this.sample(|_| 0);
-        this
+            nodes: 1,
+            salt: (place >> 32) as u32 | 1,
+        }
     }
 
-    /// The sample of a page of zeroes.
-    pub(crate) fn zero(&self) -> Sample {
-        self.zero
+    /// One for which equal pages on different memory nodes, of which there are `nodes`, have different
+    /// samples and checksums: such pages never meet. Those of node 0 are what they were.
+    pub(crate) fn by_node(&self, nodes: u32) -> Self {
+        Self {
+            places: self.places,
+            keys: self.keys,
+            nodes: nodes.max(1),
+            salt: self.salt,
+        }
     }
 
-    /// The checksum of a page of zeroes.
-    pub(crate) fn zero_sum(&self) -> Checksum {
-        self.checksum(|_| 0, |_| [0; LINE_WORDS])
+    /// The sample of a page on the memory node `node()`, which is asked only if it matters, whose words have
+    /// this sample.
+    #[inline(always)]
+    pub(crate) fn on_node(&self, sample: Sample, node: impl FnOnce() -> u32) -> Sample {
+        if self.nodes == 1 {
+            return sample;
+        }
+        sample.salted(self.salt, node())
+    }
+
+    /// The samples of pages of zeroes.
+    pub(crate) fn zeroes(&self) -> Zeroes {
+        Zeroes {
+            first: self.sample(|_| 0),
+            nodes: self.nodes,
+            salt: self.salt,
+        }
     }
 
     /// The sample of a page whose word number `n` is `word(n)`.

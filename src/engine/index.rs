@@ -185,9 +185,7 @@ impl<N> Index<N> {
 
     /// The nodes with checksum `sum` that take another page.
     pub(crate) fn nodes_with(&self, sum: Checksum) -> Option<Nodes> {
-        let cursor = self
-            .stable
-            .cursor_lower_bound(&StableKey { sum, nth: 0 })?;
+        let cursor = self.stable.cursor_lower_bound(&StableKey { sum, nth: 0 })?;
         let first = *cursor.current().0;
         if first.sum != sum {
             return None;

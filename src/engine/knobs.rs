@@ -81,6 +81,14 @@ impl Directory for Engine {
             |engine, out| out.line(engine.stable_node_chains_prune_millisecs.load(Relaxed)),
             |engine, input| set(&engine.stable_node_chains_prune_millisecs, &input),
         ),
+        Knob::rw(
+            c"merge_across_nodes",
+            |engine, out| out.line(engine.merge_across_nodes.load(Relaxed)),
+            |engine, input| match input.parse_u64()? {
+                across @ 0..=1 => engine.set_merge_across_nodes(across != 0),
+                _ => Err(EINVAL),
+            },
+        ),
         // Who decides how many pages that are.
         Knob::rw(
             c"advisor_mode",

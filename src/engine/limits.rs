@@ -25,6 +25,22 @@ impl Engine {
         self.max_page_sharing.store(most, Relaxed);
         Ok(())
     }
+
+    /// Sets whether pages on different memory nodes are merged. `EBUSY` while pages are merged. May sleep.
+    pub(super) fn set_merge_across_nodes(&self, across: bool) -> Result {
+        let mut state = self.state.lock();
+        if state.core.by_node != across {
+            return Ok(());
+        }
+        state.core.release_unused()?;
+        // The next step takes it up again with the samples that count then. Pages whose samples are other
+        // ones now are taken for changed when they are looked at.
+        let hasher = self.hasher(&state.core);
+        state.use_zero_page(hasher, false);
+        state.core.by_node = !across;
+        self.merge_across_nodes.store(across.into(), Relaxed);
+        Ok(())
+    }
 }
 
 impl Core {

@@ -7,7 +7,7 @@
 
 use super::{
     checksum::{Checksum, Hasher, Sample},
-    index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
+    index::{Index, Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
     pagemap::Found,
     scan::{known_mm, use_mm, Candidate, CandidateKind, Cursor},
     Core, Engine, State, GFP_SCAN,
@@ -134,7 +134,11 @@ impl State {
         place: Place,
         sample: Sample,
     ) -> Joined {
-        if self.core.zero == Some(sample) {
+        if self
+            .core
+            .zeroes
+            .is_some_and(|zeroes| zeroes.contains(sample))
+        {
             match self.join_zero(vma, place) {
                 Ok(()) => return Joined::Yes,
                 Err(err) if err != EAGAIN => return Joined::Hopeless,
@@ -189,9 +193,23 @@ impl State {
             .page_at(place.addr)
             .filter(PageRef::is_plain_anon)
             .ok_or(EBUSY)?;
+        // Looked at without a lock, to be spared unmapping it for nothing.
+        if !page.is_zero() {
+            return Err(EAGAIN);
+        }
         vma.join_zero(place.addr, page)?;
         self.forget(place);
         Ok(())
+    }
+
+    /// Merges a page that waits, and whose sample is that of a page of zeroes, with the zero page, if it is
+    /// one.
+    pub(super) fn merge_zero(&mut self, mm: &MmWithUser, place: Place) {
+        let guard = mm.mmap_read_lock();
+        if let Some(vma) = MergeableVma::at(&guard, place.addr) {
+            // If it is not, or cannot be merged now, the next pass tries again.
+            let _ = self.join_zero(&vma, place);
+        }
     }
 
     /// Tries to merge a page into one of these merged pages, or of some of them. `None`: none takes another
@@ -325,7 +343,7 @@ impl State {
             let vma = MergeableVma::at(&guard, place.addr).ok_or(EBUSY)?;
             let node = self.core.index.node(key).ok_or(EBUSY)?;
             let kpage = node.locked_page().ok_or(EBUSY)?;
-            join_page(&vma, place, &kpage, node, key, self.core.pass)?
+            join_page(&vma, place, &kpage, node, key, &self.core)?
         };
         self.merged(place, item, key);
         Ok(())
@@ -445,11 +463,69 @@ impl Core {
             self.release(key);
             return None;
         };
-        let result = join_page(vma, place, &kpage, node, key, self.pass);
+        let result = join_page(vma, place, &kpage, node, key, self);
         if guessing && matches!(&result, Err(err) if *err == EAGAIN) {
             node.set_ambiguous();
         }
         Some(result)
+    }
+
+    /// Finds merged pages that were moved to another memory node, and gives them keys under which pages of
+    /// that one come by them.
+    pub(super) fn bring_home(&mut self, hasher: &Hasher) {
+        for full in [false, true] {
+            let next_behind = |index: &Index<NodeBox>, after| {
+                if full {
+                    index.next_full(after)
+                } else {
+                    index.next_node(after)
+                }
+            };
+            let mut next = next_behind(&self.index, None);
+            while let Some(key) = next {
+                next = next_behind(&self.index, Some(key));
+                if self.index.node(key).is_some_and(NodeBox::take_strayed) {
+                    self.bring_one_home(hasher, key);
+                }
+                crate::mm::cond_resched();
+            }
+        }
+    }
+
+    fn bring_one_home(&mut self, hasher: &Hasher, key: StableKey) {
+        let Some(node) = self.index.node(key) else {
+            return;
+        };
+        // Write-protected wherever it is mapped, so its sample differs from the key's by the memory node
+        // only.
+        let Some(sample) = node.page().map(|page| page.sample(hasher)) else {
+            return self.release(key);
+        };
+        if sample == key.sum.sample() {
+            return;
+        }
+        if self.rekey(key, key.sum.with_sample(sample)).is_err() {
+            // Without memory the next pass tries again.
+            if let Some(node) = self.index.node(key) {
+                node.set_strayed();
+            }
+        }
+    }
+
+    /// Gives a node with known mappings another checksum. Nothing is changed on failure.
+    fn rekey(&mut self, key: StableKey, sum: Checksum) -> Result {
+        let key = self.index.rekey(key, sum, GFP_SCAN)?;
+        if let Some(node) = self.index.node(key) {
+            node.set_key(key);
+            // Pages that come from now on have an equal in these.
+            let filter = &mut self.filter;
+            node.set_samples(sum.sample(), |old| {
+                filter.remove(old);
+                filter.add(sum.sample());
+            });
+            self.events = self.events.wrapping_add(1);
+        }
+        Ok(())
     }
 
     /// Computes the checksums of merged pages with this sample that were merged without, so that pages
@@ -467,13 +543,8 @@ impl Core {
                 self.release(key);
                 continue;
             };
-            match self.index.rekey(key, sum, GFP_SCAN) {
-                Ok(key) => {
-                    if let Some(node) = self.index.node(key) {
-                        node.set_key(key);
-                    }
-                }
-                Err(_) => return self.try_again(),
+            if self.rekey(key, sum).is_err() {
+                return self.try_again();
             }
         }
     }
@@ -550,16 +621,22 @@ fn unmerge_mm(mm: &MmWithUser) -> Result {
 }
 
 /// Merges the page at `place`, which is in `vma`, into `kpage`, the page of `node`, which has the key `key`.
+/// `EAGAIN` if they differ, or must not be merged.
 fn join_page(
     vma: &MergeableVma<'_>,
     place: Place,
     kpage: &LockedPage,
     node: &NodeBox,
     key: StableKey,
-    pass: u32,
+    core: &Core,
 ) -> Result<ItemBox> {
     let page = vma.page_at(place.addr).ok_or(EBUSY)?;
-    let mut item = ItemBox::new(key.sum.sample(), pass, GFP_SCAN)?;
+    // Neither moves: what we hold is this very page, and the merged one is locked.
+    if core.by_node && page.memory_node() != kpage.memory_node() {
+        node.set_strayed();
+        return Err(EAGAIN);
+    }
+    let mut item = ItemBox::new(key.sum.sample(), core.pass, GFP_SCAN)?;
     vma.join(place.addr, page, kpage, node, &mut item)?;
     Ok(item)
 }

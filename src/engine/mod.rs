@@ -24,7 +24,7 @@ use crate::mm::{
     word::{PageState, PageWord},
 };
 use advisor::Advisor;
-use checksum::{Checksum, Hasher, Sample};
+use checksum::{Hasher, Sample, Zeroes};
 use filter::Filter;
 use index::{Index, Place, SlotId, StableKey};
 use kernel::{
@@ -99,7 +99,10 @@ pub(crate) struct Engine {
     stable_node_chains_prune_millisecs: Atomic<u32>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
-    hasher: Hasher,
+    /// For all memory nodes together, and for each of them by itself.
+    hashers: [Hasher; 2],
+    /// Whether pages on different memory nodes are merged, as [`Core::by_node`].
+    merge_across_nodes: Atomic<u32>,
 }
 
 /// What is known of the pages of one address space.
@@ -127,9 +130,11 @@ struct Core {
     index: Index<NodeBox>,
     /// The samples of all pages that are remembered, each counted once.
     filter: Filter,
-    /// The sample of pages that are merged with the kernel's zero page; `None` to merge them with each
-    /// other, as any others. The filter has it twice, as a single such page is enough.
-    zero: Option<Sample>,
+    /// The samples of pages of zeroes, while these are merged with the kernel's zero page and not with each
+    /// other as any others. The filter has them twice then, as a single such page is enough.
+    zeroes: Option<Zeroes>,
+    /// Whether only pages on the same memory node are merged. Does not change while there are nodes.
+    by_node: bool,
     /// The most places that are mapped to one merged page. Does not change while there are nodes.
     max_sharing: usize,
     /// Places that map merged pages: items on nodes.
@@ -176,7 +181,12 @@ impl Engine {
                 stable_node_chains_prune_millisecs: Atomic::new(knobs::DEFAULT_PRUNE_MILLISECS),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
-                hasher: Hasher::new(crate::mm::random_words()),
+                hashers: {
+                    let hasher = Hasher::new(crate::mm::random_words());
+                    let by_node = hasher.by_node(crate::mm::memory_nodes());
+                    [hasher, by_node]
+                },
+                merge_across_nodes: Atomic::new(1),
             }),
             GFP_KERNEL,
         )
@@ -190,6 +200,16 @@ impl Engine {
     fn wake(&self) {
         if let Some(task) = self.waker.as_ref() {
             task.wake_up();
+        }
+    }
+
+    /// What makes samples and checksums now.
+    fn hasher(&self, core: &Core) -> &Hasher {
+        let [all, by_node] = &self.hashers;
+        if core.by_node {
+            by_node
+        } else {
+            all
         }
     }
 
@@ -353,7 +373,8 @@ impl State {
             core: Core {
                 index: Index::new(),
                 filter: Filter::new(),
-                zero: None,
+                zeroes: None,
+                by_node: false,
                 max_sharing: knobs::DEFAULT_MAX_PAGE_SHARING as usize,
                 items: 0,
                 pages: 0,
@@ -428,32 +449,21 @@ impl State {
     }
 
     /// Merges pages of zeroes with the kernel's zero page from now on, or with each other. What is merged
-    /// stays as it is.
+    /// stays as it is; who waits is looked at again (see [`Core::look`]).
     fn use_zero_page(&mut self, hasher: &Hasher, on: bool) {
-        let zero = hasher.zero();
-        if on == self.core.zero.is_some() {
+        if on == self.core.zeroes.is_some() {
             return;
         }
-        if !on {
-            self.core.zero = None;
-            self.core.filter.remove(zero);
-            self.core.filter.remove(zero);
-            return;
-        }
-        self.core.zero = Some(zero);
-        self.core.filter.add(zero);
-        self.core.filter.add(zero);
-        self.core.try_again();
-        // Who waits would wait in vain.
-        for sum in [Checksum::unknown(zero), hasher.zero_sum()] {
-            let Some(place) = self.core.index.waiting(sum) else {
-                continue;
-            };
-            self.core.index.stop_waiting(sum, place);
-            if let (Some(word), core) = self.word(place) {
-                core.relabel(word, PageWord::steady(zero));
+        let zeroes = hasher.zeroes();
+        self.core.zeroes = on.then_some(zeroes);
+        for zero in zeroes.iter().flat_map(|zero| [zero; 2]) {
+            if on {
+                self.core.filter.add(zero);
+            } else {
+                self.core.filter.remove(zero);
             }
         }
+        self.core.try_again();
     }
 
     /// Makes room in the filter for `more` pages, or counts anew when it is worn. Without memory it
@@ -470,7 +480,7 @@ impl State {
         let Ok(mut filter) = Filter::for_pages(room) else {
             return;
         };
-        for zero in self.core.zero.into_iter() {
+        for zero in self.core.zeroes.into_iter().flat_map(Zeroes::iter) {
             filter.add(zero);
             filter.add(zero);
         }

@@ -85,6 +85,8 @@ pub(super) enum CandidateKind {
     Steady(Sample, Joined),
     /// A KSM page of this node that is not listed with it: mapped by a child since a fork.
     Unlisted(NodeId),
+    /// An anonymous page that waits, and that may be all zeroes.
+    Zero,
 }
 
 /// How many pages are merged under one hold of `mmap_lock`.
@@ -147,7 +149,8 @@ impl Engine {
 
     /// Looks at the next few pages, `budget` at most, and merges what it can.
     fn step(&self, state: &mut State, budget: usize, current: &Current) -> Step {
-        state.use_zero_page(&self.hasher, self.use_zero_pages.load(Relaxed) != 0);
+        let hasher = self.hasher(&state.core);
+        state.use_zero_page(hasher, self.use_zero_pages.load(Relaxed) != 0);
         let last = match state.cursor.last {
             Some(last) => last,
             None => self.start_pass(state, current),
@@ -183,6 +186,9 @@ impl Engine {
     fn start_pass(&self, state: &mut State, current: &Current) -> SlotId {
         // References held by per-CPU LRU batches would keep pages from being merged.
         crate::mm::lru_add_drain_all();
+        if state.core.by_node {
+            state.core.bring_home(self.hasher(&state.core));
+        }
         let last = self.registry.lock().last_id();
         state.mapped_pages = self.mapped_pages();
         let before = state.cursor.events;
@@ -317,10 +323,11 @@ impl Engine {
         mm: &MmWithUser,
         scratch: &mut Scratch,
     ) {
+        let hasher = self.hasher(&state.core);
         let count = scratch.len;
         let candidates = scratch.candidates.get_mut(..count).unwrap_or(&mut []);
         for few in candidates.chunks_mut(JOIN_PAGES) {
-            state.join_all(&self.hasher, mm, slot, few);
+            state.join_all(hasher, mm, slot, few);
             // The rest takes the mmap_lock of two address spaces, one after the other.
             for candidate in few.iter().flatten() {
                 let place = Place {
@@ -329,10 +336,11 @@ impl Engine {
                 };
                 match candidate.kind {
                     CandidateKind::Steady(_, Joined::NoneFits(sum, may_be_shared)) => {
-                        state.merge_or_wait(&self.hasher, mm, place, sum, may_be_shared)
+                        state.merge_or_wait(hasher, mm, place, sum, may_be_shared)
                     }
                     CandidateKind::Steady(..) => {}
                     CandidateKind::Unlisted(node) => state.list(mm, place, node),
+                    CandidateKind::Zero => state.merge_zero(mm, place),
                 }
             }
         }
@@ -350,6 +358,7 @@ impl Engine {
     ) -> bool {
         scratch.len = 0;
         scratch.batch.clear();
+        let hasher = self.hasher(&state.core);
         let from = state.cursor.addr;
         let mut next = from;
         let guard = mm.mmap_read_lock();
@@ -373,7 +382,7 @@ impl Engine {
                 Err(before) => before,
             };
             let batch = &mut scratch.batch;
-            next = walk::fill(&vma, start, limit, budget, &self.hasher, batch);
+            next = walk::fill(&vma, start, limit, budget, hasher, batch);
         }
         if next == from {
             drop(guard);
@@ -578,7 +587,12 @@ impl Core {
                 self.relabel(word, PageWord::steady(new));
                 self.candidate(new)
             }
-            (PageState::Waiting(sum), Seen::Anon(new)) if sum.sample() == new => None,
+            (PageState::Waiting(sum), Seen::Anon(new)) if sum.sample() == new => {
+                // It has to be found out here when it is zero now, or when that matters from now on: no
+                // equal page ever comes to wait.
+                let zero = self.zeroes.is_some_and(|zeroes| zeroes.contains(new));
+                zero.then_some(CandidateKind::Zero)
+            }
             (PageState::Merged(Some(old)), Seen::Ksm(Some(new))) if old == new => None,
             (_, Seen::Anon(new)) => {
                 // New content, or somebody wrote to what was merged.

@@ -58,6 +58,12 @@ impl PageRef {
         unsafe { ffi::rksm_page_pfn(self.as_ptr()) }
     }
 
+    /// The number of the memory node that the page is on.
+    pub(crate) fn memory_node(&self) -> u32 {
+        // SAFETY: by the type invariant the page is valid.
+        unsafe { ffi::rksm_page_nid(self.as_ptr()) }
+    }
+
     /// The identity of the stable node that this page belongs to, if it is a KSM page of a node.
     pub(crate) fn node_id(&self) -> Option<NodeId> {
         // SAFETY: by the type invariant the folio is valid.
@@ -136,13 +142,16 @@ impl PageRef {
     /// The checksum of the content as it is now.
     pub(crate) fn checksum(&self, hasher: &Hasher) -> Checksum {
         let content = self.content();
-        hasher.checksum(|nth| content.word(nth), |nth| content.line(nth))
+        let sum = hasher.checksum(|nth| content.word(nth), |nth| content.line(nth));
+        sum.with_sample(hasher.on_node(sum.sample(), || self.memory_node()))
     }
 
     /// The sample of the content as it is now.
     pub(crate) fn sample(&self, hasher: &Hasher) -> Sample {
         let content = self.content();
-        hasher.sample(|nth| content.word(nth))
+        hasher.on_node(hasher.sample(|nth| content.word(nth)), || {
+            self.memory_node()
+        })
     }
 
     /// Locks the folio, waiting for it if need be.

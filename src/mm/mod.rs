@@ -60,6 +60,12 @@ pub(crate) fn anon_pages(mm: &Mm) -> usize {
     unsafe { ffi::rksm_mm_anon_pages(mm.as_raw()) }
 }
 
+/// How many memory nodes there may be: their numbers are smaller.
+pub(crate) fn memory_nodes() -> u32 {
+    // SAFETY: set at boot and never changed.
+    unsafe { ffi::rksm_nr_nodes() }
+}
+
 /// How many places map the kernel's zero page because a page of zeroes was merged with it.
 pub(crate) fn zero_pages() -> isize {
     // SAFETY: reads an atomic of the kernel.

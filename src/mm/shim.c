@@ -46,6 +46,29 @@ unsigned long rksm_page_pfn(const struct page *page)
 	return page_to_pfn(page);
 }
 
+unsigned int rksm_page_nid(const struct page *page)
+{
+	return page_to_nid(page);
+}
+
+unsigned int rksm_content_nid(const void *content)
+{
+	return page_to_nid(virt_to_page(content));
+}
+
+/* -1 for a frame that is not in the memory map (any more). */
+int rksm_pfn_nid(unsigned long pfn)
+{
+	struct page *page = pfn_to_online_page(pfn);
+
+	return page ? page_to_nid(page) : -1;
+}
+
+unsigned int rksm_nr_nodes(void)
+{
+	return nr_node_ids;
+}
+
 struct page *rksm_nth_page(struct page *page, unsigned long n)
 {
 	return page + n;
@@ -179,6 +202,11 @@ const void *rksm_page_content(const struct page *page)
 const void *rksm_zero_content(void)
 {
 	return page_address(ZERO_PAGE(0));
+}
+
+unsigned long rksm_zero_pfn(void)
+{
+	return zero_pfn(0);
 }
 
 void rksm_lru_add_drain_all(void)

@@ -22,6 +22,10 @@
 struct folio *rksm_page_folio(struct page *page);
 struct folio *rksm_pfn_folio(unsigned long pfn);
 unsigned long rksm_page_pfn(const struct page *page);
+unsigned int rksm_page_nid(const struct page *page);
+unsigned int rksm_content_nid(const void *content);
+int rksm_pfn_nid(unsigned long pfn);
+unsigned int rksm_nr_nodes(void);
 struct page *rksm_nth_page(struct page *page, unsigned long n);
 void *rksm_folio_mapping(const struct folio *folio);
 void rksm_folio_set_ksm_node(struct folio *folio, void *node);
@@ -48,6 +52,7 @@ void rksm_page_add_rmap(struct page *page, struct vm_area_struct *vma, unsigned 
 void rksm_page_remove_rmap(struct page *page, struct vm_area_struct *vma);
 const void *rksm_page_content(const struct page *page);
 const void *rksm_zero_content(void);
+unsigned long rksm_zero_pfn(void);
 void rksm_lru_add_drain_all(void);
 
 /* What the scan asks of an entry. */

@@ -102,6 +102,10 @@ struct OwnPart {
     published: Cell<bool>,
     /// Whether a page with the same sample had other content.
     ambiguous: Cell<bool>,
+    /// Whether the page is known to be on another memory node than the key says.
+    strayed: Cell<bool>,
+    /// The memory node that the page was on when it was looked at last.
+    home: Cell<u32>,
 }
 
 const _: () = {
@@ -289,6 +293,8 @@ impl NodeBox {
             items: Cell::new(0),
             published: Cell::new(false),
             ambiguous: Cell::new(false),
+            strayed: Cell::new(false),
+            home: Cell::new(0),
         };
         // SAFETY: there is room for it, see `deref`.
         unsafe { node.abi.get().cast::<OwnPart>().write(own) };
@@ -313,6 +319,46 @@ impl NodeBox {
     /// Notes that the sample of the page is that of other content, too.
     pub(crate) fn set_ambiguous(&self) {
         self.0.ambiguous.set(true);
+    }
+
+    /// Notes that the page is on another memory node than the key says.
+    pub(crate) fn set_strayed(&self) {
+        self.0.strayed.set(true);
+    }
+
+    /// Whether the page was moved to another memory node since this was asked last, or since
+    /// [`Self::set_strayed`].
+    pub(crate) fn take_strayed(&self) -> bool {
+        // SAFETY: says -1 for a pfn that is not in an online section.
+        let node = unsafe { ffi::rksm_pfn_nid(self.0.kpfn()) };
+        let strayed = self.0.strayed.take();
+        match u32::try_from(node) {
+            Ok(node) => self.0.home.replace(node) != node || strayed,
+            Err(_) => strayed,
+        }
+    }
+
+    /// Has all places that are known to map the page remember it with this sample, and tells `changed` the
+    /// one that each had, where it was another.
+    pub(crate) fn set_samples(&self, sample: Sample, mut changed: impl FnMut(Sample)) {
+        // SAFETY: the member lies within the node. Only the engine changes the list, under the mutex
+        // that this runs under; the core kernel only reads it.
+        let mut next = unsafe { (*self.0.hlist()).first };
+        while !next.is_null() {
+            let item = next
+                .cast::<u8>()
+                .wrapping_sub(KSM_RMAP_ITEM_HLIST)
+                .cast::<Item>();
+            // SAFETY: only items are put on the list, by `link`, and an item that is on a list is not
+            // freed (see `ItemBox::drop`).
+            let item = unsafe { &*item };
+            if item.sample() != sample {
+                changed(item.sample());
+                item.set_note(item.pass(), sample);
+            }
+            // SAFETY: as above.
+            next = unsafe { (*next).next };
+        }
     }
 
     /// How many places are known to map the page.
@@ -345,6 +391,7 @@ impl NodeBox {
         addr: usize,
     ) {
         self.0.set_kpfn(page.pfn());
+        self.0.home.set(page.memory_node());
         // SAFETY: no folio points at the node yet, so nobody looks at its list; the lock of the
         // folio that will is held.
         unsafe { self.0.link(&item.0, vma, addr) };
@@ -494,10 +541,17 @@ impl Item {
         };
     }
 
-    /// What `ItemBox::new` was given: the pass in the high half, the sample in the low half.
+    /// What `set_note` was given: the pass in the high half, the sample in the low half.
     fn note(&self) -> u64 {
-        // SAFETY: a word of its own (checked above), written by `ItemBox::new`.
+        // SAFETY: a word of its own (checked above), written by `ItemBox::new` first.
         unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).read() }
+    }
+
+    fn set_note(&self, pass: u32, sample: Sample) {
+        let note = u64::from(pass) << 32 | u64::from(sample.get());
+        // SAFETY: a word of its own (checked above), which nobody else reads at the same time: the engine
+        // is used under its mutex.
+        unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).write(note) };
     }
 
     /// The sample of the page, which outlives the node.
@@ -562,19 +616,18 @@ impl ItemBox {
         let item = Item {
             abi: UnsafeCell::new([0; ITEM_WORDS]),
         };
-        let note = u64::from(pass) << 32 | u64::from(sample.get());
-        // SAFETY: a word of its own, see `Item::note`.
-        unsafe { item.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).write(note) };
+        item.set_note(pass, sample);
         Ok(Self(ManuallyDrop::new(KBox::new(item, flags)?)))
     }
 
     /// How many places are known to map the page of the item's node.
     pub(crate) fn mappings(&self) -> usize {
+        let Some(node) = self.0.node() else {
+            return 0;
+        };
         // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
         // before it took off all its items.
-        self.0
-            .node()
-            .map_or(0, |node| unsafe { node.as_ref() }.items.get())
+        unsafe { node.as_ref() }.items.get()
     }
 
     /// Takes the item off its node. May sleep for the folio lock.

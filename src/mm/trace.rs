@@ -66,6 +66,20 @@ pub(crate) fn advisor(secs: u64, pages: u32, cpu_percent: u32) {
     unsafe { ffi::rksm_trace_advisor(secs, pages as usize, cpu_percent) };
 }
 
+/// `ksm_merge_one_page`: a page of `mm` was, or was not, replaced by the kernel's zero page. There is no rmap
+/// item for such a page.
+pub(super) fn merge_with_zero_page<T>(mm: &Mm, result: &Result<T>) {
+    // SAFETY: the pointers are only shown; the mm is kept by the caller meanwhile.
+    unsafe {
+        ffi::rksm_trace_merge_one_page(
+            ffi::rksm_zero_pfn(),
+            ptr::null_mut(),
+            mm.as_raw(),
+            errno(result),
+        )
+    };
+}
+
 /// `ksm_remove_ksm_page`: the node of the page that was at `pfn` is freed.
 pub(super) fn remove_ksm_page(pfn: usize) {
     // SAFETY: a number only.

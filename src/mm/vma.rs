@@ -149,14 +149,7 @@ impl<'a> MergeableVma<'a> {
         item: &mut ItemBox,
     ) -> Result {
         let result = self.try_join(addr, page, kpage, node, item);
-        trace::merge_with_ksm_page(
-            false,
-            kpage.pfn(),
-            kpage.as_ptr(),
-            item,
-            self.mm(),
-            &result,
-        );
+        trace::merge_with_ksm_page(false, kpage.pfn(), kpage.as_ptr(), item, self.mm(), &result);
         result
     }
 
@@ -201,6 +194,12 @@ impl<'a> MergeableVma<'a> {
     ///
     /// Locks and errors are as in [`Self::join`].
     pub(crate) fn join_zero(&self, addr: usize, page: PageRef) -> Result {
+        let result = self.try_join_zero(addr, page);
+        trace::merge_with_zero_page(self.mm(), &result);
+        result
+    }
+
+    fn try_join_zero(&self, addr: usize, page: PageRef) -> Result {
         let page = self.lock_small(page)?;
         if page.is_large() {
             return Err(EBUSY);

@@ -236,7 +236,10 @@ impl Visit<'_> {
                 } else {
                     // SAFETY: the content is kept by the mapping of the page.
                     let content = unsafe { Content::new(ffi::rksm_page_content(page.as_ptr())) };
-                    SeenPage::anon(addr, hasher.sample(|nth| content.word(nth)))
+                    let sample = hasher.sample(|nth| content.word(nth));
+                    // SAFETY: as above.
+                    let node = || unsafe { ffi::rksm_page_nid(page.as_ptr()) };
+                    SeenPage::anon(addr, hasher.on_node(sample, node))
                 });
                 batch.len >= *max
             }
@@ -467,7 +470,10 @@ unsafe fn scan_entries(
         } else {
             // SAFETY: as above.
             let content = unsafe { Content::new(mapped.content) };
-            SeenPage::anon(addr, hasher.sample(|nth| content.word(nth)))
+            let sample = hasher.sample(|nth| content.word(nth));
+            // SAFETY: as above.
+            let node = || unsafe { ffi::rksm_content_nid(mapped.content) };
+            SeenPage::anon(addr, hasher.on_node(sample, node))
         });
         if batch.len >= max {
             return (true, next.1);
