@@ -65,6 +65,17 @@ pub fn write(knob: &str, value: impl ToString) -> Result<()> {
     write_to(dir(), knob, value.as_bytes()).with_context(|| format!("writing {value} to {knob}"))
 }
 
+/// The error number with which writing `value` is refused; `None` if it is not.
+pub fn refused(knob: &str, value: &str) -> Result<Option<i32>> {
+    match write_to(dir(), knob, value.as_bytes()) {
+        Ok(()) => Ok(None),
+        Err(e) => match e.raw_os_error() {
+            Some(errno) => Ok(Some(errno)),
+            None => Err(e).with_context(|| format!("writing {value:?} to {knob}")),
+        },
+    }
+}
+
 pub fn read_from(dir: &Path, knob: &str) -> Result<u64> {
     let text = fs::read_to_string(path(dir, knob)).with_context(|| format!("reading {knob}"))?;
     text.trim_end()
@@ -115,6 +126,15 @@ pub fn reset() -> Result<()> {
     }
     write("pages_to_scan", 100)?;
     write("sleep_millisecs", 20)?;
+    // The last two take other values only while nothing is merged.
+    for (knob, value) in [
+        ("use_zero_pages", 0),
+        ("stable_node_chains_prune_millisecs", 2000),
+        ("max_page_sharing", 256),
+        ("merge_across_nodes", 1),
+    ] {
+        write(knob, value)?;
+    }
     if !is_in_tree() {
         // Tests wait for passes, and nothing else writes to their memory meanwhile.
         write("pass_millisecs", 0)?;

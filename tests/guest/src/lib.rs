@@ -11,6 +11,7 @@ pub mod engine;
 pub mod harness;
 pub mod kmsg;
 pub mod module;
+pub mod numa;
 pub mod pageflags;
 pub mod prng;
 pub mod proc;

@@ -12,6 +12,7 @@ use crate::region::PAGE;
 const PM_PRESENT: u64 = 1 << 63;
 const PM_PFN: u64 = (1 << 55) - 1;
 const KPF_KSM: u64 = 1 << 21;
+const KPF_ZERO_PAGE: u64 = 1 << 24;
 
 /// A range of pages of a process.
 #[derive(Clone, Copy, Debug)]
@@ -34,8 +35,8 @@ pub fn frames(span: Span) -> Result<Vec<Option<u64>>> {
         .collect())
 }
 
-/// For each page of `span`: the merged page behind it, if there is one.
-pub fn merged_frames(span: Span) -> Result<Vec<Option<u64>>> {
+/// For each page of `span`: the page behind it, if that has the flag.
+fn flagged_frames(span: Span, flag: u64) -> Result<Vec<Option<u64>>> {
     let flags = File::open("/proc/kpageflags").context("kpageflags")?;
     frames(span)?
         .into_iter()
@@ -45,9 +46,22 @@ pub fn merged_frames(span: Span) -> Result<Vec<Option<u64>>> {
             flags
                 .read_exact_at(&mut raw, pfn * 8)
                 .context("kpageflags")?;
-            Ok((u64::from_le_bytes(raw) & KPF_KSM != 0).then_some(pfn))
+            Ok((u64::from_le_bytes(raw) & flag != 0).then_some(pfn))
         })
         .collect()
+}
+
+/// For each page of `span`: the merged page behind it, if there is one.
+pub fn merged_frames(span: Span) -> Result<Vec<Option<u64>>> {
+    flagged_frames(span, KPF_KSM)
+}
+
+/// How many pages of `span` are the kernel's zero page.
+pub fn zeroes(span: Span) -> Result<usize> {
+    Ok(flagged_frames(span, KPF_ZERO_PAGE)?
+        .iter()
+        .flatten()
+        .count())
 }
 
 /// How many pages of `span` are merged.

@@ -12,7 +12,7 @@ use crate::proc;
 use crate::region::Region;
 
 /// Long enough for a pass over a test's few pages on a slow emulated CPU.
-const PASS_LIMIT: Duration = Duration::from_secs(30);
+pub const PASS_LIMIT: Duration = Duration::from_secs(30);
 
 thread_local! {
     static ANCHORED: Cell<u32> = const { Cell::new(0) };

@@ -4,8 +4,9 @@
 use anyhow::{ensure, Context, Result};
 
 use super::tests;
+use crate::engine;
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
-use crate::pageflags::{merged, Span};
+use crate::pageflags::{merged, zeroes, Span};
 use crate::region::{Region, HUGE, PAGE};
 use crate::scan;
 use crate::worker::Worker;
@@ -19,6 +20,12 @@ pub const THEME: Theme = Theme {
         ("two-equal-parts-of-one-huge-page", 90, two_parts),
         ("equal-huge-pages", 120, equal_huge),
         ("no-equal-part-leaves-it-whole", 90, no_part),
+        ("huge-page-of-zeroes", 90, all_zero),
+        (
+            "huge-page-of-zeroes-and-use-zero-pages",
+            90,
+            all_zero_to_zero_page
+        ),
     ],
 };
 
@@ -27,9 +34,14 @@ const PARTS: usize = HUGE / PAGE;
 /// A region of one huge page whose part `k` holds the content of `seed + k`,
 /// or `None` when the kernel gives no huge page.
 fn huge_region(seed: u64) -> Result<Option<Region>> {
+    filled(seed, 1)
+}
+
+/// As above, of the content of `seed + k * step`.
+fn filled(seed: u64, step: u64) -> Result<Option<Region>> {
     let mut region = Region::aligned(PARTS, HUGE)?;
     region.advise(0, PARTS, libc::MADV_HUGEPAGE)?;
-    region.fill(0, PARTS, seed, 1);
+    region.fill(0, PARTS, seed, step);
     if huge_kib(&region)? == 0 {
         // Memory may be in pieces; ask for it to be put together.
         let _ = region.advise(0, PARTS, libc::MADV_COLLAPSE);
@@ -111,4 +123,34 @@ fn no_part() -> Outcome {
     ensure!(huge_kib(&region)? != 0, "split for nothing");
     region.verify()?;
     PASS
+}
+
+/// Scans until no part of a huge page of zeroes takes memory of its own.
+fn expect_no_zeroes_left() -> Outcome {
+    let Some(mut region) = filled(0, 0)? else {
+        return skip(NONE);
+    };
+    let all = Span {
+        pages: PARTS,
+        ..part(&region, 0)
+    };
+    region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
+    // The kernel itself maps its zero page for the zeroes of a huge page that is split.
+    scan::until("no zeroes left", 12, || {
+        Ok(merged(all)? + zeroes(all)? == PARTS)
+    })?;
+    ensure!(huge_kib(&region)? == 0);
+    region.verify()?;
+    region.poke(77, 1, 1);
+    region.verify()?;
+    PASS
+}
+
+fn all_zero() -> Outcome {
+    expect_no_zeroes_left()
+}
+
+fn all_zero_to_zero_page() -> Outcome {
+    engine::write("use_zero_pages", 1)?;
+    expect_no_zeroes_left()
 }

@@ -4,6 +4,7 @@
 use crate::harness::Theme;
 
 mod advisor;
+mod chains;
 mod counters;
 mod cow;
 mod eager;
@@ -12,6 +13,7 @@ mod huge;
 mod knobs;
 mod lifecycle;
 mod merge;
+mod numa;
 mod parity;
 mod pin;
 mod registration;
@@ -22,6 +24,7 @@ mod trace;
 mod unmerge;
 mod vmops;
 mod vmstat;
+mod zero;
 
 /// A table of tests: name, seconds it may take, function.
 macro_rules! tests {
@@ -47,6 +50,9 @@ pub const ALL: &[&Theme] = &[
     &exit::THEME,
     &vmops::THEME,
     &huge::THEME,
+    &zero::THEME,
+    &chains::THEME,
+    &numa::THEME,
     &pin::THEME,
     &scanning::THEME,
     &eager::THEME,

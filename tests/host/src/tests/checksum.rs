@@ -105,6 +105,37 @@ proptest! {
         prop_assert!(below.is_none_or(|below| below.sample() < sample));
     }
 
+    /// On another memory node the sample is another one, on each; the rest of a checksum is not.
+    #[test]
+    fn nodes_differ(seed in any::<u64>(), raw in raw_sample(), hash in bits(), nodes in 2..9u32) {
+        let all = hasher(seed);
+        let by_node = all.by_node(nodes);
+        let sum = Checksum::new(Sample::from_raw(raw), hash);
+        let on = |node| sum.with_sample(by_node.on_node(sum.sample(), || node));
+        prop_assert_eq!(on(0), sum);
+        let sums: HashSet<_> = (0..nodes).map(|node| on(node).sample().get()).collect();
+        prop_assert_eq!(sums.len(), nodes as usize);
+        for node in 0..nodes {
+            prop_assert_eq!(on(node).with_sample(sum.sample()), sum);
+            // Together they are one; nobody is even asked where the page is.
+            prop_assert_eq!(all.on_node(sum.sample(), || unreachable!()), sum.sample());
+        }
+    }
+
+    /// Which samples are those of pages of zeroes.
+    #[test]
+    fn zeroes(seed in any::<u64>(), nodes in 1..9u32, raw in raw_sample()) {
+        let all = hasher(seed);
+        let zero = sample(&all, &[0; PAGE_WORDS]);
+        prop_assert_eq!(all.zeroes().iter().collect::<Vec<_>>(), vec![zero]);
+        let by_node = all.by_node(nodes);
+        let zeroes: Vec<_> = (0..nodes).map(|node| by_node.on_node(zero, || node)).collect();
+        prop_assert_eq!(by_node.zeroes().iter().collect::<Vec<_>>(), zeroes.clone());
+        for sample in zeroes.iter().copied().chain([Sample::from_raw(raw)]) {
+            prop_assert_eq!(by_node.zeroes().contains(sample), zeroes.contains(&sample));
+        }
+    }
+
     #[test]
     fn comes_back(raw in raw_sample(), hash in bits()) {
         let sum = Checksum::new(Sample::from_raw(raw), hash);

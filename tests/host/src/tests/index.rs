@@ -5,7 +5,7 @@
 use super::counted::{Counted, Ledger};
 use crate::engine::{
     checksum::{Checksum, Sample},
-    index::{Index, NodesLike, Place, StableKey},
+    index::{Index, Nodes, NodesLike, Place, StableKey, MAX_COMPARES},
 };
 use kernel::{
     alloc::flags::GFP_NOWAIT,
@@ -47,6 +47,7 @@ fn next_in(tree: &BTreeMap<Plain, usize>, after: Option<Plain>) -> Option<Plain>
 struct Pair {
     index: Index<Counted>,
     stable: BTreeMap<Plain, usize>,
+    full: BTreeMap<Plain, usize>,
     limbo: BTreeMap<Plain, usize>,
     unstable: BTreeMap<u64, Place>,
     /// All keys ever made.
@@ -60,6 +61,7 @@ impl Pair {
         Self {
             index: Index::new(),
             stable: BTreeMap::new(),
+            full: BTreeMap::new(),
             limbo: BTreeMap::new(),
             unstable: BTreeMap::new(),
             keys: Vec::new(),
@@ -104,10 +106,8 @@ impl Pair {
 
     fn remove(&mut self, key: StableKey) {
         let (node, events) = watch(|| self.index.remove(key));
-        let was = self
-            .stable
-            .remove(&plain(key))
-            .or_else(|| self.limbo.remove(&plain(key)));
+        let was = self.take_known(key);
+        let was = was.or_else(|| self.limbo.remove(&plain(key)));
         assert_eq!(node.map(|node| node.id()), was);
         assert_eq!(events.allocs + events.failed, 0);
         assert_eq!(events.frees, usize::from(was.is_some()));
@@ -116,9 +116,36 @@ impl Pair {
     fn move_to_limbo(&mut self, key: StableKey) {
         let ((), events) = watch(|| self.index.move_to_limbo(key));
         assert_eq!(events, Events::default(), "not just moved");
-        if let Some(id) = self.stable.remove(&plain(key)) {
+        if let Some(id) = self.take_known(key) {
             self.limbo.insert(plain(key), id);
         }
+    }
+
+    /// Takes a node out of the maps of those with mappings.
+    fn take_known(&mut self, key: StableKey) -> Option<usize> {
+        let room = self.stable.remove(&plain(key));
+        room.or_else(|| self.full.remove(&plain(key)))
+    }
+
+    fn set_full(&mut self, key: StableKey, full: bool) {
+        let ((), events) = watch(|| match full {
+            true => self.index.set_full(key),
+            false => self.index.set_not_full(key),
+        });
+        assert_eq!(events, Events::default(), "not just moved");
+        let (from, to) = match full {
+            true => (&mut self.stable, &mut self.full),
+            false => (&mut self.full, &mut self.stable),
+        };
+        if let Some(id) = from.remove(&plain(key)) {
+            to.insert(plain(key), id);
+        }
+    }
+
+    /// How many nodes with mappings have this checksum.
+    fn known_with(&self, sum: u64) -> usize {
+        let keys = self.stable.keys().chain(self.full.keys());
+        keys.filter(|key| key.0 == sum).count()
     }
 
     fn move_to_stable(&mut self, key: StableKey) {
@@ -135,7 +162,7 @@ impl Pair {
             return;
         };
         assert!(self.index.insert(key, node, GFP_NOWAIT).is_ok());
-        if let Some(id) = self.stable.remove(&plain(key)) {
+        if let Some(id) = self.take_known(key) {
             self.limbo.insert(plain(key), id);
             self.move_to_stable(key);
         }
@@ -160,22 +187,56 @@ impl Pair {
         found
     }
 
-    /// Whether there are nodes of a sample, and the first one, unless there are others with another
-    /// checksum.
+    /// Whether there are nodes of a sample, and which take another page, unless there are others with
+    /// another checksum.
     fn nodes_like(&self, sample: Sample) -> NodesLike {
         let found = self.index.nodes_like(sample);
         let of_sample = |key: &&Plain| Checksum::from_raw(key.0).sample() == sample;
-        let keys: Vec<_> = self.stable.keys().filter(of_sample).collect();
-        match (found, keys.first()) {
-            (NodesLike::None, None) => {}
-            (NodesLike::Alike(only), Some(&first)) => {
-                assert_eq!(plain(only), *first);
-                assert!(keys.iter().all(|key| key.0 == first.0));
+        let room: Vec<_> = self.stable.keys().filter(of_sample).collect();
+        let full: Vec<_> = self.full.keys().filter(of_sample).collect();
+        let mut sums: Vec<_> = room.iter().chain(&full).map(|key| key.0).collect();
+        sums.dedup();
+        sums.sort_unstable();
+        sums.dedup();
+        match found {
+            NodesLike::None => {
+                // Those that are full are no reason to ask for the checksum, unless it is known of them.
+                let unknown = |sum: &u64| Checksum::from_raw(*sum).is_unknown();
+                assert!(room.is_empty() && sums.iter().all(unknown));
             }
-            (NodesLike::Various, Some(&first)) => assert!(keys.iter().any(|key| key.0 != first.0)),
-            (found, first) => panic!("{found:?}, and there is {first:?}"),
+            NodesLike::Alike(nodes) => {
+                assert_eq!(sums, [nodes.sum().get()]);
+                match nodes {
+                    Nodes::One(key) => assert_eq!(room, [&plain(key)]),
+                    Nodes::Several(_) => assert!(room.len() > 1),
+                }
+            }
+            NodesLike::Various => {
+                let known = |sum: &u64| !Checksum::from_raw(*sum).is_unknown();
+                assert!(sums.len() > 1 || room.is_empty() && sums.iter().any(known));
+            }
         }
         found
+    }
+
+    /// The nodes of a checksum that take another page, and some of them in the order of `mappings`.
+    fn nodes_with(&self, sum: Checksum, mappings: impl Fn(usize) -> usize) {
+        let room: Vec<_> = self
+            .stable
+            .iter()
+            .filter(|(key, _)| key.0 == sum.get())
+            .collect();
+        match self.index.nodes_with(sum) {
+            None => assert!(room.is_empty()),
+            Some(Nodes::One(key)) => assert!(room.len() == 1 && *room[0].0 == plain(key)),
+            Some(Nodes::Several(of)) => assert!(room.len() > 1 && of == sum),
+        }
+        let mut first: Vec<_> = room.into_iter().take(MAX_COMPARES).collect();
+        first.sort_by_key(|(_, id)| std::cmp::Reverse(mappings(**id)));
+        let found = self.index.by_mappings(sum, |node| mappings(node.id()));
+        let found: Vec<_> = found.into_iter().flatten().map(plain).collect();
+        let expected: Vec<_> = first.into_iter().map(|(key, _)| *key).collect();
+        assert_eq!(found, expected);
     }
 
     /// The checksum under which somebody with this sample waits.
@@ -189,12 +250,17 @@ impl Pair {
     /// Gives a node another checksum, as is done when that is found out.
     fn rekey(&mut self, key: StableKey, sum: Checksum, plan: Plan) {
         let (result, events) = watch(|| failing(plan, || self.index.rekey(key, sum, GFP_NOWAIT)));
-        let old = self.stable.get(&plain(key)).copied();
+        let is_full = self.full.contains_key(&plain(key));
+        let tree = match is_full {
+            true => &mut self.full,
+            false => &mut self.stable,
+        };
+        let old = tree.get(&plain(key)).copied();
         match result {
             Ok(new) => {
                 assert_eq!((new.sum, new.nth), (sum, key.nth));
-                let id = self.stable.remove(&plain(key)).unwrap();
-                assert_eq!(self.stable.insert(plain(new), id), None);
+                let id = tree.remove(&plain(key)).unwrap();
+                assert_eq!(tree.insert(plain(new), id), None);
                 self.keys.retain(|other| *other != key);
                 self.keys.push(new);
                 assert_eq!((events.allocs, events.frees), (1, 1));
@@ -208,6 +274,7 @@ impl Pair {
     fn next_in(&self, which: Tree, after: Option<StableKey>) -> Option<StableKey> {
         let (next, tree) = match which {
             Tree::Stable => (self.index.next_node(after), &self.stable),
+            Tree::Full => (self.index.next_full(after), &self.full),
             Tree::Limbo => (self.index.next_limbo(after), &self.limbo),
         };
         assert_eq!(next.map(plain), next_in(tree, after.map(plain)));
@@ -218,6 +285,7 @@ impl Pair {
     fn sweep(&mut self, which: Tree, deeds: &[Deed]) {
         let tree = match which {
             Tree::Stable => &self.stable,
+            Tree::Full => &self.full,
             Tree::Limbo => &self.limbo,
         };
         let before: Vec<Plain> = tree.keys().copied().collect();
@@ -231,7 +299,7 @@ impl Pair {
                 (Deed::Leave, _) => {}
                 (Deed::Remove, _) => self.remove(at),
                 (Deed::Move, Tree::Limbo) => self.move_to_stable(at),
-                (Deed::Move, Tree::Stable) => self.move_to_limbo(at),
+                (Deed::Move, _) => self.move_to_limbo(at),
                 // The one that comes next is gone when it comes.
                 (Deed::RemoveNext, _) => key.into_iter().for_each(|next| self.remove(next)),
             }
@@ -263,7 +331,12 @@ impl Pair {
     }
 
     fn check_counts(&self) {
-        let (stable, limbo) = (self.stable.len(), self.limbo.len());
+        let stable = self.stable.len() + self.full.len();
+        let limbo = self.limbo.len();
+        let sizes = SUMS.map(|sum| self.known_with(sum));
+        let chains: Vec<_> = sizes.into_iter().filter(|size| *size > 1).collect();
+        assert_eq!(self.index.chains(), chains.len());
+        assert_eq!(self.index.dups(), chains.iter().sum::<usize>());
         assert_eq!(self.index.stable_len(), stable);
         assert_eq!(self.index.limbo_len(), limbo);
         assert_eq!(self.index.unstable_len(), self.unstable.len());
@@ -276,6 +349,7 @@ impl Pair {
         self.check_counts();
         for key in &self.keys {
             let id = self.stable.get(&plain(*key));
+            let id = id.or_else(|| self.full.get(&plain(*key)));
             let id = id.or_else(|| self.limbo.get(&plain(*key)));
             assert_eq!(self.index.node(*key).map(Counted::id), id.copied());
         }
@@ -283,6 +357,10 @@ impl Pair {
             let found = self.nodes_of(sum);
             let expected = self.stable.keys().filter(|key| key.0 == sum.get());
             assert!(found.iter().map(|key| plain(*key)).eq(expected.copied()));
+            let any = self.index.any_stable(sum);
+            assert_eq!(any.is_some(), self.known_with(sum.get()) != 0);
+            assert!(any.is_none_or(|key| key.sum == sum));
+            self.nodes_with(sum, |id| id % 3);
             self.nodes_like(sum.sample());
             self.waiting_like(sum.sample());
             assert_eq!(
@@ -290,7 +368,7 @@ impl Pair {
                 self.unstable.get(&sum.get()).copied()
             );
         }
-        for which in [Tree::Stable, Tree::Limbo] {
+        for which in [Tree::Stable, Tree::Full, Tree::Limbo] {
             let mut key = self.next_in(which, None);
             while let Some(at) = key {
                 key = self.next_in(which, Some(at));
@@ -309,6 +387,7 @@ impl Pair {
 #[derive(Clone, Copy, Debug)]
 enum Tree {
     Stable,
+    Full,
     Limbo,
 }
 
@@ -327,6 +406,8 @@ enum Op {
     Remove(sample::Index),
     ToLimbo(sample::Index),
     ToStable(sample::Index),
+    SetFull(sample::Index, bool),
+    NodesWith(usize, usize),
     PutBack(sample::Index),
     /// Behind a key, which may be gone.
     NextStable(sample::Index),
@@ -349,7 +430,7 @@ fn op() -> impl Strategy<Value = Op> {
     let key = any::<sample::Index>;
     let sum = || 0..SUMS.len();
     let place = || 0..9usize;
-    let tree = || prop_oneof![Just(Tree::Stable), Just(Tree::Limbo)];
+    let tree = || prop_oneof![Just(Tree::Stable), Just(Tree::Full), Just(Tree::Limbo)];
     let deed = prop_oneof![
         2 => Just(Deed::Leave),
         2 => Just(Deed::Remove),
@@ -361,6 +442,8 @@ fn op() -> impl Strategy<Value = Op> {
         4 => key().prop_map(Op::Remove),
         6 => key().prop_map(Op::ToLimbo),
         10 => key().prop_map(Op::ToStable),
+        8 => (key(), any::<bool>()).prop_map(|(key, full)| Op::SetFull(key, full)),
+        4 => (sum(), 1..5usize).prop_map(|(sum, by)| Op::NodesWith(sum, by)),
         1 => key().prop_map(Op::PutBack),
         4 => key().prop_map(Op::NextStable),
         4 => sum().prop_map(Op::NodesLike),
@@ -390,6 +473,12 @@ proptest! {
                 Op::Remove(at) => pair.key(at).into_iter().for_each(|key| pair.remove(key)),
                 Op::ToLimbo(at) => pair.key(at).into_iter().for_each(|key| pair.move_to_limbo(key)),
                 Op::ToStable(at) => pair.key(at).into_iter().for_each(|key| pair.move_to_stable(key)),
+                Op::SetFull(at, full) => {
+                    if let Some(key) = pair.key(at) {
+                        pair.set_full(key, full);
+                    }
+                }
+                Op::NodesWith(nth, by) => pair.nodes_with(sum(nth), |id| id % by),
                 Op::PutBack(at) => pair.key(at).into_iter().for_each(|key| pair.put_back(key)),
                 Op::NextStable(at) => {
                     if let Some(after) = pair.key(at) {
@@ -467,22 +556,60 @@ fn only_one_checksum_of_a_sample() {
     for raw in [0, 5, 7, 9, u32::MAX] {
         assert_eq!(pair.nodes_like(sample(raw)), NodesLike::None);
     }
+    let only = |key| NodesLike::Alike(Nodes::One(key));
     for hash in [0, u64::MAX, 1 << 40] {
         let older = add(&mut pair, 7, hash);
         let newer = add(&mut pair, 7, hash);
-        // The newest first, as everywhere.
-        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Alike(newer));
+        assert_eq!(
+            pair.nodes_like(sample(7)),
+            NodesLike::Alike(Nodes::Several(newer.sum))
+        );
         let other = add(&mut pair, 7, !hash);
         assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
+        // That one of them is full does not make it another content's.
+        pair.set_full(other, true);
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
         pair.move_to_limbo(other);
-        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Alike(newer));
+        pair.set_full(older, true);
+        assert_eq!(pair.nodes_like(sample(7)), only(newer));
+        pair.set_full(newer, true);
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
+        pair.set_full(older, false);
+        assert_eq!(pair.nodes_like(sample(7)), only(older));
         pair.move_to_limbo(newer);
-        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Alike(older));
+        assert_eq!(pair.nodes_like(sample(7)), only(older));
         pair.remove(older);
         assert_eq!(pair.nodes_like(sample(7)), NodesLike::None);
     }
     let last = add(&mut pair, u32::MAX, u64::MAX);
-    assert_eq!(pair.nodes_like(sample(u32::MAX)), NodesLike::Alike(last));
+    assert_eq!(pair.nodes_like(sample(u32::MAX)), only(last));
+    pair.finish();
+}
+
+/// However many full nodes there are of a content, those with room are found, those that are mapped most
+/// often first; and full ones that got room are among them.
+#[test]
+fn full_nodes_do_not_hide_others() {
+    let mut pair = Pair::new();
+    let mut keys = Vec::new();
+    for _ in 0..20 * MAX_COMPARES {
+        let key = pair.new_key(sum(1));
+        pair.insert_stable(key);
+        keys.push(key);
+    }
+    let (oldest, newest) = (keys[0], keys[keys.len() - 1]);
+    for key in &keys[1..] {
+        pair.set_full(*key, true);
+    }
+    assert_eq!(pair.index.nodes_with(sum(1)), Some(Nodes::One(oldest)));
+    assert_eq!((pair.index.chains(), pair.index.dups()), (1, keys.len()));
+    pair.set_full(newest, false);
+    assert_eq!(pair.index.nodes_with(sum(1)), Some(Nodes::Several(sum(1))));
+    let oldest_id = pair.stable[&plain(oldest)];
+    let found = pair
+        .index
+        .by_mappings(sum(1), |node| usize::from(node.id() == oldest_id));
+    assert_eq!(found[..3], [Some(oldest), Some(newest), None]);
     pair.finish();
 }
 
@@ -520,13 +647,16 @@ fn ends_at_the_last_number() {
     }
     assert_eq!(pair.next_stable(sum(0), None), Some(last(0)));
     assert_eq!(pair.next_stable(sum(0), Some(last(0))), None);
-    for which in [Tree::Stable, Tree::Limbo] {
+    for which in [Tree::Stable, Tree::Full, Tree::Limbo] {
+        for key in [last(0), behind, last(4)] {
+            pair.set_full(key, matches!(which, Tree::Full));
+            if matches!(which, Tree::Limbo) {
+                pair.move_to_limbo(key);
+            }
+        }
         assert_eq!(pair.next_in(which, Some(last(0))), Some(behind));
         assert_eq!(pair.next_in(which, Some(behind)), Some(last(4)));
         assert_eq!(pair.next_in(which, Some(last(4))), None);
-        for key in [last(0), behind, last(4)] {
-            pair.move_to_limbo(key);
-        }
     }
     pair.finish();
 }
