@@ -69,7 +69,9 @@ impl Stats {
 
     /// Bytes saved by merging, less those that metadata take. Can be negative.
     pub(super) fn profit(&self) -> i64 {
-        let saved = self.sharing.load(Relaxed).saturating_mul(PAGE_SIZE as u64);
+        let zeroes = u64::try_from(crate::mm::zero_pages()).unwrap_or(0);
+        let saved = self.sharing.load(Relaxed).saturating_add(zeroes);
+        let saved = saved.saturating_mul(PAGE_SIZE as u64);
         let bytes = |count| i64::try_from(count).unwrap_or(i64::MAX);
         bytes(saved).saturating_sub(bytes(self.metadata.load(Relaxed)))
     }
