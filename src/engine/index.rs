@@ -213,9 +213,11 @@ impl<N> Index<N> {
             let often = self.stable.get(&key).map_or(0, &mappings);
             *place = Some((core::cmp::Reverse(often), key));
         }
-        // What is missing goes to the end; of nodes that are mapped equally often, the newest is first.
-        found.sort_unstable_by_key(|node| (node.is_none(), *node));
-        found.map(|node| node.map(|(_, key)| key))
+        // Of nodes that are mapped equally often, the newest is first. (Sorting a slice may panic.)
+        [(); MAX_COMPARES].map(|()| {
+            let first = found.iter_mut().filter(|node| node.is_some()).min()?;
+            first.take().map(|(_, key)| key)
+        })
     }
 
     /// Whether there are nodes whose pages have this sample, and if they all have the same checksum, those
