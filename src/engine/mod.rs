@@ -145,6 +145,9 @@ struct Core {
     steady: usize,
     /// Counts what happened to pages that are remembered.
     changes: u64,
+    /// Whether it is this area's turn to have what is known of its pages looked at anew, see
+    /// [`REFRESH_PASSES`].
+    refreshing: bool,
     /// Counts what [`Core::try_again`] is called for. Starts at 1, see [`scan::Cursor`].
     events: u64,
     /// Numbers the passes.
@@ -354,6 +357,10 @@ impl kthread::Main for Engine {
 /// How many passes after it was merged a write to a page is one too soon.
 const SOON_PASSES: u32 = 4;
 
+/// In how many passes each area has its turn to be refreshed: what only changes where the sample does not look
+/// may have got another checksum, or an equal, without anybody noticing.
+const REFRESH_PASSES: usize = 8;
+
 /// How soon to try again what could not be finished: freeing nodes whose pages are about to be freed,
 /// and entering processes for which there was no memory.
 const RETRY_MS: u32 = 20;
@@ -380,6 +387,7 @@ impl State {
                 pages: 0,
                 steady: 0,
                 changes: 0,
+                refreshing: false,
                 events: 1,
                 pass: 0,
                 soon_broken: 0,

@@ -7,7 +7,7 @@ use super::{
     index::{Place, SlotId},
     merge::Joined,
     pagemap::{Found, PageMap},
-    run, Core, Engine, MmState, State, GFP_SCAN,
+    run, Core, Engine, MmState, State, GFP_SCAN, REFRESH_PASSES,
 };
 use crate::mm::{
     kthread::Current,
@@ -463,7 +463,9 @@ impl State {
         let core = &mut self.core;
         let changes = core.changes;
         if let Ok(mut leaf) = known.pages.leaf_from(addr, GFP_SCAN) {
-            let news = self.cursor.news || leaf.is_owed_news();
+            let turn = PageMap::<PageWord>::number(addr).wrapping_add(core.pass as usize);
+            core.refreshing = turn % REFRESH_PASSES == 0;
+            let news = self.cursor.news || leaf.is_owed_news() || core.refreshing;
             let end = first.saturating_add(count);
             // Without holes among the pages, most often all are known, or all are new.
             let dense = scratch
@@ -590,8 +592,18 @@ impl Core {
             (PageState::Waiting(sum), Seen::Anon(new)) if sum.sample() == new => {
                 // It has to be found out here when it is zero now, or when that matters from now on: no
                 // equal page ever comes to wait.
-                let zero = self.zeroes.is_some_and(|zeroes| zeroes.contains(new));
-                zero.then_some(CandidateKind::Zero)
+                if self.zeroes.is_some_and(|zeroes| zeroes.contains(new)) {
+                    return Some(CandidateKind::Zero);
+                }
+                if !self.refreshing || sum.is_unknown() {
+                    return None;
+                }
+                // It waits again, under the checksum that it has now. That is no event for the area.
+                let changes = self.changes;
+                self.index.stop_waiting(sum, place);
+                self.relabel(word, PageWord::steady(new));
+                self.changes = changes;
+                self.candidate(new)
             }
             (PageState::Merged(Some(old)), Seen::Ksm(Some(new))) if old == new => None,
             (_, Seen::Anon(new)) => {

@@ -61,9 +61,7 @@ impl<W> PageMap<W> {
     /// The word of the page at `addr`, to be changed.
     pub(crate) fn get_mut(&mut self, addr: usize) -> Option<&mut W> {
         let slot = Slot::of(addr);
-        let leaf = self.leaves.get_mut(&slot.leaf)?;
-        leaf.age.begin_anew();
-        leaf.get_mut(slot.page)
+        self.leaves.get_mut(&slot.leaf)?.get_mut(slot.page)
     }
 
     /// The pages of the leaf that `addr` is in, to be gone through from `addr` on in the order of their
@@ -129,6 +127,11 @@ impl<W> PageMap<W> {
         if let Some(leaf) = self.leaves.get_mut(&Slot::of(addr).leaf) {
             leaf.age.begin_anew();
         }
+    }
+
+    /// The number of the leaf that `addr` is in.
+    pub(crate) fn number(addr: usize) -> usize {
+        Slot::of(addr).leaf
     }
 
     /// The last address of the leaf that `addr` is in.

@@ -29,6 +29,7 @@ pub const THEME: Theme = Theme {
         ("300-sharers-of-one-page", 60, many_sharers),
         ("one-byte-makes-a-difference", 60, one_byte),
         ("nearly-equal-pages", 60, nearly_equal),
+        ("changes-that-hardly-show", 90, hardly_shows),
         ("unregistered-memory-is-left-alone", 60, unregistered),
         ("shared-mapping-is-left-alone", 60, shared_mapping),
         ("private-file-pages", 60, private_file_pages),
@@ -196,6 +197,26 @@ fn nearly_equal() -> Outcome {
         scan::until_merged(shared, sharing)?;
         scan::passes(3)?;
         scan::until_merged(shared, sharing)?;
+        verify_all(&mut workers)?;
+    }
+    PASS
+}
+
+/// Pages that differ from merged ones in a byte for so long that they are old when they get equal.
+fn hardly_shows() -> Outcome {
+    let mut workers = [
+        Worker::mergeable(N, 100)?,
+        Worker::mergeable(N, 100)?,
+        Worker::mergeable(N, 100)?,
+    ];
+    scan::until_merged(N as u64, 2 * N as u64)?;
+    for offset in [99, 1234, 3210] {
+        workers[2].poke(0, N, offset, 0x5a)?;
+        scan::until_merged(N as u64, N as u64)?;
+        // Time for whatever is done with pages that are like others at first sight.
+        scan::passes(5)?;
+        workers[2].fill(0, N, 100, 1)?;
+        scan::until_merged(N as u64, 2 * N as u64)?;
         verify_all(&mut workers)?;
     }
     PASS
