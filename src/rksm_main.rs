@@ -11,7 +11,7 @@ mod mm;
 
 use engine::Engine;
 use kernel::prelude::*;
-use mm::{intree, kthread::Kthread, sysfs::Shown, unload};
+use mm::{hotplug, intree, kthread::Kthread, sysfs::Shown, unload};
 
 module! {
     type: Rksm,
@@ -27,6 +27,7 @@ struct Rksm {
     _knobs: Shown<Engine>,
     _probes: intree::Probes<Engine>,
     _thread: Kthread<Engine>,
+    _hotplug: hotplug::Registration<Engine>,
     _explainer: Option<unload::Explainer>,
     _blocked: intree::Blocked,
 }
@@ -36,6 +37,7 @@ impl kernel::Module for Rksm {
         mm::abi::check()?;
         let blocked = intree::Blocked::new()?;
         let engine = Engine::new(module)?;
+        let hotplug = hotplug::Registration::new(engine.clone())?;
         let thread = Kthread::spawn(engine.clone())?;
         engine.set_waker(thread.waker());
         let probes = intree::Probes::register(engine.clone())?;
@@ -46,6 +48,7 @@ impl kernel::Module for Rksm {
             _knobs: knobs,
             _probes: probes,
             _thread: thread,
+            _hotplug: hotplug,
             _explainer: unload::Explainer::new(),
             _blocked: blocked,
         })

@@ -234,7 +234,7 @@ impl Engine {
         if to > run::UNMERGE {
             return Err(EINVAL);
         }
-        let mut state = self.state.lock();
+        let mut state = self.lock_settled()?;
         // Unmerging again makes sense as long as something is left.
         let again = to == run::UNMERGE && !state.core.index.has_no_nodes();
         if self.run() == to && !again {

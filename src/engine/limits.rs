@@ -15,7 +15,7 @@ impl Engine {
         if most < MIN_SHARING {
             return Err(EINVAL);
         }
-        let mut state = self.state.lock();
+        let mut state = self.lock_settled()?;
         let sharing = most as usize;
         if state.core.max_sharing == sharing {
             return Ok(());
@@ -28,7 +28,7 @@ impl Engine {
 
     /// Sets whether pages on different memory nodes are merged. `EBUSY` while pages are merged. May sleep.
     pub(super) fn set_merge_across_nodes(&self, across: bool) -> Result {
-        let mut state = self.state.lock();
+        let mut state = self.lock_settled()?;
         if state.core.by_node != across {
             return Ok(());
         }

@@ -7,6 +7,7 @@
 mod advisor;
 pub(crate) mod checksum;
 mod filter;
+mod hotplug;
 pub(crate) mod index;
 mod knobs;
 mod limits;
@@ -30,13 +31,13 @@ use index::{Index, Place, SlotId, StableKey};
 use kernel::{
     alloc::{flags, Flags},
     mm::Mm,
-    new_mutex, new_spinlock,
+    new_condvar, new_mutex, new_spinlock,
     prelude::*,
     rbtree::RBTree,
     sync::{
         aref::ARef,
         atomic::{Atomic, Relaxed},
-        Arc, Mutex, SetOnce, SpinLock,
+        Arc, CondVar, Mutex, SetOnce, SpinLock,
     },
     task::Task,
     time::{Instant, Monotonic},
@@ -64,6 +65,7 @@ pub(crate) mod run {
 ///
 /// Locks, in the order in which they are taken:
 ///
+/// 0. those of memory hotplug, held around a [`hotplug`] notification,
 /// 1. `state` (the whole index and all that is known of pages),
 /// 2. `mmap_lock` of one registered mm, for reading,
 /// 3. the folio lock of a merged page, then (only tried) of the page to be merged into it,
@@ -82,6 +84,11 @@ pub(crate) struct Engine {
     /// Decides on `pages_to_scan`, which is only written with this locked.
     #[pin]
     advisor: Mutex<Advisor>,
+    /// Memory is going offline: keep away from pages and nodes. Written with `state` locked.
+    offlining: Atomic<bool>,
+    /// Told when that is over.
+    #[pin]
+    settled: CondVar,
     run: Atomic<u32>,
     pages_to_scan: Atomic<u32>,
     sleep_millisecs: Atomic<u32>,
@@ -173,6 +180,8 @@ impl Engine {
                 state <- new_mutex!(State::new(module)?, "rksm_state"),
                 registry <- new_spinlock!(registry, "rksm_registry"),
                 advisor <- new_mutex!(Advisor::new(), "rksm_advisor"),
+                offlining: Atomic::new(false),
+                settled <- new_condvar!("rksm_settled"),
                 run: Atomic::new(run::STOP),
                 pages_to_scan: Atomic::new(advisor::DEFAULT_PAGES_TO_SCAN),
                 sleep_millisecs: Atomic::new(knobs::DEFAULT_SLEEP_MILLISECS),
@@ -315,8 +324,15 @@ impl kthread::Main for Engine {
         let mut backoff = RETRY_MS;
         let mut pace = Pace::new();
         while !current.should_stop() {
+            if self.is_offlining() {
+                current.sleep(None, || !self.is_offlining());
+                continue;
+            }
             let unfinished = {
                 let mut state = self.state.lock();
+                if self.is_offlining() {
+                    continue;
+                }
                 self.do_chores(&mut state);
                 state.core.index.limbo_len() != 0 || self.registry.lock().has_missed()
             };

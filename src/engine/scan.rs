@@ -130,8 +130,8 @@ impl Engine {
         while budget > 0 && !current.should_stop() && !current.is_freezing() {
             current.cond_resched();
             let mut state = self.state.lock();
-            // Whoever writes to `run` holds the lock too.
-            if self.run() != run::MERGE {
+            // Whoever writes to `run`, or takes memory offline, holds the lock too.
+            if self.run() != run::MERGE || self.is_offlining() {
                 break;
             }
             let step = self.step(&mut state, budget, current);

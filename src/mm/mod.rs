@@ -17,6 +17,7 @@
 pub(crate) mod abi;
 mod ffi;
 pub(crate) mod folio;
+pub(crate) mod hotplug;
 pub(crate) mod intree;
 pub(crate) mod kthread;
 pub(crate) mod oom;

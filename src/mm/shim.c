@@ -613,6 +613,20 @@ void rksm_trace_advisor(s64 scan_time, unsigned long pages_to_scan, unsigned int
 	rksm_trace(ksm_advisor, scan_time, pages_to_scan, cpu_percent);
 }
 
+/* Memory that goes offline. */
+
+/* At the priority of the in-tree engine. */
+int rksm_register_memory_notifier(struct notifier_block *nb)
+{
+	nb->priority = KSM_CALLBACK_PRI;
+	return register_memory_notifier(nb);
+}
+
+void rksm_unregister_memory_notifier(struct notifier_block *nb)
+{
+	unregister_memory_notifier(nb);
+}
+
 /* The in-tree engine: static data of mm/ksm.c, see symbols.klp. */
 
 extern struct mutex ksm_thread_mutex;

@@ -11,6 +11,7 @@
 #define _RKSM_SHIM_H
 
 #include <linux/freezer.h>
+#include <linux/memory.h>
 #include <linux/mm.h>
 #include <linux/mm_types.h>
 #include <linux/mmu_notifier.h>
@@ -141,6 +142,10 @@ void rksm_trace_merge_with_ksm_page(void *kpage, unsigned long pfn, void *item,
 void rksm_trace_remove_ksm_page(unsigned long pfn);
 void rksm_trace_remove_rmap_item(unsigned long pfn, void *item, struct mm_struct *mm);
 void rksm_trace_advisor(s64 scan_time, unsigned long pages_to_scan, unsigned int cpu_percent);
+
+/* Memory that goes offline. */
+int rksm_register_memory_notifier(struct notifier_block *nb);
+void rksm_unregister_memory_notifier(struct notifier_block *nb);
 
 /* The in-tree engine. */
 typedef void (*rksm_mm_fn)(void *data, struct mm_struct *mm);

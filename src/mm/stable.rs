@@ -172,7 +172,10 @@ impl StableNode {
         }
         loop {
             let kpfn = self.kpfn();
-            // SAFETY: returns null for a pfn that is not in an online section.
+            // SAFETY: returns null for a pfn that is not in an online section. That the section stays
+            // in the memory map while it is looked at, without the lock of memory hotplug, is what
+            // `super::hotplug` is about: the engine frees this node under its mutex, which our caller
+            // holds, before the kernel goes on to take away the section of `kpfn`.
             let folio = unsafe { ffi::rksm_pfn_folio(kpfn) };
             if let Some(folio) = NonNull::new(folio) {
                 // SAFETY: `folio` is in the memory map.
@@ -309,6 +312,12 @@ impl NodeBox {
     /// Sets the key under which the node is in the index.
     pub(crate) fn set_key(&self, key: StableKey) {
         self.0.key.set(key);
+    }
+
+    /// The frame number of the node's page, or of the page that it was when the node is stale. It may
+    /// change at any time, as migration updates it.
+    pub(crate) fn frame(&self) -> usize {
+        self.0.kpfn()
     }
 
     /// Whether the sample of the page is known to be that of other content, too.
