@@ -7,6 +7,7 @@
 //! the in-tree engine must pass nearly all of them as well, and
 //! `RKSM_ENGINE=ksm` runs them against it.
 
+pub mod background;
 pub mod engine;
 pub mod harness;
 pub mod kmsg;

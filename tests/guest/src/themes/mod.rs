@@ -9,6 +9,7 @@ mod counters;
 mod cow;
 mod eager;
 mod exit;
+mod hotplug;
 mod huge;
 mod knobs;
 mod lifecycle;
@@ -61,6 +62,7 @@ pub const ALL: &[&Theme] = &[
     &vmstat::THEME,
     &advisor::THEME,
     &trace::THEME,
+    &hotplug::THEME,
     &soak::THEME,
     &lifecycle::THEME,
 ];

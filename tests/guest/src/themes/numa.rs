@@ -6,7 +6,7 @@ use anyhow::{ensure, Result};
 use super::tests;
 use crate::engine::{self, refused};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
-use crate::numa::{ensure_on, has_two_nodes, move_to};
+use crate::numa::{ensure_on, move_all_to, two_nodes};
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
@@ -30,16 +30,16 @@ const N: usize = 16;
 const ONE: &str = "the machine has one memory node";
 
 /// A worker with `N` pages on `node`, of the content of `seed`, all different.
-fn on_node(node: i32, seed: u64) -> Result<Worker> {
+fn on_node(node: u32, seed: u64) -> Result<Worker> {
     let mut worker = Worker::with_pages(N)?;
     worker.fill(0, N, seed, 1)?;
-    move_to(worker.span(), node)?;
+    move_all_to(worker.span(), node)?;
     worker.advise(0, N, libc::MADV_MERGEABLE)?;
     Ok(worker)
 }
 
 fn across() -> Outcome {
-    if !has_two_nodes() {
+    if two_nodes()?.is_none() {
         return skip(ONE);
     }
     ensure!(engine::read("merge_across_nodes")? == 1);
@@ -50,7 +50,7 @@ fn across() -> Outcome {
 }
 
 fn not_across() -> Outcome {
-    if !has_two_nodes() {
+    if two_nodes()?.is_none() {
         return skip(ONE);
     }
     engine::write("merge_across_nodes", 0)?;
@@ -97,7 +97,7 @@ fn values() -> Outcome {
 }
 
 fn switched() -> Outcome {
-    if !has_two_nodes() {
+    if two_nodes()?.is_none() {
         return skip(ONE);
     }
     let mut workers = [on_node(0, 100)?, on_node(1, 100)?];
@@ -112,7 +112,7 @@ fn switched() -> Outcome {
         engine::write("run", 2)?;
         // Copies are made wherever there is room.
         for (worker, node) in workers.iter().zip([0, 1]) {
-            move_to(worker.span(), node)?;
+            move_all_to(worker.span(), node)?;
         }
     }
     PASS
@@ -136,8 +136,8 @@ fn stale_when_switched() -> Outcome {
     })?;
     let mut workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
     for worker in &workers {
-        if has_two_nodes() {
-            move_to(worker.span(), 0)?;
+        if two_nodes()?.is_some() {
+            move_all_to(worker.span(), 0)?;
         }
     }
     scan::until_merged(N as u64, N as u64)?;
@@ -146,13 +146,13 @@ fn stale_when_switched() -> Outcome {
 }
 
 fn migrated() -> Outcome {
-    if !has_two_nodes() {
+    if two_nodes()?.is_none() {
         return skip(ONE);
     }
     engine::write("merge_across_nodes", 0)?;
     let mut workers = vec![on_node(0, 100)?, on_node(0, 100)?];
     scan::until_merged(N as u64, N as u64)?;
-    move_to(workers[0].span(), 1)?;
+    move_all_to(workers[0].span(), 1)?;
     // Both map the same pages.
     ensure_on(workers[1].span(), 1)?;
     verify_all(&mut workers)?;
@@ -175,7 +175,7 @@ fn migrated() -> Outcome {
 }
 
 fn migrated_and_back() -> Outcome {
-    if !has_two_nodes() {
+    if two_nodes()?.is_none() {
         return skip(ONE);
     }
     engine::write("merge_across_nodes", 0)?;
@@ -189,7 +189,7 @@ fn migrated_and_back() -> Outcome {
     // The same content twice on one node, then on the node where neither was.
     for to in [1, 0] {
         for which in [0, 2] {
-            move_to(workers[which].span(), to)?;
+            move_all_to(workers[which].span(), to)?;
         }
         scan::passes(2)?;
         for worker in &workers {
@@ -210,7 +210,7 @@ fn migrated_and_back() -> Outcome {
 }
 
 fn zero_pages() -> Outcome {
-    if !has_two_nodes() {
+    if two_nodes()?.is_none() {
         return skip(ONE);
     }
     engine::write("merge_across_nodes", 0)?;
@@ -218,7 +218,7 @@ fn zero_pages() -> Outcome {
     let mut workers = [Worker::with_pages(N)?, Worker::with_pages(N)?];
     for (worker, node) in workers.iter_mut().zip([0, 1]) {
         worker.fill(0, N, 0, 0)?;
-        move_to(worker.span(), node)?;
+        move_all_to(worker.span(), node)?;
         worker.advise(0, N, libc::MADV_MERGEABLE)?;
     }
     scan::until("zero pages of both nodes", 12, || {
