@@ -8,9 +8,11 @@
 //! `RKSM_ENGINE=ksm` runs them against it.
 
 pub mod background;
+pub mod cgroup;
 pub mod engine;
 pub mod harness;
 pub mod kmsg;
+pub mod memblock;
 pub mod module;
 pub mod numa;
 pub mod pageflags;
@@ -18,6 +20,7 @@ pub mod prng;
 pub mod proc;
 pub mod region;
 pub mod scan;
+pub mod swap;
 pub mod sys;
 pub mod themes;
 pub mod worker;

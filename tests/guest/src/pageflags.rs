@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use crate::region::PAGE;
 
 const PM_PRESENT: u64 = 1 << 63;
+const PM_SWAP: u64 = 1 << 62;
 const PM_PFN: u64 = (1 << 55) - 1;
 const KPF_KSM: u64 = 1 << 21;
 const KPF_ZERO_PAGE: u64 = 1 << 24;
@@ -22,8 +23,8 @@ pub struct Span {
     pub pages: usize,
 }
 
-/// The page frame behind each page of `span`; `None` where none is mapped.
-pub fn frames(span: Span) -> Result<Vec<Option<u64>>> {
+/// The entry of each page of `span` in /proc/<pid>/pagemap.
+fn entries(span: Span) -> Result<Vec<u64>> {
     let file = File::open(format!("/proc/{}/pagemap", span.pid)).context("pagemap")?;
     let mut raw = vec![0u8; span.pages * 8];
     file.read_exact_at(&mut raw, (span.addr / PAGE * 8) as u64)
@@ -31,8 +32,23 @@ pub fn frames(span: Span) -> Result<Vec<Option<u64>>> {
     Ok(raw
         .chunks_exact(8)
         .map(|c| u64::from_le_bytes(c.try_into().expect("8 bytes")))
+        .collect())
+}
+
+/// The page frame behind each page of `span`; `None` where none is mapped.
+pub fn frames(span: Span) -> Result<Vec<Option<u64>>> {
+    Ok(entries(span)?
+        .into_iter()
         .map(|e| (e & PM_PRESENT != 0).then_some(e & PM_PFN))
         .collect())
+}
+
+/// How many pages of `span` are swapped out.
+pub fn swapped(span: Span) -> Result<usize> {
+    Ok(entries(span)?
+        .into_iter()
+        .filter(|e| e & PM_SWAP != 0)
+        .count())
 }
 
 /// For each page of `span`: the page behind it, if that has the flag.
