@@ -18,6 +18,9 @@ mod numa;
 mod parity;
 mod pin;
 mod registration;
+mod regress;
+mod regress_memory;
+mod regress_pages;
 mod scanning;
 mod smart;
 mod soak;
@@ -63,6 +66,9 @@ pub const ALL: &[&Theme] = &[
     &advisor::THEME,
     &trace::THEME,
     &hotplug::THEME,
+    &regress::THEME,
+    &regress_pages::THEME,
+    &regress_memory::THEME,
     &soak::THEME,
     &lifecycle::THEME,
 ];
