@@ -239,11 +239,17 @@ fn stale_migrated() -> Outcome {
     };
     let mut keeper = Worker::mergeable(N, 100)?;
     for round in 0..12 {
-        println!("round {round}");
         let mut joiners = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
-        scan::until("joined", 400, || {
+        let joined = scan::until("joined", 400, || {
             Ok(keeper.merged()? > 0 && joiners[0].merged()? > 0)
-        })?;
+        });
+        let merged = [keeper.merged()?, joiners[0].merged()?, joiners[1].merged()?];
+        let nodes = [
+            numa::nodes_of(keeper.span())?[0],
+            numa::nodes_of(joiners[0].span())?[0],
+            numa::nodes_of(joiners[1].span())?[0],
+        ];
+        joined.with_context(|| format!("round {round}: merged {merged:?} on nodes {nodes:?}"))?;
         keeper.verify()?;
         verify_all(&mut joiners)?;
         keeper.poke(0, N, 5, 1)?;
