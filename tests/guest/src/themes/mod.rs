@@ -65,10 +65,11 @@ pub const ALL: &[&Theme] = &[
     &vmstat::THEME,
     &advisor::THEME,
     &trace::THEME,
-    &hotplug::THEME,
     &regress::THEME,
     &regress_pages::THEME,
     &regress_memory::THEME,
+    // Unplugs the memory that others take offline.
+    &hotplug::THEME,
     &soak::THEME,
     &lifecycle::THEME,
 ];
