@@ -57,7 +57,7 @@ const fn smart(metric: Metric, smart_scan: u64) -> Metric {
 
 const IDLE: &str = "cpu_per_page_idle";
 
-static METRICS: [Metric; 15] = [
+static METRICS: [Metric; 17] = [
     metric(
         exact::MODE,
         "sharing",
@@ -177,6 +177,18 @@ static METRICS: [Metric; 15] = [
         wall::MODE,
         "fault_max",
         "Page faults of a bystander: the slowest",
+        "ns",
+    ),
+    metric(
+        wall::MODE,
+        "fault_fresh_p99",
+        "Page faults of a bystander, pages that were not there: 99 of 100 are faster",
+        "ns",
+    ),
+    metric(
+        wall::MODE,
+        "fault_broken_p99",
+        "Page faults of a bystander, pages that had been merged: 99 of 100 are faster",
         "ns",
     ),
 ];
