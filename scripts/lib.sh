@@ -28,6 +28,8 @@ ROOT_PACKAGES=(
 	util-linux-extra virtme-ng
 	# checking
 	shellcheck git
+	# building the kernel's selftests
+	libnuma-dev liburing-dev
 )
 TREE_RECIPE=2
 
