@@ -11,7 +11,7 @@ use leaf::{Leaf, LEAF_PAGES, LEAF_SHIFT};
 /// How many leaves [`PageMap::next_skipped`] looks at.
 const SKIP_SEARCH: usize = 64;
 
-/// How much trouble one page makes, and how much of it is too much: four pages lately.
+/// How much trouble one page makes, and how much of it is too much: more than four pages lately.
 const TROUBLE_STEP: usize = 16;
 const TROUBLE_LIMIT: u8 = 64;
 
@@ -197,8 +197,8 @@ impl<W> PageMap<W> {
         }
     }
 
-    /// Calls `each` with the address and the word of every page of the first leaf that has a page at or
-    /// after `from`, unless its pages gave too much trouble lately, and returns the last address of
+    /// Calls `each` with the address and the word of every page of the leaf that `from` is in, or of the
+    /// first one behind it, unless its pages gave too much trouble lately, and returns the last address of
     /// that leaf. `None`: there is no such leaf.
     ///
     /// Trouble is forgotten little by little, each time that this is called.
@@ -265,7 +265,7 @@ pub(crate) enum Found<'a, W> {
 }
 
 impl<W> LeafCursor<'_, W> {
-    /// Moves on to the page at `addr`, which is in the leaf and not before the last one.
+    /// Moves on to the page at `addr`, which is in the leaf and behind the one that was sought last, unless that had no word.
     #[inline]
     pub(crate) fn seek(&mut self, addr: usize) -> Found<'_, W> {
         let sought = Slot::of(addr);
