@@ -19,6 +19,12 @@ pub fn meminfo(key: &str) -> Result<i64> {
     number_after(&text, &format!("{key}:")).with_context(|| format!("{key} in meminfo"))
 }
 
+/// A value of /proc/vmstat.
+pub fn vmstat(key: &str) -> Result<i64> {
+    let text = fs::read_to_string("/proc/vmstat").context("vmstat")?;
+    number_after(&text, key).with_context(|| format!("{key} in vmstat"))
+}
+
 /// Free memory in KiB, with what each CPU keeps for itself, which can be
 /// much and which MemFree leaves out.
 pub fn free_kib() -> Result<i64> {

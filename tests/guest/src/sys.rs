@@ -118,6 +118,16 @@ pub fn alarm(limit: Duration) {
     unsafe { libc::alarm(limit.as_secs() as libc::c_uint) };
 }
 
+/// Has `signal` do what it does by default: Rust's own handler of SIGBUS, which
+/// looks for stack overflows, swallows the first one.
+pub fn default_action(signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: no handler is installed, one is taken away.
+    if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Makes descriptor `to` a copy of `from`.
 pub fn dup_onto(from: RawFd, to: RawFd) -> io::Result<()> {
     // SAFETY: dup2 takes integers only.

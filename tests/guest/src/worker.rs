@@ -152,6 +152,11 @@ impl Worker {
         self.call("verify").map(drop)
     }
 
+    /// As `verify`, for pages `i..i + n`.
+    pub fn verify_range(&mut self, i: usize, n: usize) -> Result<()> {
+        self.call(&format!("verify {i} {n}")).map(drop)
+    }
+
     pub fn advise(&mut self, i: usize, n: usize, advice: libc::c_int) -> Result<()> {
         self.call(&format!("advise {i} {n} {advice}")).map(drop)
     }
@@ -173,6 +178,16 @@ impl Worker {
         Ok(self.call("getprctl")? == "1")
     }
 
+    /// Has it fork a child that keeps what the worker holds now, until the worker ends.
+    pub fn fork(&mut self) -> Result<()> {
+        self.call("fork").map(drop)
+    }
+
+    /// Has the child of [`Self::fork`] compare every byte.
+    pub fn verify_child(&mut self) -> Result<()> {
+        self.call("child verify").map(drop)
+    }
+
     /// Replaces the worker's program by a fresh one; it then holds nothing.
     pub fn exec(&mut self) -> Result<()> {
         self.region = None;
@@ -187,6 +202,11 @@ impl Worker {
             Ended::Exit(0) => Ok(()),
             other => bail!("worker ended by {other:?}"),
         }
+    }
+
+    /// Waits until it has ended, as it must by itself.
+    pub fn end(mut self) -> Result<Ended> {
+        self.reap()
     }
 
     /// Ends it by SIGKILL.
@@ -242,6 +262,7 @@ fn serve(stream: UnixStream, inherited: Option<&mut Region>) -> i32 {
         return 1;
     }
     let mut own = None;
+    let mut child: Option<Worker> = None;
     let mut region = inherited;
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
@@ -261,6 +282,17 @@ fn serve(stream: UnixStream, inherited: Option<&mut Region>) -> i32 {
                 region = None;
                 place(own.as_ref().expect("just set"))
             }),
+            ["fork"] => match region.as_deref_mut().or(own.as_mut()) {
+                Some(region) => Worker::inheriting(region).map(|new| {
+                    child = Some(new);
+                    String::new()
+                }),
+                None => Err(anyhow::anyhow!("no region")),
+            },
+            ["child", command] => match &mut child {
+                Some(child) => child.call(command),
+                None => Err(anyhow::anyhow!("no child")),
+            },
             _ => obey(region.as_deref_mut().or(own.as_mut()), &words),
         };
         let reply = match result {
@@ -314,6 +346,7 @@ fn obey(region: Option<&mut Region>, words: &[&str]) -> Result<String> {
             region.note_poke(i.parse()?, offset.parse()?, value.parse()?);
         }
         ["verify"] => region.verify()?,
+        ["verify", i, n] => region.verify_range(i.parse()?, n.parse()?)?,
         ["advise", i, n, advice] => region.advise(i.parse()?, n.parse()?, advice.parse()?)?,
         ["dontneed", i, n] => region.dontneed(i.parse()?, n.parse()?)?,
         ["protect", i, n, prot] => region.protect(i.parse()?, n.parse()?, prot.parse()?)?,

@@ -1,14 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Memory that is taken away under merged pages.
-//!
-//! The memory is a plugged-in DIMM that is offline at first (see tests/run).
-//! A test brings it online as movable, binds its processes to its node, so
-//! that their pages are in it, and takes it offline again.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
@@ -17,8 +13,9 @@ use super::tests;
 use crate::background::Background;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
-use crate::numa;
+use crate::memblock::{Plugged, NO_DIMM};
 use crate::pageflags::{frames, merged_frames, Span};
+use crate::proc;
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys;
@@ -39,135 +36,6 @@ pub const THEME: Theme = Theme {
 };
 
 const N: usize = 64;
-const MEMORY: &str = "/sys/devices/system/memory";
-
-/// A memory block: what goes online and offline as a whole.
-#[derive(Clone, Debug)]
-struct Block {
-    dir: PathBuf,
-    first: u64,
-    frames: u64,
-    node: u32,
-}
-
-impl Block {
-    fn all() -> Result<Vec<Self>> {
-        let size = fs::read_to_string(format!("{MEMORY}/block_size_bytes"))?;
-        let frames = u64::from_str_radix(size.trim(), 16).context("block size")? / PAGE as u64;
-        let mut all = Vec::new();
-        for entry in fs::read_dir(MEMORY).context(MEMORY)? {
-            let dir = entry?.path();
-            let Some(number) = number_in(&dir, "memory") else {
-                continue;
-            };
-            let node = fs::read_dir(&dir)?
-                .filter_map(|e| number_in(&e.ok()?.path(), "node"))
-                .next();
-            all.push(Self {
-                first: number * frames,
-                frames,
-                node: node.context("a memory block of no node")? as u32,
-                dir,
-            });
-        }
-        all.sort_by_key(|block| block.first);
-        Ok(all)
-    }
-
-    fn state(&self) -> Result<String> {
-        let state = fs::read_to_string(self.dir.join("state")).context("state")?;
-        Ok(state.trim_end().to_string())
-    }
-
-    fn set(&self, state: &str) -> Result<()> {
-        fs::write(self.dir.join("state"), state)
-            .with_context(|| format!("{}: {state}", self.dir.display()))
-    }
-
-    /// Whether frame `pfn` is in it.
-    fn holds(&self, pfn: u64) -> bool {
-        (self.first..self.first + self.frames).contains(&pfn)
-    }
-}
-
-fn number_in(path: &Path, prefix: &str) -> Option<u64> {
-    path.file_name()?
-        .to_str()?
-        .strip_prefix(prefix)?
-        .parse()
-        .ok()
-}
-
-/// The memory that tests take away: online and movable until dropped.
-struct Plugged {
-    blocks: Vec<Block>,
-}
-
-impl Plugged {
-    /// `None` if there is none.
-    fn new() -> Result<Option<Self>> {
-        let mut blocks = Vec::new();
-        for block in Block::all()? {
-            if block.state()? == "offline" {
-                blocks.push(block);
-            }
-        }
-        let Some(node) = blocks.first().map(|block| block.node) else {
-            return Ok(None);
-        };
-        blocks.retain(|block| block.node == node);
-        let this = Self { blocks };
-        this.online()?;
-        numa::bind(Some(node))?;
-        Ok(Some(this))
-    }
-
-    fn online(&self) -> Result<()> {
-        self.blocks
-            .iter()
-            .try_for_each(|b| match b.state()?.as_str() {
-                "offline" => b.set("online_movable"),
-                _ => Ok(()),
-            })
-    }
-
-    fn offline(&self) -> Result<()> {
-        self.blocks.iter().try_for_each(|b| b.set("offline"))
-    }
-
-    fn holds(&self, pfn: u64) -> bool {
-        self.blocks.iter().any(|block| block.holds(pfn))
-    }
-
-    /// How many of the pages of `spans` are in it.
-    fn pages_of(&self, spans: &[Span]) -> Result<usize> {
-        let mut count = 0;
-        for &span in spans {
-            let there = frames(span)?;
-            count += there
-                .into_iter()
-                .flatten()
-                .filter(|&f| self.holds(f))
-                .count();
-        }
-        Ok(count)
-    }
-}
-
-impl Drop for Plugged {
-    fn drop(&mut self) {
-        for block in &self.blocks {
-            if block.state().is_ok_and(|state| state != "offline") {
-                if let Err(e) = block.set("offline") {
-                    println!("{e:#}");
-                }
-            }
-        }
-    }
-}
-
-const NO_DIMM: &str = "no memory that is plugged in and offline";
-
 /// Two workers whose pages are all in `memory`, and merged.
 fn pair_in(memory: &Plugged) -> Result<[Worker; 2]> {
     let workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
@@ -256,8 +124,7 @@ fn stale_nodes() -> Outcome {
 
 /// Takes `memory` offline and back, for ever. It may be busy for a moment.
 fn shake(memory: &Plugged) -> Result<Background> {
-    let blocks = memory.blocks.clone();
-    let memory = std::mem::ManuallyDrop::new(Plugged { blocks });
+    let memory = memory.again();
     Background::repeat(move || {
         let result = memory.offline();
         memory.online()?;
@@ -273,21 +140,12 @@ fn is_busy(e: &anyhow::Error) -> bool {
         .is_some_and(|e| e.raw_os_error() == Some(libc::EBUSY))
 }
 
-/// How many pages were migrated since boot.
-fn migrated() -> Result<u64> {
-    let text = fs::read_to_string("/proc/vmstat").context("vmstat")?;
-    let line = text
-        .lines()
-        .find_map(|l| l.strip_prefix("pgmigrate_success "));
-    line.context("pgmigrate_success")?.parse().context("vmstat")
-}
-
 fn while_scanning() -> Outcome {
     let Some(memory) = Plugged::new()? else {
         return skip(NO_DIMM);
     };
     let mut workers = pair_in(&memory)?;
-    let before = migrated()?;
+    let before = proc::vmstat("pgmigrate_success")?;
     let shaking = shake(&memory)?;
     for round in 0..12u64 {
         for (i, worker) in workers.iter_mut().enumerate() {
@@ -298,7 +156,7 @@ fn while_scanning() -> Outcome {
         verify_all(&mut workers)?;
     }
     shaking.stop()?;
-    let moved = migrated()? - before;
+    let moved = proc::vmstat("pgmigrate_success")? - before;
     println!("{moved} pages moved meanwhile");
     ensure!(moved > 0, "no page moved");
     for worker in &mut workers {

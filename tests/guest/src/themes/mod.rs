@@ -9,11 +9,15 @@ mod counters;
 mod cow;
 mod eager;
 mod exit;
+mod freezer;
 mod hotplug;
 mod huge;
+mod hwpoison;
 mod knobs;
 mod lifecycle;
+mod memcg;
 mod merge;
+mod migrate;
 mod numa;
 mod parity;
 mod pin;
@@ -24,8 +28,10 @@ mod regress_pages;
 mod scanning;
 mod smart;
 mod soak;
+mod swap;
 mod trace;
 mod unmerge;
+mod uprobe;
 mod vmops;
 mod vmstat;
 mod zero;
@@ -68,6 +74,12 @@ pub const ALL: &[&Theme] = &[
     &regress::THEME,
     &regress_pages::THEME,
     &regress_memory::THEME,
+    &migrate::THEME,
+    &swap::THEME,
+    &memcg::THEME,
+    &hwpoison::THEME,
+    &uprobe::THEME,
+    &freezer::THEME,
     // Unplugs the memory that others take offline.
     &hotplug::THEME,
     &soak::THEME,

@@ -24,16 +24,6 @@ pub const THEME: Theme = Theme {
 const N: usize = 32;
 const KIB: i64 = 4;
 
-fn vmstat(key: &str) -> Result<i64> {
-    let text = fs::read_to_string("/proc/vmstat").context("vmstat")?;
-    let found = text
-        .lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
-    Ok(found
-        .with_context(|| format!("no {key} in vmstat"))?
-        .parse()?)
-}
-
 /// The `KSM:` of all mappings of a process together, in KiB.
 fn smaps_ksm(pid: u32) -> Result<i64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).context("smaps")?;
@@ -58,14 +48,14 @@ fn merged() -> Result<[Worker; 2]> {
 
 fn cow() -> Outcome {
     let mut workers = merged()?;
-    let before = vmstat("cow_ksm")?;
+    let before = proc::vmstat("cow_ksm")?;
     workers[0].poke(0, 5, 0, 0xee)?;
     workers[1].poke(8, 2, 0, 0xdd)?;
-    let counted = vmstat("cow_ksm")? - before;
+    let counted = proc::vmstat("cow_ksm")? - before;
     ensure!(counted == 7, "{counted} counted for 7 pages");
     // What is not merged any more does not count.
     workers[0].poke(0, 5, 8, 0xee)?;
-    let counted = vmstat("cow_ksm")? - before;
+    let counted = proc::vmstat("cow_ksm")? - before;
     ensure!(counted == 7, "{counted} counted after writing again");
     verify_all(&mut workers)?;
     PASS

@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Merged pages whose memory is broken, or is about to break.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+
+use super::tests;
+use crate::background::Background;
+use crate::engine::{self, wait_for};
+use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::pageflags::{frames, merged_frames, Span};
+use crate::region::Region;
+use crate::scan;
+use crate::sys::{self, Ended};
+use crate::worker::{verify_all, Worker};
+
+pub const THEME: Theme = Theme {
+    name: "hwpoison",
+    about: "merged pages in broken memory: soft-offlined, poisoned, and those who map them killed",
+    module: Module::Loaded,
+    tests: tests![
+        ("soft-offline", 90, soft_offline),
+        ("soft-offline-while-merging", 120, soft_offline_scanning),
+        ("poisoned-page-kills-who-touches-it", 90, poison),
+        ("poisoned-page-kills-early-if-asked", 90, kill_early),
+        ("poisoned-by-a-sharer", 90, madvise),
+        ("poisoned-then-unmerged", 90, unmerged),
+    ],
+};
+
+const N: usize = 24;
+const NO_POISON: &str = "the kernel cannot inject memory failures (hwpoison_inject)";
+const INJECT: &str = "/sys/kernel/debug/hwpoison";
+const SOFT_OFFLINE: &str = "/sys/devices/system/memory/soft_offline_page";
+const EARLY_KILL: &str = "/proc/sys/vm/memory_failure_early_kill";
+
+/// What breaks memory, in software only, and mends it when dropped.
+struct Injector {
+    broken: BTreeSet<u64>,
+}
+
+impl Injector {
+    fn new() -> Result<Option<Self>> {
+        let _ = Command::new("modprobe")
+            .arg("hwpoison-inject")
+            .stderr(Stdio::null())
+            .status();
+        // In the processes started from now on, too.
+        sys::default_action(libc::SIGBUS).context("SIGBUS")?;
+        Ok(Path::new(INJECT).exists().then_some(Self {
+            broken: BTreeSet::new(),
+        }))
+    }
+
+    fn poison(&mut self, pfn: u64) -> Result<()> {
+        self.broken.insert(pfn);
+        fs::write(format!("{INJECT}/corrupt-pfn"), pfn.to_string()).context("corrupt-pfn")
+    }
+
+    /// Has the kernel give up the page frame `pfn` in good time.
+    fn soft_offline(&mut self, pfn: u64) -> std::io::Result<()> {
+        let result = fs::write(SOFT_OFFLINE, format!("{:#x}", pfn * 4096));
+        if result.is_ok() {
+            self.broken.insert(pfn);
+        }
+        result
+    }
+}
+
+impl Drop for Injector {
+    fn drop(&mut self) {
+        let _ = fs::write(EARLY_KILL, "0");
+        for pfn in &self.broken {
+            // One that the kernel has freed already needs no mending.
+            let _ = fs::write(format!("{INJECT}/unpoison-pfn"), pfn.to_string());
+        }
+    }
+}
+
+fn pair() -> Result<[Worker; 2]> {
+    let workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
+    scan::until_merged(N as u64, N as u64)?;
+    Ok(workers)
+}
+
+/// The frame of page `i` of a worker, which must be merged.
+fn frame(worker: &Worker, i: usize) -> Result<u64> {
+    merged_frames(worker.span())?[i].with_context(|| format!("page {i} is not merged"))
+}
+
+fn soft_offline() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    let mut workers = pair()?;
+    scan::stop()?;
+    let counters = engine::counters()?;
+    for i in [0, 3, N - 1] {
+        let before = frame(&workers[0], i)?;
+        injector.soft_offline(before).context("soft_offline_page")?;
+        let after = frame(&workers[0], i)?;
+        ensure!(after != before, "page {i} did not move");
+        ensure!(frame(&workers[1], i)? == after, "page {i} is in two frames");
+        verify_all(&mut workers)?;
+    }
+    ensure!(engine::counters()? == counters);
+    // By a process that maps it, through madvise.
+    let before = frame(&workers[0], 5)?;
+    injector.broken.insert(before);
+    workers[0].advise(5, 1, libc::MADV_SOFT_OFFLINE)?;
+    ensure!(frame(&workers[0], 5)? != before && frame(&workers[1], 5)? == frame(&workers[0], 5)?);
+    verify_all(&mut workers)?;
+    scan::passes(2)?;
+    scan::until_merged(N as u64, N as u64)?;
+    workers[0].poke(0, N, 3, 3)?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+fn soft_offline_scanning() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    let mut workers = pair()?;
+    let mut gone = 0;
+    for round in 0..10u64 {
+        for worker in &mut workers {
+            worker.fill(0, N / 2, 1000 + 100 * round, 1)?;
+        }
+        scan::start()?;
+        for i in 0..4 {
+            let there = frames(workers[i % 2].span())?;
+            let Some(pfn) = there[(round as usize * 5 + i * 7) % N] else {
+                continue;
+            };
+            // Busy pages are refused, which is fine.
+            gone += usize::from(injector.soft_offline(pfn).is_ok());
+        }
+        scan::passes(2)?;
+        verify_all(&mut workers)?;
+    }
+    println!("{gone} pages soft-offlined");
+    ensure!(gone > 0, "no page was soft-offlined");
+    scan::until_merged(N as u64, N as u64)?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+/// Checks what becomes of a process that reads page `i` of `region`.
+fn dies_reading(region: &Region, i: usize) -> Result<()> {
+    let reader = Background::once(|| region.verify_range(i, 1))?;
+    let how = reader.join(Duration::from_secs(20))?;
+    ensure!(
+        how == Ended::Signal(libc::SIGBUS),
+        "reading page {i}: {how:?}"
+    );
+    Ok(())
+}
+
+/// Checks all pages of `region` but those in `broken`.
+fn verify_but(region: &Region, broken: &[usize]) -> Result<()> {
+    (0..region.pages())
+        .filter(|i| !broken.contains(i))
+        .try_for_each(|i| region.verify_range(i, 1))
+}
+
+/// Two equal halves of this process's own memory, merged.
+fn halves() -> Result<Region> {
+    let mut region = Region::new(2 * N)?;
+    region.fill(0, N, 100, 1);
+    region.fill(N, N, 100, 1);
+    region.advise(0, 2 * N, libc::MADV_MERGEABLE)?;
+    scan::until_merged(N as u64, N as u64)?;
+    Ok(region)
+}
+
+fn frame_here(region: &Region, i: usize) -> Result<u64> {
+    let here = Span {
+        pid: std::process::id(),
+        addr: region.addr(),
+        pages: region.pages(),
+    };
+    merged_frames(here)?[i].with_context(|| format!("page {i} is not merged"))
+}
+
+fn poison() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    // Started first, so that it does not inherit the region.
+    let mut late = Worker::with_pages(N)?;
+    let mut region = halves()?;
+    let broken = [3, N + 3];
+    injector.poison(frame_here(&region, 3)?)?;
+    verify_but(&region, &broken)?;
+    dies_reading(&region, 3)?;
+    dies_reading(&region, N + 3)?;
+    scan::passes(4)?;
+    verify_but(&region, &broken)?;
+    scan::until_merged(N as u64 - 1, N as u64 - 1)?;
+    // Once more with the scan stopped; and equal pages that come later do not get the broken one.
+    scan::stop()?;
+    injector.poison(frame_here(&region, 7)?)?;
+    late.fill(0, N, 100, 1)?;
+    late.advise(0, N, libc::MADV_MERGEABLE)?;
+    scan::passes(4)?;
+    late.verify()?;
+    dies_reading(&region, 7)?;
+    region.dontneed(3, 1)?;
+    region.dontneed(N + 3, 1)?;
+    verify_but(&region, &[7, N + 7])?;
+    scan::until_merged(N as u64 - 2, 2 * (N as u64 - 2))?;
+    late.verify()?;
+    PASS
+}
+
+/// The kernel finds everybody who maps the page, by its node.
+fn kill_early() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    let mut workers = Vec::from(pair()?);
+    let mut other = Worker::mergeable(N, 500)?;
+    fs::write(EARLY_KILL, "1").context("early kill")?;
+    injector.poison(frame(&workers[0], 3)?)?;
+    for worker in workers.drain(..) {
+        let how = worker.end()?;
+        ensure!(
+            how == Ended::Signal(libc::SIGBUS),
+            "a sharer ended by {how:?}"
+        );
+    }
+    other.verify()?;
+    scan::until_merged(0, 0)?;
+    PASS
+}
+
+fn madvise() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    let mut workers = Vec::from(pair()?);
+    injector.broken.insert(frame(&workers[0], 3)?);
+    // Whoever says so himself is killed; what the other has is gone, too, but he need not care
+    // before he touches it.
+    ensure!(workers[0].advise(3, 1, libc::MADV_HWPOISON).is_err());
+    let how = workers.remove(0).end()?;
+    ensure!(
+        how == Ended::Signal(libc::SIGBUS),
+        "the one who asked ended by {how:?}"
+    );
+    scan::passes(3)?;
+    workers[0].verify_range(0, 3)?;
+    workers[0].verify_range(4, N - 4)?;
+    ensure!(workers[0].verify().is_err());
+    let how = workers.remove(0).end()?;
+    ensure!(
+        how == Ended::Signal(libc::SIGBUS),
+        "the other one ended by {how:?}"
+    );
+    scan::until_merged(0, 0)?;
+    PASS
+}
+
+fn unmerged() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    let region = halves()?;
+    scan::stop()?;
+    injector.poison(frame_here(&region, 3)?)?;
+    engine::write("run", 2)?;
+    wait_for("unmerging", Duration::from_secs(10), || {
+        let c = engine::counters()?;
+        Ok((c.shared, c.sharing) == (0, 0))
+    })?;
+    verify_but(&region, &[3, N + 3])?;
+    dies_reading(&region, N + 3)?;
+    PASS
+}

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Merged pages that are swapped out and come back.
+
+use anyhow::{ensure, Context, Result};
+
+use super::tests;
+use crate::background::Background;
+use crate::cgroup::Group;
+use crate::engine;
+use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::pageflags::{swapped, Span};
+use crate::region::PAGE;
+use crate::scan;
+use crate::swap::Zram;
+use crate::worker::{verify_all, Worker};
+
+pub const THEME: Theme = Theme {
+    name: "swap",
+    about: "merged pages are swapped out to zram and faulted in again",
+    module: Module::Loaded,
+    tests: tests![
+        ("reclaim-and-fault-in", 120, reclaim),
+        ("madv-pageout", 120, pageout),
+        ("written-to-while-swapped-out", 120, write_swapped),
+        ("owners-exit-while-swapped-out", 120, exit_swapped),
+        ("fork-while-swapped-out", 120, fork_swapped),
+        ("swapoff", 120, swapoff),
+        ("reclaim-while-merging", 180, while_merging),
+        ("run-2-while-swapped-out", 120, unmerge_swapped),
+        ("run-2-while-reclaiming", 180, while_unmerging),
+    ],
+};
+
+const N: usize = 128;
+const NO_SWAP: &str = "no zram or no memory cgroups";
+
+fn pages() -> u64 {
+    N as u64
+}
+
+/// Workers in a cgroup of their own, with swap space. Dropped in this order.
+struct Bench {
+    workers: Vec<Worker>,
+    group: Group,
+    zram: Zram,
+}
+
+impl Bench {
+    /// Two workers with the same pages, merged; `None` without the means.
+    fn new() -> Result<Option<Self>> {
+        let (Some(zram), Some(group)) = (Zram::new(64)?, Group::new("swap")?) else {
+            return Ok(None);
+        };
+        let mut this = Self {
+            workers: Vec::new(),
+            group,
+            zram,
+        };
+        this.add()?;
+        this.add()?;
+        scan::until_merged(pages(), pages())?;
+        Ok(Some(this))
+    }
+
+    fn add(&mut self) -> Result<()> {
+        let mut worker = Worker::new()?;
+        self.group.enter(worker.pid())?;
+        worker.map(N)?;
+        worker.fill(0, N, 100, 1)?;
+        worker.advise(0, N, libc::MADV_MERGEABLE)?;
+        self.workers.push(worker);
+        Ok(())
+    }
+
+    fn span(&self, i: usize) -> Span {
+        self.workers[i].span()
+    }
+
+    /// Reclaims all it can; some pages may be busy, so more than once.
+    fn reclaim(&self) -> Result<()> {
+        for _ in 0..5 {
+            if !self.group.reclaim(8 * N * PAGE)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// As `reclaim`, and checks that most pages of each worker are swapped out.
+    fn swap_out(&self) -> Result<()> {
+        let mut counts = Vec::new();
+        for _ in 0..20 {
+            self.reclaim()?;
+            counts.clear();
+            for worker in &self.workers {
+                counts.push(swapped(worker.span())?);
+            }
+            if counts.iter().all(|&n| n > N * 3 / 4) {
+                println!("{counts:?} of {N} pages are swapped out");
+                return Ok(());
+            }
+        }
+        anyhow::bail!("only {counts:?} of {N} pages are swapped out");
+    }
+
+    /// Merges what is equal, with nothing in the way, and checks all bytes.
+    fn merge_again(&mut self) -> Outcome {
+        verify_all(&mut self.workers)?;
+        scan::until_merged(pages(), pages() * (self.workers.len() as u64 - 1))?;
+        verify_all(&mut self.workers)?;
+        PASS
+    }
+}
+
+fn reclaim() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    for stopped in [true, false] {
+        if stopped {
+            scan::stop()?;
+        }
+        bench.swap_out()?;
+        scan::passes(2)?;
+        verify_all(&mut bench.workers)?;
+        bench.merge_again()?;
+    }
+    PASS
+}
+
+fn pageout() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    // The kernel spares pages that others map, too.
+    bench.workers[0].advise(0, N, libc::MADV_PAGEOUT)?;
+    verify_all(&mut bench.workers)?;
+    bench.workers.pop().context("two workers")?.kill()?;
+    scan::stop()?;
+    bench.workers[0].advise(0, N, libc::MADV_PAGEOUT)?;
+    let out = swapped(bench.span(0))?;
+    println!("{out} of {N} pages are swapped out");
+    ensure!(out > N / 2, "only {out} pages are swapped out");
+    bench.workers[0].verify()?;
+    scan::until_merged(0, 0)?;
+    bench.add()?;
+    bench.merge_again()?;
+    // While the scan runs.
+    for _ in 0..10 {
+        bench.workers[0].advise(0, N, libc::MADV_PAGEOUT)?;
+        bench.workers[1].advise(0, N, libc::MADV_PAGEOUT)?;
+        verify_all(&mut bench.workers)?;
+    }
+    bench.merge_again()
+}
+
+fn write_swapped() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    scan::stop()?;
+    bench.swap_out()?;
+    bench.workers[0].poke(0, N, 17, 0x55)?;
+    verify_all(&mut bench.workers)?;
+    bench.workers[1].poke(0, N / 2, 18, 0x66)?;
+    verify_all(&mut bench.workers)?;
+    scan::until_merged(0, 0)?;
+    verify_all(&mut bench.workers)?;
+    PASS
+}
+
+fn exit_swapped() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    for round in 0..2 {
+        scan::stop()?;
+        bench.swap_out()?;
+        bench.workers.remove(0).exit()?;
+        verify_all(&mut bench.workers)?;
+        if round == 1 {
+            bench.workers.pop().context("a worker")?.kill()?;
+            break;
+        }
+        bench.add()?;
+        bench.merge_again()?;
+    }
+    // Their nodes go, too: this test's end unmerges, the last one of all unloads.
+    scan::until_merged(0, 0)?;
+    PASS
+}
+
+fn fork_swapped() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    scan::stop()?;
+    bench.swap_out()?;
+    bench.workers[0].fork()?;
+    bench.workers[0].poke(0, N / 2, 3, 3)?;
+    verify_all(&mut bench.workers)?;
+    // The child has the other half of the pages, and the old content of these.
+    bench.workers[0].verify_child()?;
+    scan::passes(4)?;
+    bench.swap_out()?;
+    bench.workers[0].verify_child()?;
+    verify_all(&mut bench.workers)?;
+    scan::passes(4)?;
+    bench.workers[0].verify_child()?;
+    verify_all(&mut bench.workers)?;
+    PASS
+}
+
+fn swapoff() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    for stopped in [true, false] {
+        if stopped {
+            scan::stop()?;
+        }
+        bench.swap_out()?;
+        bench.zram.off()?;
+        ensure!(swapped(bench.span(0))? == 0 && swapped(bench.span(1))? == 0);
+        bench.merge_again()?;
+        bench.zram.on_again()?;
+    }
+    PASS
+}
+
+/// Reclaims from the group for ever.
+fn reclaiming(bench: &Bench) -> Result<Background> {
+    let group = bench.group.again();
+    Background::repeat(move || group.reclaim(N * PAGE).map(drop))
+}
+
+/// A process that reads swapped pages in again, as fast as it can, is part of
+/// what goes on: `verify_all` is.
+fn while_merging() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    let pressure = reclaiming(&bench)?;
+    for round in 0..10u64 {
+        for (i, worker) in bench.workers.iter_mut().enumerate() {
+            worker.fill(0, N / 2, 1000 * (round + 1), 1)?;
+            worker.poke(N / 2, N / 4, 9, (round as u8).wrapping_mul(2) + i as u8)?;
+        }
+        scan::passes(2)?;
+        verify_all(&mut bench.workers)?;
+    }
+    pressure.stop()?;
+    for worker in &mut bench.workers {
+        worker.fill(0, N, 500, 1)?;
+    }
+    bench.merge_again()
+}
+
+fn unmerge_swapped() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    for _ in 0..3 {
+        scan::stop()?;
+        bench.swap_out()?;
+        engine::write("run", 2)?;
+        let c = engine::counters()?;
+        ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
+        verify_all(&mut bench.workers)?;
+        ensure!(bench.workers[0].merged()? == 0 && bench.workers[1].merged()? == 0);
+        bench.merge_again()?;
+    }
+    PASS
+}
+
+/// What comes back from the swap cache while everything is unmerged must not be a merged page.
+fn while_unmerging() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    for _ in 0..8 {
+        let pressure = reclaiming(&bench)?;
+        scan::passes(2)?;
+        engine::write("run", 2)?;
+        let c = engine::counters()?;
+        ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
+        verify_all(&mut bench.workers)?;
+        for i in 0..2 {
+            let merged = bench.workers[i].merged()?;
+            ensure!(merged == 0, "{merged} pages came back merged");
+        }
+        pressure.stop()?;
+        bench.merge_again()?;
+    }
+    PASS
+}
