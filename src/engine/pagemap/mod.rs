@@ -265,7 +265,8 @@ pub(crate) enum Found<'a, W> {
 }
 
 impl<W> LeafCursor<'_, W> {
-    /// Moves on to the page at `addr`, which is in the leaf and behind the one that was sought last, unless that had no word.
+    /// Moves on to the page at `addr`, which is in the leaf, and behind the one that was sought last
+    /// (or that one again, if it had no word).
     #[inline]
     pub(crate) fn seek(&mut self, addr: usize) -> Found<'_, W> {
         let sought = Slot::of(addr);
