@@ -10,6 +10,19 @@ RKSM_CACHE=${RKSM_CACHE:-${HOME:-/root}/.cache/rksm}
 [[ $RKSM_CACHE == /* ]] || RKSM_CACHE=$PWD/$RKSM_CACHE
 export RKSM_CACHE
 
+# Which kernel: Debian's own, or the one that scripts/setup --debug builds.
+# Each has a module of its own, below RKSM_OUT.
+RKSM_KERNEL=${RKSM_KERNEL:-stock}
+case $RKSM_KERNEL in
+stock) RKSM_OUT=$RKSM_TOP/build ;;
+debug) RKSM_OUT=$RKSM_TOP/build/debug ;;
+*)
+	printf '%s: RKSM_KERNEL=%s: it is stock or debug\n' "${0##*/}" "$RKSM_KERNEL" >&2
+	exit 1
+	;;
+esac
+export RKSM_KERNEL RKSM_OUT
+
 # The Debian root: everything that its content depends on stands here, and
 # the hash of it is a part of the directory's name. ROOT_RECIPE is to be
 # raised whenever the way of building it changes in scripts/setup.
@@ -30,8 +43,12 @@ ROOT_PACKAGES=(
 	shellcheck git
 	# building the kernel's selftests
 	libnuma-dev liburing-dev
+	# building the debug kernel: CONFIG_KASAN with CONFIG_RUST wants clang
+	clang lld llvm
 )
 TREE_RECIPE=2
+# The debug kernel: its configuration is scripts/debug/debug.config.
+DEBUG_RECIPE=1
 
 warn() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { warn "$*"; exit 1; }
@@ -54,7 +71,7 @@ kernel_version()
 }
 
 # Names of everything in the cache that belongs to one kernel version:
-# KVER, RKSM_ROOT, RKSM_TREE, RKSM_VMLINUX, RKSM_INITRD.
+# KVER, RKSM_ROOT, RKSM_TREE, RKSM_VMLINUX, RKSM_INITRD, RKSM_DEBUG_TREE.
 cache_paths()
 {
 	local rootkey treekey
@@ -67,7 +84,12 @@ cache_paths()
 	RKSM_INITRD=$RKSM_CACHE/initrd-$(hash_of "$rootkey" \
 		"$(sha256sum < "$RKSM_TOP/scripts/vm-initramfs")").cpio
 	RKSM_STOCK_TREE=$RKSM_CACHE/tree-$treekey
-	if [[ ${KDIR:-} ]]; then
+	RKSM_DEBUG_TREE=$RKSM_CACHE/debug-$(hash_of "$DEBUG_RECIPE" "$rootkey" \
+		"$(sha256sum < "$RKSM_TOP/scripts/debug/debug.config")")
+	if [[ $RKSM_KERNEL == debug ]]; then
+		RKSM_TREE=$RKSM_DEBUG_TREE
+		RKSM_VMLINUX=$RKSM_TREE/vmlinux
+	elif [[ ${KDIR:-} ]]; then
 		RKSM_TREE=$(cd "$KDIR" 2>/dev/null && pwd -P) ||
 			die "KDIR=$KDIR is not a directory"
 		RKSM_VMLINUX=$RKSM_TREE/vmlinux
@@ -76,7 +98,7 @@ cache_paths()
 		RKSM_TREE=$RKSM_STOCK_TREE
 		RKSM_VMLINUX=$RKSM_TREE/vmlinux.stock
 	fi
-	export KVER RKSM_ROOT RKSM_TREE RKSM_VMLINUX RKSM_INITRD
+	export KVER RKSM_ROOT RKSM_TREE RKSM_VMLINUX RKSM_INITRD RKSM_DEBUG_TREE
 }
 
 # For every script that needs the set-up to be there already.
@@ -92,4 +114,6 @@ need_setup()
 	v=$(kernel_version) || die "nothing is set up yet: run scripts/setup first"
 	cache_paths "$v"
 	[[ -d $RKSM_ROOT ]] || die "the Debian root for $v is not set up: run scripts/setup first"
+	[[ $RKSM_KERNEL == stock || -d $RKSM_DEBUG_TREE ]] ||
+		die "the debug kernel is not built: run scripts/setup --debug first"
 }
