@@ -13,11 +13,17 @@ pub struct Symbol {
     pub name: String,
     /// Which of several symbols of that name, counted from 1; 0: the name must be unique.
     pub sympos: u32,
+    /// Whether only some kernels' headers make the module use it.
+    pub optional: bool,
 }
 
-/// Parse a list of symbols: `name[,sympos]` a line.
+/// Parse a list of symbols: `name[,sympos][?]` a line; `?`: the module need not use it.
 pub fn parse_symbols(text: &str) -> Result<Vec<Symbol>> {
     parse(text, |item| {
+        let (item, optional) = match item.strip_suffix('?') {
+            Some(item) => (item.trim(), true),
+            None => (item, false),
+        };
         let (name, sympos) = match item.split_once(',') {
             None => (item, 0),
             Some((name, sympos)) => {
@@ -29,7 +35,12 @@ pub fn parse_symbols(text: &str) -> Result<Vec<Symbol>> {
             }
         };
         let name = identifier(name)?;
-        Ok((name.clone(), Symbol { name, sympos }))
+        let symbol = Symbol {
+            name: name.clone(),
+            sympos,
+            optional,
+        };
+        Ok((name, symbol))
     })
 }
 
@@ -86,13 +97,20 @@ mod tests {
     #[test]
     fn symbols_with_position_and_comments() {
         let list =
-            parse_symbols("# head\n\n mm_find_pmd  # why\nfoo.isra.0 , 2\nbar,0#x\n").unwrap();
-        let expected = [("mm_find_pmd", 0), ("foo.isra.0", 2), ("bar", 0)];
+            parse_symbols("# head\n\n mm_find_pmd  # why\nfoo.isra.0 , 2\nbar,0#x\nbaz? #\n")
+                .unwrap();
+        let expected = [
+            ("mm_find_pmd", 0, false),
+            ("foo.isra.0", 2, false),
+            ("bar", 0, false),
+            ("baz", 0, true),
+        ];
         let expected: Vec<_> = expected
             .iter()
-            .map(|&(name, sympos)| Symbol {
+            .map(|&(name, sympos, optional)| Symbol {
                 name: name.into(),
                 sympos,
+                optional,
             })
             .collect();
         assert_eq!(list, expected);

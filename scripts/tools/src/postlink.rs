@@ -231,7 +231,7 @@ fn classify(
     }
 
     for entry in kernel.list {
-        if !used_names.contains(&entry.name) {
+        if !entry.optional && !used_names.contains(&entry.name) {
             faults.push(format!(
                 "{}: is on the list, but the module does not use it",
                 entry.name

@@ -12,6 +12,7 @@ fn run(data: &[u8], symbols: &[&str], interfaces: &[&str]) -> anyhow::Result<Gen
     let symbols: Vec<_> = symbols
         .iter()
         .map(|name| Symbol {
+            optional: false,
             name: name.to_string(),
             sympos: 0,
         })

@@ -410,7 +410,7 @@ fn all_faults_are_told_at_once() {
         module.call(name);
     }
     assert_eq!(
-        module.faults("fine\n_printk\nunused\n"),
+        module.faults("fine\n_printk\nunused\nunneeded?\n"),
         [
             "_printk: is exported, so it must not be on the list",
             "another: is neither exported nor on the list",
