@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
+use crate::patience::patient;
 use crate::sys::{self, Ended, Forked};
 
 /// The longest that one piece of the work takes to be killed.
@@ -57,7 +58,7 @@ impl Background {
 
     /// Waits until it ends by itself.
     pub fn join(mut self, limit: Duration) -> Result<Ended> {
-        let end = Instant::now() + limit;
+        let end = Instant::now() + patient(limit);
         loop {
             if let Some(how) = self.ended()? {
                 return Ok(how);

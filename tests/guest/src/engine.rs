@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
+use crate::patience::patient;
+
 /// Where the in-tree engine's files live.
 pub const IN_TREE: &str = "/sys/kernel/mm/ksm";
 /// Where rksm's files live.
@@ -161,6 +163,7 @@ pub fn wait_for(
     limit: Duration,
     mut probe: impl FnMut() -> Result<bool>,
 ) -> Result<()> {
+    let limit = patient(limit);
     let end = Instant::now() + limit;
     while !probe()? {
         if Instant::now() > end {

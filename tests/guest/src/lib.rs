@@ -16,6 +16,7 @@ pub mod memblock;
 pub mod module;
 pub mod numa;
 pub mod pageflags;
+pub mod patience;
 pub mod prng;
 pub mod proc;
 pub mod region;

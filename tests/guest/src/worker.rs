@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 
 use crate::pageflags::Span;
+use crate::patience::patient;
 use crate::region::Region;
 use crate::sys::{self, Ended, Forked};
 
@@ -46,7 +47,7 @@ impl Worker {
             }
             Forked::Parent(pid) => {
                 drop(theirs);
-                ours.set_read_timeout(Some(REPLY_LIMIT))?;
+                ours.set_read_timeout(Some(patient(REPLY_LIMIT)))?;
                 Ok(Self {
                     pid,
                     stream: BufReader::new(ours),
@@ -219,7 +220,7 @@ impl Worker {
     }
 
     fn reap(&mut self) -> Result<Ended> {
-        let end = Instant::now() + REPLY_LIMIT;
+        let end = Instant::now() + patient(REPLY_LIMIT);
         loop {
             if let Some((_, how)) = sys::try_wait(self.pid).context("wait")? {
                 self.gone = true;

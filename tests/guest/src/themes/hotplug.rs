@@ -15,6 +15,7 @@ use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::memblock::{Plugged, NO_DIMM};
 use crate::pageflags::{frames, merged_frames, Span};
+use crate::patience::patient;
 use crate::proc;
 use crate::region::{Region, PAGE};
 use crate::scan;
@@ -241,7 +242,7 @@ fn given_up() -> Outcome {
             break;
         }
         ensure!(
-            begin.elapsed() < Duration::from_secs(20),
+            begin.elapsed() < patient(Duration::from_secs(20)),
             "scanning goes on"
         );
         last = now;

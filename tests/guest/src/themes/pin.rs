@@ -16,6 +16,7 @@ use super::tests;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::pageflags::{merged, Span};
+use crate::patience::patient;
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::worker::Worker;
@@ -217,7 +218,7 @@ fn left_alone_during(read: &AsyncRead, region: &Region) -> Result<bool> {
     }
     let conclusive = result.is_none();
     if conclusive {
-        result = read.result(Duration::from_secs(20))?;
+        result = read.result(patient(Duration::from_secs(20)))?;
     }
     ensure!(
         result == Some((N * PAGE) as i64),
