@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 
 use crate::patience::patient;
 use crate::sys::{self, Ended, Forked};
-use crate::{engine, module};
+use crate::{engine, kmemleak, module};
 
 const STATUS_FAILED: i32 = 1;
 const STATUS_SKIPPED: i32 = 4;
@@ -104,8 +104,10 @@ impl Tally {
 pub fn run(themes: &[&Theme]) -> Result<bool> {
     sys::become_subreaper().context("subreaper")?;
     // Each theme ends with one more test, about the in-tree engine, and the
-    // whole with one about unloading.
-    let plan: usize = themes.iter().map(|t| t.tests.len() + 1).sum::<usize>() + 1;
+    // whole with one about unloading and one about what is left after it.
+    let plan: usize = themes.iter().map(|t| t.tests.len() + 1).sum::<usize>()
+        + 1
+        + usize::from(kmemleak::present());
     println!("KTAP version 1");
     println!("1..{plan}");
     let mut tally = Tally::default();
@@ -114,6 +116,9 @@ pub fn run(themes: &[&Theme]) -> Result<bool> {
         run_theme(theme, &mut tally);
     }
     tally.guard("unloads-after-all-tests", unloads);
+    if kmemleak::present() {
+        tally.guard("nothing-leaked", nothing_leaked);
+    }
     Ok(tally.failed == 0)
 }
 
@@ -178,6 +183,12 @@ fn unloads() -> Outcome {
         return skip("the in-tree engine is not a module");
     }
     module::ensure_loaded(false)?;
+    PASS
+}
+
+fn nothing_leaked() -> Outcome {
+    let found = kmemleak::scan()?;
+    anyhow::ensure!(found.is_empty(), "kmemleak found:\n{found}");
     PASS
 }
 

@@ -11,6 +11,7 @@ pub mod background;
 pub mod cgroup;
 pub mod engine;
 pub mod harness;
+pub mod kmemleak;
 pub mod kmsg;
 pub mod memblock;
 pub mod module;
