@@ -552,6 +552,12 @@ struct kobject *rksm_mm_kobj(void)
 	return mm_kobj;
 }
 
+/* Gives lockdep a static key: the attribute itself is not. */
+void rksm_attribute_init(struct attribute *attr)
+{
+	sysfs_attr_init(attr);
+}
+
 const void *rksm_btf(unsigned long *len)
 {
 	*len = __stop_BTF - __start_BTF;

@@ -130,6 +130,7 @@ void rksm_set_oom_origin(bool on);
 
 /* What is there since boot. */
 struct kobject *rksm_mm_kobj(void);
+void rksm_attribute_init(struct attribute *attr);
 const void *rksm_btf(unsigned long *len);
 
 /* Tracepoints. */

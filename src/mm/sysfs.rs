@@ -208,6 +208,8 @@ impl<T: Directory> Shown<T> {
         let mut pointers = KVec::with_capacity(T::KNOBS.len().saturating_add(1), GFP_KERNEL)?;
         for knob in T::KNOBS {
             let mut kernel: bindings::kobj_attribute = pin_init::zeroed();
+            // SAFETY: an attribute that nobody else knows yet.
+            unsafe { ffi::rksm_attribute_init(&raw mut kernel.attr) };
             kernel.attr.name = knob.name.as_char_ptr();
             kernel.attr.mode = knob.mode();
             kernel.__bindgen_anon_1.show = Some(show::<T>);
