@@ -4,6 +4,7 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 /// Not in every libc crate yet; the values are kernel ABI.
@@ -50,9 +51,14 @@ pub enum Forked {
 /// Forks. The test programs have one thread only, so the child may use
 /// everything the parent could.
 pub fn fork() -> io::Result<Forked> {
+    // SAFETY: takes nothing.
+    let me = unsafe { libc::getpid() };
     // SAFETY: the process has a single thread (see above).
     match check(unsafe { libc::fork() }.into())? {
-        0 => Ok(Forked::Child),
+        0 => {
+            PARENT.store(me, Ordering::Relaxed);
+            Ok(Forked::Child)
+        }
         pid => Ok(Forked::Parent(pid as libc::pid_t)),
     }
 }
@@ -92,11 +98,20 @@ pub fn try_wait(pid: libc::pid_t) -> io::Result<Option<(libc::pid_t, Ended)>> {
     Ok(Some((got as libc::pid_t, ended)))
 }
 
-/// Makes this process die with its parent.
+/// Who forked this process; 0 if not [`fork`].
+static PARENT: AtomicI32 = AtomicI32::new(0);
+
+/// Makes this process die with its parent, which may have died before the kernel was told.
 pub fn die_with_parent() -> io::Result<()> {
     // SAFETY: this prctl takes integers only.
-    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) }.into())
-        .map(drop)
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) }.into())?;
+    let parent = PARENT.load(Ordering::Relaxed);
+    // SAFETY: takes nothing.
+    if parent != 0 && parent != unsafe { libc::getppid() } {
+        // SAFETY: takes integers only.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    }
+    Ok(())
 }
 
 /// Makes orphaned descendants children of this process.
