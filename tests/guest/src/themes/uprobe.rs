@@ -70,12 +70,13 @@ impl Code {
         let code = Self {
             addr: addr as usize,
         };
-        // Merging is about anonymous pages: have one of its own made of each.
+        // Merging is about anonymous pages: have one of its own made of each, that is not like the
+        // file's. The kernel maps the file's again when it takes a breakpoint out of one that is.
         for i in 0..N {
-            // SAFETY: the byte lies in our mapping and keeps its value.
+            // SAFETY: the byte lies in our mapping.
             unsafe {
                 let at = (code.page(i) as *mut u8).add(PAGE - 1);
-                at.write_volatile(at.read_volatile());
+                at.write_volatile(!at.read_volatile());
             }
         }
         // Probes are not put into writable mappings.
