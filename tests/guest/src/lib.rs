@@ -9,6 +9,7 @@
 
 pub mod background;
 pub mod cgroup;
+pub mod disk;
 pub mod engine;
 pub mod harness;
 pub mod kmemleak;

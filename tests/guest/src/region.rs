@@ -4,6 +4,7 @@
 use std::io;
 
 use anyhow::{bail, Context, Result};
+use io_uring::IoUring;
 
 use crate::prng;
 
@@ -176,6 +177,17 @@ impl Region {
         // content only MADV_DONTNEED is used, through `dontneed`.
         let ret = unsafe { libc::madvise(self.ptr(i, n), n * PAGE, advice) };
         check(&format!("madvise({advice})"), ret)
+    }
+
+    /// Pins all pages: they become the one registered buffer of `ring`.
+    pub fn register(&self, ring: &IoUring) -> Result<()> {
+        let all = libc::iovec {
+            iov_base: self.ptr(0, self.pages()).cast(),
+            iov_len: self.pages() * PAGE,
+        };
+        // SAFETY: the kernel takes references to the pages, and writes to them only in a read that
+        // somebody submits to the ring.
+        unsafe { ring.submitter().register_buffers(&[all]) }.context("register_buffers")
     }
 
     /// Drops pages `i..i + n`: they read as zeroes from now on.

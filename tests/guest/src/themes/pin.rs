@@ -4,15 +4,13 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use io_uring::{opcode, types, IoUring};
 
 use super::tests;
+use crate::disk::Disk;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::pageflags::{merged, Span};
@@ -143,40 +141,8 @@ impl Drop for AsyncRead {
     }
 }
 
-/// A disk of zeroes whose every request takes `seconds`.
-struct SlowDisk;
-
-impl SlowDisk {
-    const PATH: &'static str = "/dev/nullb0";
-
-    /// `None` when the kernel has no such driver.
-    fn new(seconds: u64) -> Result<Option<Self>> {
-        let status = Command::new("modprobe")
-            .args(["null_blk", "nr_devices=1", "gb=1", "memory_backed=1"])
-            .args(["irqmode=2", "submit_queues=1"])
-            .arg(format!("completion_nsec={}", seconds * 1_000_000_000))
-            .status();
-        let there = status.is_ok_and(|s| s.success()) && Path::new(Self::PATH).exists();
-        Ok(there.then_some(Self))
-    }
-
-    fn open(&self) -> Result<File> {
-        File::options()
-            .read(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(Self::PATH)
-            .context(Self::PATH)
-    }
-}
-
-impl Drop for SlowDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("rmmod").arg("null_blk").status();
-    }
-}
-
 fn o_direct() -> Outcome {
-    let Some(disk) = SlowDisk::new(2)? else {
+    let Some(disk) = Disk::new(2)? else {
         return skip("no null_blk driver");
     };
     let file = disk.open()?;
@@ -235,12 +201,7 @@ fn registered_buffer() -> Outcome {
         Ok(ring) => ring,
         Err(e) => return skip(format!("no io_uring: {e}")),
     };
-    let buffer = libc::iovec {
-        iov_base: region.addr() as *mut libc::c_void,
-        iov_len: N * PAGE,
-    };
-    // SAFETY: the mapping stays until the ring is gone.
-    unsafe { ring.submitter().register_buffers(&[buffer]) }.context("register_buffers")?;
+    region.register(&ring)?;
     region.advise(0, N, libc::MADV_MERGEABLE)?;
 
     // A read into the held page 3 waits for data while the scan goes by; it
