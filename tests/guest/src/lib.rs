@@ -12,6 +12,7 @@ pub mod cgroup;
 pub mod disk;
 pub mod engine;
 pub mod harness;
+pub mod inject;
 pub mod kmemleak;
 pub mod kmsg;
 pub mod memblock;

@@ -3,7 +3,6 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use anyhow::{ensure, Context, Result};
 
@@ -12,6 +11,7 @@ use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::inject::{Injection, NO_INJECTION};
 use crate::memblock::{Plugged, NO_DIMM};
 use crate::pageflags::{frames, merged, swapped, Span};
 use crate::proc;
@@ -41,36 +41,6 @@ pub const THEME: Theme = Theme {
 
 const N: usize = 64;
 const NO_SWAP: &str = "no zram or no memory cgroups";
-const FAILSLAB: &str = "/sys/kernel/debug/failslab";
-
-/// Lets every third allocation of one thread fail, until dropped.
-struct Failing(String);
-
-impl Failing {
-    fn new(thread: u32) -> Result<Self> {
-        let this = Self(format!("/proc/{thread}/make-it-fail"));
-        for (file, value) in [
-            ("task-filter", "Y"),
-            ("ignore-gfp-wait", "N"),
-            ("probability", "33"),
-            ("interval", "1"),
-            ("times", "-1"),
-            ("verbose", "0"),
-        ] {
-            fs::write(format!("{FAILSLAB}/{file}"), value).context(file)?;
-        }
-        fs::write(&this.0, "1").context("make-it-fail")?;
-        Ok(this)
-    }
-}
-
-impl Drop for Failing {
-    fn drop(&mut self) {
-        let _ = fs::write(&self.0, "0");
-        let _ = fs::write(format!("{FAILSLAB}/probability"), "0");
-    }
-}
-
 /// When there was no memory for the head of a new chain, the lookup still went
 /// on with the node that should have become its first member. Needs nodes that
 /// become full while allocations of the thread fail; seen as an oops, or as a
@@ -80,22 +50,24 @@ fn failed_chain() -> Outcome {
     if !engine::path(engine::dir(), KNOB).exists() {
         return skip("no max_page_sharing");
     }
-    if !Path::new(FAILSLAB).exists() {
-        return skip("the kernel cannot make allocations fail (no failslab)");
-    }
+    let Some(mut injection) = Injection::new()? else {
+        return skip(NO_INJECTION);
+    };
     engine::write(KNOB, 2)?;
     let mut worker = Worker::with_pages(N)?;
     worker.advise(0, N, libc::MADV_MERGEABLE)?;
     scan::passes(1)?;
     let thread = proc::kernel_thread(engine::thread_name())?.context("no scanning thread")?;
     for round in 0..10 {
-        let failing = Failing::new(thread)?;
+        injection.random(thread, 33)?;
         for k in 0..4 {
             worker.fill(k * N / 4, N / 4, 100 + round * 4 + k as u64, 0)?;
         }
         scan::passes(4)?;
         worker.verify()?;
-        drop(failing);
+        injection.end_random()?;
+        // The files are read one after the other.
+        scan::stop()?;
         let c = engine::counters()?;
         ensure!(c.sharing <= c.shared, "two places a page at most: {c:?}");
         worker.poke(0, N, 3, round as u8)?;
