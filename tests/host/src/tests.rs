@@ -10,3 +10,8 @@ mod index;
 mod pagemap;
 mod registry;
 mod standin;
+
+/// So many cases of a property; two under Miri, which is a thousand times slower.
+fn cases(count: u32) -> proptest::test_runner::Config {
+    proptest::test_runner::Config::with_cases(if cfg!(miri) { 2 } else { count })
+}

@@ -459,7 +459,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(super::cases(128))]
 
     #[test]
     fn is_like_plain_maps(ops in prop::collection::vec(op(), 1..300)) {

@@ -146,7 +146,7 @@ fn edge() -> impl Strategy<Value = usize> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(super::cases(96))]
 
     #[test]
     fn is_like_a_map(
@@ -201,7 +201,7 @@ fn long_histories() {
         let pages = [600, 1100, 1536, 24][seed as usize];
         for phase in 0..8 {
             let grows = phase % 2 == 0;
-            for _ in 0..4000 {
+            for _ in 0..if cfg!(miri) { 100 } else { 4000 } {
                 let start = starts[random.below(4) as usize] & PAGE_MASK;
                 let addr = start.saturating_add(random.below(pages) as usize * PAGE_SIZE);
                 let addr = addr & PAGE_MASK;
@@ -232,7 +232,7 @@ fn passes() {
         let mut pair = Pair::new();
         let mut there: Vec<bool> = (0..4000).map(|_| random.below(4) != 0).collect();
         let start = LEAF - 3 * PAGE_SIZE;
-        for pass in 0..40 {
+        for pass in 0..if cfg!(miri) { 5 } else { 40 } {
             let plan = match pass % 4 {
                 3 => Plan::Percent {
                     percent: 30,
@@ -282,15 +282,20 @@ fn each_allocation_fails() {
         &[510, 511, 512, 1699],
         &[10, 520, 1800],
     ];
-    for (before, batch, way) in before.into_iter().flat_map(|before| {
-        [
-            (&all, Way::Runs),
-            (&all, Way::Stepwise),
-            (&holes, Way::Stepwise),
-            (&holes, Way::Runs),
-        ]
-        .map(|(batch, way)| (before, batch, way))
-    }) {
+    for (before, batch, way) in before
+        .into_iter()
+        .flat_map(|before| {
+            [
+                (&all, Way::Runs),
+                (&all, Way::Stepwise),
+                (&holes, Way::Stepwise),
+                (&holes, Way::Runs),
+            ]
+            .map(|(batch, way)| (before, batch, way))
+        })
+        // Under Miri: one of each way.
+        .step_by(if cfg!(miri) { 10 } else { 1 })
+    {
         let run = |plan| {
             let mut pair = Pair::with(before.iter().map(|nth| nth * PAGE_SIZE));
             let (from, to) = (500 * PAGE_SIZE, 1700 * PAGE_SIZE);
@@ -312,7 +317,7 @@ fn each_allocation_fails() {
         let (events, missed) = run(Plan::Never);
         assert_eq!(missed, 0);
         assert!((3..20).contains(&events.allocs), "{events:?}");
-        for nth in 0..events.allocs {
+        for nth in (0..events.allocs).step_by(if cfg!(miri) { 4 } else { 1 }) {
             assert_eq!(run(Plan::Nth(nth)).0.failed, 1);
             assert!(run(Plan::After(nth)).1 > 0);
         }

@@ -237,7 +237,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(192))]
+    #![proptest_config(super::cases(192))]
 
     #[test]
     fn is_like_plain_maps(ops in prop::collection::vec(op(), 1..200)) {

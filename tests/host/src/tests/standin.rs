@@ -295,7 +295,7 @@ impl Pair {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(super::cases(96))]
 
     #[test]
     fn tree_is_like_a_map(ops in prop::collection::vec(op(), 1..150)) {
