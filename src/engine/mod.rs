@@ -14,6 +14,7 @@ mod limits;
 mod merge;
 mod pace;
 mod pagemap;
+mod position;
 mod registry;
 mod scan;
 mod stats;

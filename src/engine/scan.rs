@@ -7,6 +7,7 @@ use super::{
     index::{Place, SlotId},
     merge::Joined,
     pagemap::{Found, PageMap},
+    position::Position,
     run, Core, Engine, MmState, State, GFP_SCAN, REFRESH_PASSES,
 };
 use crate::mm::{
@@ -28,13 +29,8 @@ use kernel::{
 
 /// How far the current pass has come.
 pub(super) struct Cursor {
-    /// The address space that is being scanned, or that was scanned last when it is gone.
-    slot: SlotId,
-    /// The next address in it.
-    addr: usize,
-    /// The last address space that belongs to this pass; `None` between passes. Who comes later
-    /// waits for the next pass, so that new areas settle down a little.
-    last: Option<SlotId>,
+    /// Where it is.
+    at: Position,
     /// Whether anything happened since the pass before this one began that a page which was steady
     /// and has not changed since may profit from (see [`Core::try_again`]).
     news: bool,
@@ -51,9 +47,7 @@ pub(super) struct Cursor {
 impl Cursor {
     pub(super) fn new() -> Self {
         Self {
-            slot: 0,
-            addr: 0,
-            last: None,
+            at: Position::new(),
             news: true,
             events: 0,
             skipping: false,
@@ -151,20 +145,16 @@ impl Engine {
     fn step(&self, state: &mut State, budget: usize, current: &Current) -> Step {
         let hasher = self.hasher(&state.core);
         state.use_zero_page(hasher, self.use_zero_pages.load(Relaxed) != 0);
-        let last = match state.cursor.last {
-            Some(last) => last,
-            None => self.start_pass(state, current),
-        };
-        // The current address space first, then the one behind it.
-        let from = state.cursor.slot;
-        let next = self.registry.lock().next(from.saturating_sub(1));
-        let Some((slot, mm)) = next.filter(|(slot, _)| *slot <= last) else {
+        if state.cursor.at.is_between_passes() {
+            self.start_pass(state, current);
+        }
+        let turn = state
+            .cursor
+            .at
+            .turn(|after| self.registry.lock().next(after));
+        let Some((slot, mm)) = turn else {
             return self.end_pass(state, current);
         };
-        if slot != from {
-            state.cursor.slot = slot;
-            state.cursor.addr = 0;
-        }
         let gathering = state.cursor.gathering;
         let looked = match use_mm(&mm).filter(|user| !is_abandoned(user)) {
             Some(user) if gathering => self.gather_mm(state, slot, &user),
@@ -176,14 +166,13 @@ impl Engine {
             Some(pages) => Step::Looked(pages),
             None => {
                 state.report(slot);
-                state.cursor.slot = slot.wrapping_add(1);
-                state.cursor.addr = 0;
+                state.cursor.at.leave();
                 Step::Looked(0)
             }
         }
     }
 
-    fn start_pass(&self, state: &mut State, current: &Current) -> SlotId {
+    fn start_pass(&self, state: &mut State, current: &Current) {
         // References held by per-CPU LRU batches would keep pages from being merged.
         crate::mm::lru_add_drain_all();
         if state.core.by_node {
@@ -192,10 +181,10 @@ impl Engine {
         let last = self.registry.lock().last_id();
         state.mapped_pages = self.mapped_pages();
         let before = state.cursor.events;
+        let mut at = Position::new();
+        at.begin(last);
         state.cursor = Cursor {
-            slot: 1,
-            addr: 0,
-            last: Some(last),
+            at,
             news: state.core.events != before,
             events: state.core.events,
             skipping: false,
@@ -205,7 +194,6 @@ impl Engine {
         self.advisor.lock().start_pass(current.cpu_nanos());
         state.core.pass = state.core.pass.wrapping_add(1);
         trace::start_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
-        last
     }
 
     /// How many anonymous pages all registered processes have.
@@ -224,8 +212,7 @@ impl Engine {
 
     fn end_pass(&self, state: &mut State, current: &Current) -> Step {
         if self.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
-            state.cursor.slot = 1;
-            state.cursor.addr = 0;
+            state.cursor.at.rewind();
             state.cursor.gathering = true;
             return Step::Looked(0);
         }
@@ -261,7 +248,7 @@ impl Engine {
         mm: &MmWithUser,
         budget: usize,
     ) -> Option<usize> {
-        if state.cursor.addr == 0 {
+        if state.cursor.at.addr() == 0 {
             self.begin_mm(state, slot);
         }
         let mut scratch = state.scratch.take()?;
@@ -297,21 +284,23 @@ impl Engine {
         scratch.len = 0;
         let State { mms, core, .. } = state;
         let end = mms.get_mut(&slot).and_then(|known| {
-            known.pages.visit_leaf(state.cursor.addr, |addr, word| {
-                let sample = match word.state() {
-                    PageState::Seen(sample) if !word.has_caution() => sample,
-                    _ => return,
-                };
-                if let Some(kind) = core.candidate(sample) {
-                    scratch.push(Candidate { addr, kind });
-                }
-            })
+            known
+                .pages
+                .visit_leaf(state.cursor.at.addr(), |addr, word| {
+                    let sample = match word.state() {
+                        PageState::Seen(sample) if !word.has_caution() => sample,
+                        _ => return,
+                    };
+                    if let Some(kind) = core.candidate(sample) {
+                        scratch.push(Candidate { addr, kind });
+                    }
+                })
         });
         self.merge_candidates(state, slot, mm, &mut scratch);
         let count = scratch.len;
         state.scratch = Some(scratch);
         let next = end.and_then(|end| end.checked_add(1))?;
-        state.cursor.addr = next;
+        state.cursor.at.move_to(next);
         Some(count)
     }
 
@@ -359,7 +348,7 @@ impl Engine {
         scratch.len = 0;
         scratch.batch.clear();
         let hasher = self.hasher(&state.core);
-        let from = state.cursor.addr;
+        let from = state.cursor.at.addr();
         let mut next = from;
         let guard = mm.mmap_read_lock();
         while !scratch.batch.is_full(budget) {
@@ -373,7 +362,7 @@ impl Engine {
                     if next == from {
                         drop(guard);
                         state.forget_range(slot, from, start.min(first.max(from)));
-                        state.cursor.addr = last.saturating_add(1);
+                        state.cursor.at.move_to(last.saturating_add(1));
                         return last != usize::MAX;
                     }
                     break;
@@ -390,7 +379,7 @@ impl Engine {
             return false;
         }
         state.absorb(mm, slot, from, next, scratch);
-        state.cursor.addr = next;
+        state.cursor.at.move_to(next);
         true
     }
 }

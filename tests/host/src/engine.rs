@@ -16,5 +16,7 @@ pub(crate) mod filter;
 pub(crate) mod index;
 #[path = "../../../src/engine/pagemap/mod.rs"]
 pub(crate) mod pagemap;
+#[path = "../../../src/engine/position.rs"]
+pub(crate) mod position;
 #[path = "../../../src/engine/registry.rs"]
 pub(crate) mod registry;

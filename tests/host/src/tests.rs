@@ -8,6 +8,7 @@ mod counted;
 mod filter;
 mod index;
 mod pagemap;
+mod position;
 mod registry;
 mod standin;
 

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Where a pass is.
+
+use super::index::SlotId;
+
+/// How far a pass has come in the address spaces, which it goes through in the order in which they came.
+pub(crate) struct Position {
+    /// The address space whose turn it is, or was when it is gone; numbers begin at 1.
+    slot: SlotId,
+    /// The next address in it.
+    addr: usize,
+    /// The last address space that belongs to this pass; `None` between passes. Who comes later
+    /// waits for the next pass, so that new areas settle down a little.
+    last: Option<SlotId>,
+}
+
+impl Position {
+    /// Between passes.
+    pub(crate) fn new() -> Self {
+        Self {
+            slot: 1,
+            addr: 0,
+            last: None,
+        }
+    }
+
+    /// Whether no pass has begun.
+    pub(crate) fn is_between_passes(&self) -> bool {
+        self.last.is_none()
+    }
+
+    /// Begins a pass, to which those up to `last` belong.
+    pub(crate) fn begin(&mut self, last: SlotId) {
+        *self = Self {
+            last: Some(last),
+            ..Self::new()
+        };
+    }
+
+    /// Goes back to the first of those that belong to this pass.
+    pub(crate) fn rewind(&mut self) {
+        self.go_to(1);
+    }
+
+    /// Finds out whose turn it is: still that of the same one, else that of the next which is there.
+    /// `next` tells who is the first behind a number. `None`: all of this pass had theirs.
+    pub(crate) fn turn<T>(
+        &mut self,
+        next: impl FnOnce(SlotId) -> Option<(SlotId, T)>,
+    ) -> Option<(SlotId, T)> {
+        let last = self.last?;
+        let found = next(self.slot.saturating_sub(1))?;
+        if found.0 > last {
+            return None;
+        }
+        if found.0 != self.slot {
+            self.go_to(found.0);
+        }
+        Some(found)
+    }
+
+    /// Where to go on in the one whose turn it is. 0: it has just begun.
+    pub(crate) fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// Goes on at `addr` in the one whose turn it is.
+    pub(crate) fn move_to(&mut self, addr: usize) {
+        self.addr = addr;
+    }
+
+    /// The one whose turn it is has had it.
+    pub(crate) fn leave(&mut self) {
+        self.go_to(self.slot.saturating_add(1));
+    }
+
+    fn go_to(&mut self, slot: SlotId) {
+        self.slot = slot;
+        self.addr = 0;
+    }
+}
