@@ -4,7 +4,7 @@
 
 use core::{mem::size_of, slice};
 use kernel::{
-    alloc::{kvec::InsertError, Flags},
+    alloc::{flags::GFP_NOWAIT, kvec::InsertError, Flags},
     prelude::*,
 };
 
@@ -157,12 +157,18 @@ impl<W> Many<W> {
         if capacity.saturating_mul(2) <= LEAF_PAGES || len.saturating_add(more) > LEAF_PAGES {
             return Ok(self.words.reserve(more, flags)?);
         }
-        let mut wider = KVec::with_capacity(LEAF_PAGES, flags)?;
+        self.move_to_room_for(LEAF_PAGES, flags)
+    }
+
+    /// Moves the words to where there is room for `count`, which they are not more than. They stay where they
+    /// are on failure.
+    fn move_to_room_for(&mut self, count: usize, flags: Flags) -> Result {
+        let mut room = KVec::with_capacity(count, flags)?;
         for word in self.words.drain_all() {
             // There is room for all of them.
-            let _ = wider.push_within_capacity(word);
+            let _ = room.push_within_capacity(word);
         }
-        self.words = wider;
+        self.words = room;
         Ok(())
     }
 
@@ -338,11 +344,36 @@ impl<W> Leaf<W> {
             let word = many.words.remove(rank).ok()?;
             // INVARIANT: one bit less, one word less.
             many.clear_bit(page);
+            self.give_back();
             return Some(word);
         }
         match core::mem::replace(&mut self.content, Content::Nothing) {
             Content::One(_, word) => Some(word),
             _ => None,
+        }
+    }
+
+    /// Gives back what few words do not need. Without memory to move them to, they keep it until the next
+    /// one goes.
+    fn give_back(&mut self) {
+        let Content::Many(many) = &mut self.content else {
+            return;
+        };
+        match many.words.len() {
+            0 => self.content = Content::Nothing,
+            1 => {
+                let only = many.next(0).and_then(|page| u16::try_from(page).ok());
+                if let Some(only) = only {
+                    if let Some(word) = many.words.pop() {
+                        self.content = Content::One(only, word);
+                    }
+                }
+            }
+            // A quarter, so that a leaf whose pages come and go is not moved all the time.
+            len if len <= many.words.capacity() / 4 => {
+                let _ = many.move_to_room_for(len.saturating_mul(2), GFP_NOWAIT);
+            }
+            _ => {}
         }
     }
 

@@ -506,21 +506,52 @@ fn next_at_the_edges() {
     pair.empty_by_removing();
 }
 
-/// What is remembered of many pages side by side costs little more than their words.
-#[test]
-fn dense_pages_are_cheap() {
+/// The first `leaves` leaves, with all their pages.
+fn full(leaves: usize) -> Pair {
     let mut pair = Pair::new();
-    for start in (0..8 * LEAF).step_by(LEAF) {
+    for start in (0..leaves * LEAF).step_by(LEAF) {
         let batch: Vec<_> = (0..512)
             .map(|nth| (start + nth * PAGE_SIZE, Look::Remember))
             .collect();
         pair.absorb(start, start + LEAF, &batch, Way::Runs, Plan::Never);
     }
+    pair
+}
+
+/// What is remembered of many pages side by side costs little more than their words.
+#[test]
+fn dense_pages_are_cheap() {
+    let pair = full(8);
     let pages = pair.model.len();
     assert_eq!(pages, 8 * 512);
     let overhead = pair.map.bytes() - pages * size_of::<Counted>();
     assert!(overhead * 3 <= pages, "{overhead} bytes");
     pair.empty_by_dropping();
+}
+
+/// Who had many pages, and has few, takes as little as who never had more.
+#[test]
+fn few_of_many_are_cheap() {
+    for left in [1, 3, 20] {
+        let mut pair = full(8);
+        for start in (0..8 * LEAF).step_by(LEAF) {
+            let kept = (0..512).filter(|nth| nth % (512 / left) == 7).take(left);
+            let batch: Vec<_> = kept
+                .map(|nth| (start + nth * PAGE_SIZE, Look::Skip))
+                .collect();
+            pair.absorb(start, start + LEAF, &batch, Way::Stepwise, Plan::Never);
+            pair.check_content();
+        }
+        assert_eq!(pair.model.len(), 8 * left);
+        // A leaf, the bits, and room for four times the words.
+        let most = match left {
+            1 => 64,
+            _ => 64 + 128 + 4 * left * size_of::<Counted>(),
+        };
+        let bytes = pair.map.bytes();
+        assert!(bytes <= 8 * most, "{bytes} bytes");
+        pair.empty_by_removing();
+    }
 }
 
 /// Nor does it matter in how small batches they come. (The first 100 of 512, which is the default of

@@ -266,7 +266,9 @@ impl Pair {
 
     pub(super) fn remove(&mut self, addr: usize) {
         let (word, events) = watch(|| self.map.remove(addr));
-        assert_eq!(events.allocs + events.failed, 0, "allocated to remove");
+        // To move those that are left to where there is less room, if they have far too much.
+        assert!(events.allocs + events.failed <= 1);
+        assert_eq!(events.sleeping, 0);
         assert_eq!(word.as_ref().map(Counted::id), self.note_gone(addr));
     }
 
