@@ -25,6 +25,9 @@ const COUNTERS_PER_WORD: usize = 32;
 const PAGES_PER_WORD: usize = COUNTERS_PER_WORD / COUNTERS_PER_PAGE;
 /// The smallest filter is one page.
 const MIN_WORDS: usize = 512;
+/// The largest is one GiB, for half a billion pages (2 TiB): the kernel's allocator takes a request of 2 GiB
+/// for a mistake, and says so.
+const MAX_WORDS: usize = 1 << 27;
 const MAX: u64 = 3;
 /// The bit of a counter that says "two or more".
 const TWO: u64 = 2;
@@ -38,15 +41,20 @@ impl Filter {
         }
     }
 
-    /// A filter for `pages` pages that has counted none.
-    pub(crate) fn for_pages(pages: usize) -> Result<Self> {
+    /// A filter for `pages` pages, or as many as the largest one has room for, that has counted none. Fails
+    /// if it would take more than half of `available` bytes.
+    pub(crate) fn for_pages(pages: usize, available: usize) -> Result<Self> {
         let words = pages
             .div_ceil(PAGES_PER_WORD)
             .checked_next_power_of_two()
-            .ok_or(ENOMEM)?
-            .max(MIN_WORDS);
+            .unwrap_or(MAX_WORDS)
+            .clamp(MIN_WORDS, MAX_WORDS);
+        // One can do without: nobody is to be killed for it, as far as what is available can tell.
+        if words.saturating_mul(size_of::<u64>()) > available / 2 {
+            return Err(ENOMEM);
+        }
         Ok(Self {
-            words: KVVec::from_elem(0, words, GFP_KERNEL)?,
+            words: KVVec::from_elem(0, words, GFP_KERNEL | __GFP_NOWARN)?,
             worn: 0,
         })
     }
@@ -54,6 +62,16 @@ impl Filter {
     /// For how many pages there is room.
     pub(crate) fn capacity(&self) -> usize {
         self.words.len().saturating_mul(PAGES_PER_WORD)
+    }
+
+    /// Whether it is large enough for `pages` pages, or as large as can be.
+    pub(crate) fn has_room_for(&self, pages: usize) -> bool {
+        pages <= self.capacity() || self.words.len() >= MAX_WORDS
+    }
+
+    /// Whether one of a quarter of its size would do for `pages` pages, and for as many again.
+    pub(crate) fn is_much_too_large_for(&self, pages: usize) -> bool {
+        self.words.len() > MIN_WORDS && self.capacity() / 8 >= pages
     }
 
     /// The memory that it takes, in bytes.

@@ -138,6 +138,8 @@ struct Core {
     index: Index<NodeBox>,
     /// The samples of all pages that are remembered, each counted once.
     filter: Filter,
+    /// The pass in which there was no memory for another one last.
+    filter_failed: Option<u32>,
     /// The samples of pages of zeroes, while these are merged with the kernel's zero page and not with each
     /// other as any others. The filter has them twice then, as a single such page is enough.
     zeroes: Option<Zeroes>,
@@ -271,6 +273,9 @@ impl Engine {
             let _ = self.enter_registered();
         }
         self.reap(state);
+        if state.core.pages == 0 && !self.should_scan() {
+            state.core.filter = Filter::new();
+        }
         state
             .core
             .sweep_limbo(LIMBO_SWEEP, self.run() == run::UNMERGE);
@@ -378,6 +383,9 @@ const SOON_PASSES: u32 = 4;
 /// may have got another checksum, or an equal, without anybody noticing.
 const REFRESH_PASSES: usize = 8;
 
+/// How many times the pages that are remembered the filter may have room for, in view of how many are mapped.
+const FILTER_AHEAD: usize = 16;
+
 /// How soon to try again what could not be finished: freeing nodes whose pages are about to be freed,
 /// and entering processes for which there was no memory.
 const RETRY_MS: u32 = 20;
@@ -397,6 +405,7 @@ impl State {
             core: Core {
                 index: Index::new(),
                 filter: Filter::new(),
+                filter_failed: None,
                 zeroes: None,
                 by_node: false,
                 max_sharing: knobs::DEFAULT_MAX_PAGE_SHARING as usize,
@@ -492,18 +501,39 @@ impl State {
     }
 
     /// Makes room in the filter for `more` pages, or counts anew when it is worn. Without memory it
-    /// stays as it is, and takes more pages for ones that have an equal than it should.
+    /// stays as it is until the next pass, and takes more pages for ones that have an equal than it should.
     fn fit_filter(&mut self, more: usize) {
         let pages = self.core.pages.saturating_add(more);
-        if pages <= self.core.filter.capacity() && !self.core.filter.is_worn() {
+        let filter = &self.core.filter;
+        if filter.has_room_for(pages) && !filter.is_worn()
+            || self.core.filter_failed == Some(self.core.pass)
+        {
             return;
         }
         // Grow to what is mapped by those who are registered, unless that is out of all proportion.
-        let room = pages
-            .saturating_mul(2)
-            .max(self.mapped_pages.min(pages.saturating_mul(64)));
-        let Ok(mut filter) = Filter::for_pages(room) else {
-            return;
+        let ahead = pages.saturating_mul(FILTER_AHEAD);
+        let double = pages.saturating_mul(2);
+        let room = match self.mapped_pages {
+            mapped if mapped < pages => double,
+            mapped => mapped.min(ahead),
+        };
+        if !self.count_anew(room) && (room <= double || !self.count_anew(double)) {
+            self.core.filter_failed = Some(self.core.pass);
+        }
+    }
+
+    /// Gives memory of the filter back when there are far less pages than it has room for.
+    fn shrink_filter(&mut self) {
+        if self.core.filter.is_much_too_large_for(self.core.pages) {
+            self.count_anew(self.core.pages.saturating_mul(2));
+        }
+    }
+
+    /// Counts all samples anew, in a filter with room for so many pages. Returns whether there was memory for
+    /// it.
+    fn count_anew(&mut self, room: usize) -> bool {
+        let Ok(mut filter) = Filter::for_pages(room, crate::mm::available_bytes()) else {
+            return false;
         };
         for zero in self.core.zeroes.into_iter().flat_map(Zeroes::iter) {
             filter.add(zero);
@@ -516,6 +546,7 @@ impl State {
             crate::mm::cond_resched();
         }
         self.core.filter = filter;
+        true
     }
 }
 

@@ -180,6 +180,7 @@ impl Engine {
         }
         let last = self.registry.lock().last_id();
         state.mapped_pages = self.mapped_pages();
+        state.shrink_filter();
         let before = state.cursor.events;
         let mut at = Position::new();
         at.begin(last);

@@ -30,7 +30,7 @@ pub(crate) mod vma;
 pub(crate) mod walk;
 pub(crate) mod word;
 
-use kernel::{bindings, mm::Mm};
+use kernel::{bindings, mm::Mm, page::PAGE_SIZE};
 
 /// Words that nobody can know.
 pub(crate) fn random_words<const N: usize>() -> [u64; N] {
@@ -59,6 +59,15 @@ pub(crate) fn cond_resched() {
 pub(crate) fn anon_pages(mm: &Mm) -> usize {
     // SAFETY: the mm is kept.
     unsafe { ffi::rksm_mm_anon_pages(mm.as_raw()) }
+}
+
+/// How many bytes of memory are free, or can be had without swapping, about.
+pub(crate) fn available_bytes() -> usize {
+    // SAFETY: looks at counters of the kernel.
+    let pages = unsafe { bindings::si_mem_available() };
+    usize::try_from(pages)
+        .unwrap_or(0)
+        .saturating_mul(PAGE_SIZE)
 }
 
 /// How many memory nodes there may be: their numbers are smaller.

@@ -203,7 +203,7 @@ fn filter(group: &mut Group<'_>, size: usize) {
     let samples: Vec<Sample> = (0..size)
         .map(|_| Sample::from_raw(random.draw() as u32))
         .collect();
-    let new_filter = || match Filter::for_pages(size) {
+    let new_filter = || match Filter::for_pages(size, usize::MAX) {
         Ok(filter) => filter,
         Err(_) => panic!("no memory"),
     };

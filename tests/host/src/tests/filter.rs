@@ -19,7 +19,7 @@ fn sample(raw: u64) -> Sample {
 }
 
 fn filter(pages: usize) -> Filter {
-    Filter::for_pages(pages).unwrap()
+    Filter::for_pages(pages, usize::MAX).unwrap()
 }
 
 /// So many samples, all different.
@@ -319,13 +319,9 @@ fn without_memory() {
 #[test]
 fn no_memory() {
     for pages in [0, 1, SMALLEST, 1 << 20] {
-        let result = failing(Plan::Always, || Filter::for_pages(pages).err());
+        let result = failing(Plan::Always, || Filter::for_pages(pages, usize::MAX).err());
         assert_eq!(result, Some(ENOMEM));
         assert_eq!(live(), Live::default());
-    }
-    // More than there can be.
-    for pages in [usize::MAX, usize::MAX / 2, 1 << 62] {
-        assert_eq!(Filter::for_pages(pages).err(), Some(ENOMEM));
     }
     // Only making one allocates.
     let mut filter = filter(1);
@@ -337,4 +333,48 @@ fn no_memory() {
     assert_eq!(events, Events::default());
     drop(filter);
     assert_eq!(live(), Live::default());
+}
+
+/// What there is of memory is not even asked for when a filter would take more than half of it, and no more
+/// than a GiB ever is: the kernel warns of whoever asks for two.
+#[test]
+fn modest() {
+    for (pages, bytes) in [
+        (0, 2 * SMALLEST),
+        (SMALLEST + 1, 4 * SMALLEST),
+        (1 << 20, 2 << 20),
+        (1 << 29, 1 << 30),
+        ((1 << 29) + 1, 1 << 30),
+        (1 << 50, 1 << 30),
+        (usize::MAX, 1 << 30),
+    ] {
+        let asked = |available| {
+            let make = || failing(Plan::Always, || Filter::for_pages(pages, available).err());
+            let (result, events) = watch(make);
+            assert_eq!(result, Some(ENOMEM));
+            events.failed != 0
+        };
+        assert!(asked(2 * bytes), "{pages} pages");
+        assert!(!asked(2 * bytes - 1), "{pages} pages");
+        assert!(!asked(0));
+    }
+}
+
+/// When to make a larger one, and when a smaller one: never both in turn.
+#[test]
+fn sizes() {
+    assert!(!Filter::new().has_room_for(1));
+    assert!(!Filter::new().is_much_too_large_for(0));
+    let smallest = filter(0);
+    assert!(smallest.has_room_for(SMALLEST) && !smallest.has_room_for(SMALLEST + 1));
+    assert!(!smallest.is_much_too_large_for(0));
+    let large = filter(64 * SMALLEST);
+    assert!(large.has_room_for(64 * SMALLEST) && !large.has_room_for(64 * SMALLEST + 1));
+    assert!(large.is_much_too_large_for(8 * SMALLEST));
+    assert!(!large.is_much_too_large_for(8 * SMALLEST + 1));
+    for pages in [1, SMALLEST / 2, SMALLEST, 3 * SMALLEST, 5 * SMALLEST + 1] {
+        let fitting = filter(2 * pages);
+        assert!(fitting.has_room_for(pages + pages / 2));
+        assert!(!fitting.is_much_too_large_for(pages), "{pages} pages");
+    }
 }
