@@ -302,7 +302,7 @@ impl State {
                 // From now on both need their checksums.
                 let sums = (page.checksum(hasher), other_page.checksum(hasher));
                 drop((page, other_page));
-                return self.part(place, sums.0, other, sums.1);
+                return self.part(sum, place, sums.0, other, sums.1);
             }
         }
         drop(other_page);
@@ -319,19 +319,28 @@ impl State {
         }
     }
 
-    /// Lets two pages with the same sample wait under their checksums, of which `other` waited without one.
-    fn part(&mut self, place: Place, sum: Checksum, other: Place, other_sum: Checksum) {
-        self.core
-            .index
-            .stop_waiting(Checksum::unknown(sum.sample()), other);
+    /// Lets two pages with the same sample wait under their checksums, of which `other` waited under
+    /// `unknown`.
+    fn part(
+        &mut self,
+        unknown: Checksum,
+        place: Place,
+        sum: Checksum,
+        other: Place,
+        other_sum: Checksum,
+    ) {
+        self.core.index.stop_waiting(unknown, other);
         for (place, sum) in [(other, other_sum), (place, sum)] {
-            // A page that has changed since it was looked at is looked at again in the next pass.
-            match self.word(place) {
-                (Some(word), core) if word.sample() == sum.sample() => {
-                    core.relabel(word, PageWord::steady(sum.sample()));
-                    self.wait(place, sum);
-                }
-                _ => self.core.try_again(),
+            let (Some(word), core) = self.word(place) else {
+                continue;
+            };
+            let sample = word.sample();
+            core.relabel(word, PageWord::steady(sample));
+            if sample == sum.sample() {
+                self.wait(place, sum);
+            } else {
+                // It has changed since it was looked at, and is looked at again in the next pass.
+                core.try_again();
             }
         }
     }

@@ -7,11 +7,13 @@ use std::time::Duration;
 use anyhow::{ensure, Result};
 
 use super::tests;
+use crate::background::Background;
 use crate::engine;
 use crate::harness::{Module, Outcome, Theme, PASS};
 use crate::pageflags::Census;
+use crate::prng::Prng;
 use crate::proc;
-use crate::region::PAGE;
+use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
@@ -23,6 +25,7 @@ pub const THEME: Theme = Theme {
         ("agree-with-kpageflags", 90, kpageflags),
         ("follow-writes-and-exits", 90, follow),
         ("unshared-pages", 60, unshared),
+        ("nothing-is-left-of-pages-that-changed", 90, changed),
         ("scanned-and-full-scans-advance", 60, advance),
         ("run-0-keeps-them", 60, kept),
         ("profit-of-a-process", 60, profit),
@@ -123,6 +126,53 @@ fn unshared() -> Outcome {
         Ok(engine::read("pages_unshared")? == N as u64 / 2)
     })?;
     worker.verify()?;
+    PASS
+}
+
+/// Pages that change at any moment: while they wait, while they are compared with one that waits, and just
+/// before.
+fn changed() -> Outcome {
+    const PAGES: usize = 128;
+    let changing = |mut prng: Prng| {
+        let mut region: Option<Region> = None;
+        Background::repeat(move || {
+            let region = match &mut region {
+                Some(region) => region,
+                none => {
+                    let new = Region::new(PAGES)?;
+                    new.advise(0, PAGES, libc::MADV_MERGEABLE)?;
+                    none.insert(new)
+                }
+            };
+            // Mostly equal to what others have.
+            let content = 1000 * (1 + prng.below(2) as u64);
+            region.fill(0, PAGES, content, 1);
+            std::thread::sleep(Duration::from_millis(prng.below(40) as u64));
+            region.verify()
+        })
+    };
+    let (mut most, mut passes) = (0, 0);
+    for round in 0..3 {
+        scan::start()?;
+        let all = (0..3)
+            .map(|nth| changing(Prng::new(10 * round + nth)))
+            .collect::<Result<Vec<_>>>()?;
+        let begin = engine::read("full_scans")?;
+        engine::wait_for("passes", Duration::from_secs(30), || {
+            most = engine::read("pages_sharing")?.max(most);
+            Ok(engine::read("full_scans")? >= begin + 100)
+        })?;
+        passes += engine::read("full_scans")? - begin;
+        all.into_iter().try_for_each(Background::stop)?;
+        engine::write("run", 2)?;
+        let c = engine::counters()?;
+        ensure!(
+            (c.shared, c.sharing, c.unshared, c.volatile) == (0, 0, 0, 0),
+            "nobody is there any more: {c:?}"
+        );
+    }
+    println!("{passes} passes, {most} pages saved at a time");
+    ensure!(most > 0, "nothing merged");
     PASS
 }
 
