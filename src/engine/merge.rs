@@ -89,7 +89,7 @@ impl State {
                 Some(nodes) => {
                     let guard = mm.mmap_read_lock();
                     let joined = MergeableVma::at(&guard, place.addr)
-                        .and_then(|vma| self.join_one_of(&vma, place, nodes, false));
+                        .and_then(|vma| self.join_one_of(&vma, place, nodes, None));
                     drop(guard);
                     // None of them takes any more.
                     if joined.is_none() {
@@ -148,7 +148,7 @@ impl State {
         }
         let unknown = Checksum::unknown(sample);
         match self.core.index.nodes_like(sample) {
-            NodesLike::Alike(nodes) => match self.join_one_of(vma, place, nodes, true) {
+            NodesLike::Alike(nodes) => match self.join_one_of(vma, place, nodes, Some(hasher)) {
                 Some(Ok(())) => return Joined::Yes,
                 Some(Err(err)) if err != EAGAIN => return Joined::Hopeless,
                 None if nodes.sum().is_unknown() => return Joined::NoneFits(unknown, true),
@@ -176,7 +176,7 @@ impl State {
             return Joined::Hopeless;
         }
         let joined = match self.core.index.nodes_with(sum) {
-            Some(nodes) => self.join_one_of(vma, place, nodes, false),
+            Some(nodes) => self.join_one_of(vma, place, nodes, None),
             None => None,
         };
         match joined {
@@ -214,13 +214,13 @@ impl State {
 
     /// Tries to merge a page into one of these merged pages, or of some of them. `None`: none takes another
     /// page. With `guessing`, only those are tried whose sample was never found to be that of other
-    /// content.
+    /// content; the hasher tells whether it still is the page's.
     fn join_one_of(
         &mut self,
         vma: &MergeableVma<'_>,
         place: Place,
         nodes: Nodes,
-        guessing: bool,
+        guessing: Option<&Hasher>,
     ) -> Option<Result> {
         let sum = match nodes {
             Nodes::One(key) => return self.join_known(vma, place, key, guessing),
@@ -246,7 +246,7 @@ impl State {
         vma: &MergeableVma<'_>,
         place: Place,
         key: StableKey,
-        guessing: bool,
+        guessing: Option<&Hasher>,
     ) -> Option<Result> {
         let result = self.core.join_node(vma, place, key, guessing)?;
         Some(result.map(|item| self.merged(place, item, key)))
@@ -462,19 +462,35 @@ impl Core {
         vma: &MergeableVma<'_>,
         place: Place,
         key: StableKey,
-        guessing: bool,
+        guessing: Option<&Hasher>,
     ) -> Option<Result<ItemBox>> {
         let node = self.index.node(key)?;
-        if node.items() >= self.max_sharing || guessing && node.is_ambiguous() {
+        if node.items() >= self.max_sharing {
             return None;
+        }
+        if guessing.is_some() && node.is_ambiguous() {
+            // The checksum has to tell.
+            return Some(Err(EAGAIN));
         }
         let Some(kpage) = node.locked_page() else {
             self.release(key);
             return None;
         };
+        if self.by_node {
+            let nid = kpage.memory_node();
+            let page = vma.page_at(place.addr);
+            if page.is_some_and(|page| page.memory_node() != nid) {
+                node.set_strayed();
+                return None;
+            }
+        }
         let result = join_page(vma, place, &kpage, node, key, self);
-        if guessing && matches!(&result, Err(err) if *err == EAGAIN) {
-            node.set_ambiguous();
+        if let (Some(hasher), Err(EAGAIN)) = (guessing, result.as_ref().map_err(|err| *err)) {
+            // Unless it is that the page has just been written to.
+            let sample = vma.page_at(place.addr).map(|page| page.sample(hasher));
+            if sample == Some(key.sum.sample()) {
+                node.set_ambiguous();
+            }
         }
         Some(result)
     }
@@ -640,10 +656,11 @@ fn join_page(
     core: &Core,
 ) -> Result<ItemBox> {
     let page = vma.page_at(place.addr).ok_or(EBUSY)?;
-    // Neither moves: what we hold is this very page, and the merged one is locked.
+    // Neither moves: what we hold is this very page, and the merged one is locked. The next pass gives the
+    // node another key.
     if core.by_node && page.memory_node() != kpage.memory_node() {
         node.set_strayed();
-        return Err(EAGAIN);
+        return Err(EBUSY);
     }
     let mut item = ItemBox::new(key.sum.sample(), core.pass, GFP_SCAN)?;
     vma.join(place.addr, page, kpage, node, &mut item)?;
