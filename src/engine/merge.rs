@@ -398,8 +398,11 @@ impl State {
             }
         }
         if let (Some(word), core) = self.word(place) {
+            // Nobody wrote to it: that it was merged for so short a time is no trouble that it gives.
+            let broken = core.soon_broken;
             core.renew(place, word, key.sum.sample());
             core.relabel(word, PageWord::steady(key.sum.sample()));
+            core.soon_broken = broken;
         }
         self.core.settle(key, false);
         true
