@@ -4,7 +4,7 @@
 
 use super::{
     checksum::Sample,
-    index::{Place, SlotId},
+    index::{NodesLike, Place, SlotId},
     merge::Joined,
     pagemap::{Found, PageMap},
     position::Position,
@@ -580,13 +580,15 @@ impl Core {
                 self.candidate(new)
             }
             (PageState::Waiting(sum), Seen::Anon(new)) if sum.sample() == new => {
-                // It has to be found out here when it is zero now, or when that matters from now on: no
-                // equal page ever comes to wait.
-                if self.zeroes.is_some_and(|zeroes| zeroes.contains(new)) {
-                    return Some(CandidateKind::Zero);
-                }
-                if !self.refreshing || sum.is_unknown() {
-                    return None;
+                // Who waits under `unknown` was not compared with merged pages when none took another page:
+                // now there may be room. Newcomers go there, and never find this one.
+                let has_nowhere_to_go =
+                    || sum.is_unknown() && self.index.nodes_like(new) == NodesLike::None;
+                if !self.refreshing || has_nowhere_to_go() {
+                    // It has to be found out here when it is zero now, or when that matters from now on:
+                    // no equal page ever comes to wait.
+                    let may_be_zero = self.zeroes.is_some_and(|zeroes| zeroes.contains(new));
+                    return may_be_zero.then_some(CandidateKind::Zero);
                 }
                 // It waits again, under the checksum that it has now. That is no event for the area.
                 let changes = self.changes;

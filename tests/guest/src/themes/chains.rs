@@ -10,7 +10,7 @@ use crate::engine::{self, refused};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::pageflags::merged_frames;
 use crate::scan::{self, Stepper};
-use crate::worker::Worker;
+use crate::worker::{verify_all, Worker};
 
 pub const THEME: Theme = Theme {
     name: "chains",
@@ -22,6 +22,7 @@ pub const THEME: Theme = Theme {
         ("default-limit", 60, default_limit),
         ("values-and-errors", 60, values),
         ("room-is-used-again", 90, room),
+        ("who-waits-gets-room", 90, waits_for_room),
         ("many-full-pages", 120, many_full),
         ("comes-and-goes", 240, churn),
         ("chains-are-counted", 90, counted),
@@ -155,6 +156,37 @@ fn fill_up_again(frames: usize) -> Outcome {
 
 fn room() -> Outcome {
     fill_up_again(3)
+}
+
+/// Who found no room waits, and gets what another one leaves, with no newcomer to take him along.
+fn waits_for_room() -> Outcome {
+    const N: usize = 8;
+    engine::write("max_page_sharing", 2)?;
+    // Three of each content.
+    let mut workers = Vec::new();
+    for _ in 0..3 {
+        workers.push(Worker::mergeable(N, 100)?);
+    }
+    scan::until_merged(N as u64, N as u64)?;
+    scan::passes(2)?;
+    let merged: Vec<Vec<_>> = workers
+        .iter()
+        .map(|worker| merged_frames(worker.span()))
+        .collect::<Result<_>>()?;
+    for page in 0..N {
+        let who = (0..3).find(|&who| merged[who][page].is_some());
+        let who = who.with_context(|| format!("nobody has page {page} merged"))?;
+        workers[who].fill(page, 1, 9000 + page as u64, 0)?;
+    }
+    scan::until("merge with who waited", 20, || {
+        let mut merged = 0;
+        for worker in &workers {
+            merged += worker.merged()?;
+        }
+        Ok(merged == 2 * N)
+    })?;
+    verify_all(&mut workers)?;
+    PASS
 }
 
 fn many_full() -> Outcome {

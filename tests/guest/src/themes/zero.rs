@@ -24,6 +24,7 @@ pub const THEME: Theme = Theme {
         ("switched-on-while-one-waits", 60, switched_on),
         ("switched-off-again", 60, switched_off),
         ("one-byte-is-not-zero", 60, one_byte),
+        ("nearly-zero-pages-that-change", 60, nearly_zero),
         ("madv-unmergeable", 60, unmergeable),
         ("run-2", 60, run_2),
         ("inherited-by-fork", 60, forked),
@@ -163,6 +164,30 @@ fn one_byte() -> Outcome {
     ensure_count(0, &worker, 0)?;
     ensure!(zeroes(worker.span())? == 0);
     worker.verify()?;
+    PASS
+}
+
+/// Pages that differ from zeroes in one byte, which a sample does not see most often, and which changes.
+fn nearly_zero() -> Outcome {
+    let mark = |worker: &mut Worker, value: u8| {
+        (0..N).try_for_each(|i| worker.poke(i, 1, 16 + 100 * i, value))
+    };
+    for on in [1, 0] {
+        engine::write("use_zero_pages", on)?;
+        let mut changing = with_zeroes(N)?;
+        mark(&mut changing, 1)?;
+        scan::passes(10)?;
+        ensure!(changing.merged()? + zeroes(changing.span())? == 0);
+        mark(&mut changing, 2)?;
+        scan::passes(4)?;
+        let mut other = with_zeroes(N)?;
+        mark(&mut other, 2)?;
+        scan::until(&format!("merging with use_zero_pages {on}"), 24, || {
+            Ok(changing.merged()? == N && other.merged()? == N)
+        })?;
+        changing.verify()?;
+        other.verify()?;
+    }
     PASS
 }
 
