@@ -173,6 +173,10 @@ impl State {
             if let (Some(word), core) = self.word(place) {
                 core.renew(place, word, sum.sample());
             }
+            // The area has been accounted for already.
+            if let Some(known) = self.mms.get_mut(&place.slot) {
+                known.pages.note_change(place.addr);
+            }
             return Joined::Hopeless;
         }
         let joined = match self.core.index.nodes_with(sum) {

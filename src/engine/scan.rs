@@ -478,7 +478,8 @@ impl State {
                     });
                     if filled {
                         core.pages = core.pages.saturating_add(count);
-                        return;
+                        core.changes = core.changes.wrapping_add(1);
+                        return known.note(addr, changes, core);
                     }
                 }
             }

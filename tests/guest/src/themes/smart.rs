@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `smart_scan`: pages that did not merge for some passes are skipped.
 
+use std::time::Duration;
+
 use anyhow::{ensure, Result};
 
 use super::tests;
-use crate::engine;
+use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::pageflags::merged;
 use crate::scan;
@@ -21,6 +23,7 @@ pub const THEME: Theme = Theme {
         ("new-equals-of-skipped-pages-merge", 120, new_equals),
         ("skipped-pages-that-go-are-forgotten", 120, forgotten),
         ("skipped-pages-may-change", 120, changed),
+        ("new-pages-behind-skipped-ones", 120, behind),
     ],
 };
 
@@ -125,5 +128,48 @@ fn changed() -> Outcome {
     scan::passes(PATIENCE)?;
     scan::until_merged(8, 8)?;
     verify_all(&mut workers)?;
+    PASS
+}
+
+/// New pages of an area, behind old ones and beginning with a batch, make all of it worth looking at.
+fn behind() -> Outcome {
+    const OLD: usize = 300;
+    const NEW: usize = 100;
+    if engine::is_in_tree() {
+        return skip(IN_TREE_MISSES);
+    }
+    engine::write("smart_scan", 1)?;
+    // What is merged is looked at in every pass.
+    let mut others = [Worker::mergeable(NEW, 9000)?, Worker::mergeable(NEW, 9000)?];
+    scan::until_merged(NEW as u64, NEW as u64)?;
+    let mut worker = Worker::with_pages(OLD + NEW)?;
+    worker.advise(0, OLD + NEW, libc::MADV_NOHUGEPAGE)?;
+    worker.fill(0, OLD, 1000, 1)?;
+    worker.advise(0, OLD + NEW, libc::MADV_MERGEABLE)?;
+    scan::passes(2 * PATIENCE)?;
+    // Each page is a batch.
+    engine::write("pages_to_scan", 1)?;
+    engine::write("sleep_millisecs", 0)?;
+    // Not so fast that passes go by between two looks at the counters, on a busy machine.
+    engine::write("pass_millisecs", 300)?;
+    worker.fill(OLD, NEW, 9000, 1)?;
+    let until = |what: &str, most: u64, probe: &dyn Fn() -> Result<bool>| -> Result<u64> {
+        let begin = engine::read("full_scans")?;
+        wait_for(what, Duration::from_secs(60), probe)?;
+        let passes = engine::read("full_scans")? - begin;
+        ensure!(passes <= most, "{what}: after {passes} passes");
+        Ok(passes)
+    };
+    // The old ones' rest may have to be over first. Seen once, they count as volatile.
+    let seen = until("seen", PATIENCE, &|| {
+        let c = engine::counters()?;
+        Ok(c.volatile >= NEW as u64 || c.sharing > NEW as u64)
+    })?;
+    let merged = until("merged", 4, &|| {
+        Ok(engine::read("pages_sharing")? == 2 * NEW as u64)
+    })?;
+    println!("seen after {seen} passes, merged after {merged} more");
+    worker.verify()?;
+    verify_all(&mut others)?;
     PASS
 }
