@@ -176,6 +176,10 @@ impl<'a> MergeableVma<'a> {
             unsafe {
                 ffi::rksm_folio_get(kpage.folio());
                 ffi::rksm_page_add_rmap(kpage.as_ptr(), self.as_ptr(), addr);
+                // Its last owner may have given it up (MADV_FREE), and reclaim would free it
+                // under us: not now that somebody wants it. From two mappings on it cannot be
+                // given up, and until then its lock, which we hold, is needed for that.
+                ffi::rksm_folio_keep_dirty(kpage.folio());
                 pte.set(ffi::rksm_mk_shared_pte(
                     kpage.as_ptr(),
                     self.as_ptr(),

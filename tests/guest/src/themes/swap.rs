@@ -10,7 +10,7 @@ use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
-use crate::pageflags::{swapped, Span};
+use crate::pageflags::{merged, swapped, Span};
 use crate::region::PAGE;
 use crate::scan;
 use crate::swap::Zram;
@@ -30,6 +30,7 @@ pub const THEME: Theme = Theme {
         ("reclaim-while-merging", 180, while_merging),
         ("run-2-while-swapped-out", 120, unmerge_swapped),
         ("run-2-while-reclaiming", 180, while_unmerging),
+        ("given-up-by-one-joined-by-another", 120, given_up),
     ],
 };
 
@@ -298,5 +299,27 @@ fn while_unmerging() -> Outcome {
         pressure.stop()?;
         bench.merge_again()?;
     }
+    PASS
+}
+
+/// The last process that maps a merged page gives its content up (`MADV_FREE`); then another
+/// process's page is merged with it. That one's content must not go with the first reclaim.
+fn given_up() -> Outcome {
+    if engine::is_in_tree() {
+        return skip("it loses the third process's pages: they read as zeroes");
+    }
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    bench.workers[1].fill(0, N, 500, 1)?;
+    scan::stop()?;
+    bench.workers[0].advise(0, N, libc::MADV_FREE)?;
+    bench.add()?;
+    let joined = bench.span(2);
+    scan::until("merge of the third", 12, || Ok(merged(joined)? == N))?;
+    scan::stop()?;
+    bench.reclaim()?;
+    bench.workers[2].verify()?;
+    bench.workers[1].verify()?;
     PASS
 }
