@@ -273,6 +273,22 @@ impl<'a> MergeableVma<'a> {
         Ok(())
     }
 
+    /// Marks the copy that an unshare fault left at `addr` as worth keeping.
+    ///
+    /// The fault leaves copy and entry clean. Once such a page is shared over a fork, one process
+    /// can give it up (MADV_FREE), and reclaim takes it from both: that nobody else has it is only
+    /// looked at for dirty pages. May sleep.
+    fn keep_copy(&self, addr: usize) {
+        let Some(page) = self.page_at(addr) else {
+            return;
+        };
+        if page.is_plain_anon() {
+            let page = page.lock();
+            // SAFETY: the folio is locked and kept.
+            unsafe { ffi::rksm_folio_keep_dirty(page.folio()) };
+        }
+    }
+
     /// Replaces every KSM page in `start..end` by an ordinary page of the process, by the kernel's
     /// own unshare fault.
     ///
@@ -301,6 +317,7 @@ impl<'a> MergeableVma<'a> {
             if ret & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
                 return Err(ENOMEM);
             }
+            self.keep_copy(addr);
             if ret & HOPELESS != 0 {
                 // The backing file was truncated and its private pages went with it, or the memory
                 // of the page is broken.

@@ -31,6 +31,11 @@ pub const THEME: Theme = Theme {
         ("run-2-while-swapped-out", 120, unmerge_swapped),
         ("run-2-while-reclaiming", 180, while_unmerging),
         ("given-up-by-one-joined-by-another", 120, given_up),
+        (
+            "unmerged-forked-and-given-up-by-one",
+            120,
+            unmerged_given_up
+        ),
     ],
 };
 
@@ -321,5 +326,22 @@ fn given_up() -> Outcome {
     bench.reclaim()?;
     bench.workers[2].verify()?;
     bench.workers[1].verify()?;
+    PASS
+}
+
+/// Pages that `run=2` has unmerged are shared over a fork, and one of the two gives them up: the other
+/// one's content must not go with the first reclaim.
+fn unmerged_given_up() -> Outcome {
+    let Some(mut bench) = Bench::new()? else {
+        return skip(NO_SWAP);
+    };
+    if engine::is_in_tree() {
+        return skip("it loses the other one's pages: they read as zeroes");
+    }
+    engine::write("run", 2)?;
+    bench.workers[0].fork()?;
+    bench.workers[0].advise(0, N, libc::MADV_FREE)?;
+    bench.reclaim()?;
+    bench.workers[0].verify_child()?;
     PASS
 }
