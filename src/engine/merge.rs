@@ -483,6 +483,10 @@ impl Core {
             self.release(key);
             return None;
         };
+        if kpage.is_poisoned() {
+            // Not stale: the node goes when nobody maps the page any more.
+            return None;
+        }
         if self.by_node {
             let nid = kpage.memory_node();
             let page = vma.page_at(place.addr);
@@ -530,9 +534,14 @@ impl Core {
         };
         // Write-protected wherever it is mapped, so its sample differs from the key's by the memory node
         // only.
-        let Some(sample) = node.page().map(|page| page.sample(hasher)) else {
+        let Some(page) = node.page() else {
             return self.release(key);
         };
+        if page.is_poisoned() {
+            return;
+        }
+        let sample = page.sample(hasher);
+        drop(page);
         if sample == key.sum.sample() {
             return;
         }
@@ -570,11 +579,19 @@ impl Core {
             let Some(node) = self.index.node(key) else {
                 break;
             };
-            // Write-protected wherever it is mapped, so this is the checksum as long as it is merged.
-            let Some(sum) = node.page().map(|page| page.checksum(hasher)) else {
+            let Some(page) = node.page() else {
                 self.release(key);
                 continue;
             };
+            let sum = if page.is_poisoned() {
+                // Nobody is to read it or join it any more; so that it does not stand in the way of the
+                // others, any checksum will do.
+                Checksum::new(sample, 0)
+            } else {
+                // Write-protected wherever it is mapped, so this is the checksum as long as it is merged.
+                page.checksum(hasher)
+            };
+            drop(page);
             if self.rekey(key, sum).is_err() {
                 return self.try_again();
             }
@@ -662,6 +679,10 @@ fn join_page(
     key: StableKey,
     core: &Core,
 ) -> Result<ItemBox> {
+    // Its lock may have been waited for, behind who has just given it up.
+    if kpage.is_poisoned() {
+        return Err(EBUSY);
+    }
     let page = vma.page_at(place.addr).ok_or(EBUSY)?;
     // Neither moves: what we hold is this very page, and the merged one is locked. The next pass gives the
     // node another key.

@@ -100,6 +100,13 @@ impl PageRef {
         unsafe { ffi::rksm_folio_test_swapcache(self.folio()) }
     }
 
+    /// Whether the kernel has given the page up because its memory is broken: it must not be read. With the
+    /// folio lock held, one that is not cannot be taken from its mappings.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        // SAFETY: by the type invariant the page is valid.
+        unsafe { ffi::rksm_page_test_hwpoison(self.as_ptr()) }
+    }
+
     /// Whether somebody besides us, the page tables and the swap cache holds a reference on the folio.
     /// Without the folio lock the answer is a hint; of a large folio it says nothing.
     pub(crate) fn is_held_by_others(&self) -> bool {

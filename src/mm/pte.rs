@@ -111,7 +111,11 @@ impl<'a> PteLock<'a> {
         // not zero.
         unsafe {
             let folio = ffi::rksm_page_folio(page.as_ptr());
-            if !ffi::rksm_folio_test_ksm(folio) && !ffi::rksm_folio_test_plain_anon(folio) {
+            // Broken memory must not be read, and that of KSM pages is not.
+            if !ffi::rksm_folio_test_ksm(folio)
+                && (!ffi::rksm_folio_test_plain_anon(folio)
+                    || ffi::rksm_page_test_hwpoison(page.as_ptr()))
+            {
                 return None;
             }
             ffi::rksm_folio_get(folio);

@@ -104,6 +104,11 @@ bool rksm_folio_test_swapcache(const struct folio *folio)
 	return folio_test_swapcache(folio);
 }
 
+bool rksm_page_test_hwpoison(const struct page *page)
+{
+	return PageHWPoison(page);
+}
+
 bool rksm_folio_mapped(const struct folio *folio)
 {
 	return folio_mapped(folio);
@@ -245,14 +250,21 @@ bool rksm_entry_anon(pte_t *ptep, struct rksm_mapped *mapped)
 {
 	const pte_t pte = ptep_get(ptep);
 	const struct folio *folio;
-	unsigned long pfn;
+	const struct page *page;
 
 	if (!pte_present(pte) || pte_special(pte))
 		return false;
-	pfn = pte_pfn(pte);
-	folio = page_folio(pfn_to_page(pfn));
+	page = pfn_to_page(pte_pfn(pte));
+	folio = page_folio(page);
 	mapped->mapping = (unsigned long)READ_ONCE(folio->mapping);
-	mapped->content = __va(PFN_PHYS(pfn));
+	mapped->content = page_address(page);
+	/*
+	 * Broken memory must not be read.  A KSM page is not read anyway, and
+	 * must stay listed: whoever is about to unmap it finds it by that.
+	 */
+	if (unlikely(PageHWPoison(page)) &&
+	    (mapped->mapping & FOLIO_MAPPING_FLAGS) != FOLIO_MAPPING_KSM)
+		return false;
 	return (mapped->mapping & FOLIO_MAPPING_ANON) && !folio_is_zone_device(folio);
 }
 

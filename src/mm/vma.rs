@@ -229,7 +229,7 @@ impl<'a> MergeableVma<'a> {
     fn lock_small(&self, page: PageRef) -> Result<LockedPage> {
         // Do not wait: whoever has the lock is busy with the page, and there are other pages.
         let page = page.try_lock().map_err(|_| EBUSY)?;
-        if !page.is_plain_anon() {
+        if !page.is_plain_anon() || page.is_poisoned() {
             return Err(EBUSY);
         }
         page.split()?;

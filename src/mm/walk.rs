@@ -226,10 +226,14 @@ impl Visit<'_> {
         let ksm = unsafe { ffi::rksm_folio_test_ksm(folio) };
         // SAFETY: as above.
         let anon = ksm || unsafe { ffi::rksm_folio_test_plain_anon(folio) };
+        // Broken memory must not be read. A KSM page is not read anyway, and must stay listed: whoever is
+        // about to unmap it finds it by that.
+        // SAFETY: as above.
+        let sound = ksm || anon && !unsafe { ffi::rksm_page_test_hwpoison(page.as_ptr()) };
         match self {
             Visit::Scan {
                 batch, max, hasher, ..
-            } if anon => {
+            } if sound => {
                 batch.push(if ksm {
                     // SAFETY: as above.
                     SeenPage::ksm(addr, unsafe { node_id_of(folio) })
@@ -243,7 +247,7 @@ impl Visit<'_> {
                 });
                 batch.len >= *max
             }
-            Visit::Get(slot) if anon => {
+            Visit::Get(slot) if sound => {
                 // SAFETY: the page is kept by its mapping, so its folio's count is not zero.
                 *slot = Some(unsafe {
                     ffi::rksm_folio_get(folio);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use crate::background::Background;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::pageflags::{frames, merged_frames, Span};
-use crate::region::Region;
+use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys::{self, Ended};
 use crate::worker::{verify_all, Worker};
@@ -30,6 +31,8 @@ pub const THEME: Theme = Theme {
         ("poisoned-page-kills-early-if-asked", 90, kill_early),
         ("poisoned-by-a-sharer", 90, madvise),
         ("poisoned-then-unmerged", 90, unmerged),
+        ("poisoned-page-takes-no-other", 90, no_target),
+        ("poisoned-while-scanning", 90, scanned),
     ],
 };
 
@@ -281,5 +284,77 @@ fn unmerged() -> Outcome {
     })?;
     verify_but(&region, &[3, N + 3])?;
     dies_reading(&region, N + 3)?;
+    PASS
+}
+
+/// A page that comes by before those who had the broken one have been looked at again.
+fn no_target() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    let mut workers = [Worker::with_pages(N)?, Worker::with_pages(N)?];
+    // It is registered first, and so looked at first; held by somebody, it waits for its turn.
+    let mut late = Region::new(1)?;
+    late.fill(0, 1, 100, 1);
+    let (output, input) = sys::pipe()?;
+    let page = libc::iovec {
+        iov_base: late.addr() as *mut libc::c_void,
+        iov_len: PAGE,
+    };
+    // SAFETY: the range is our own mapping; the kernel only takes a reference.
+    let n = unsafe { libc::vmsplice(input.as_raw_fd(), &raw const page, 1, 0) };
+    ensure!(n == PAGE as isize, "vmsplice gave {n}");
+    late.advise(0, 1, libc::MADV_MERGEABLE)?;
+    scan::passes(1)?;
+    for worker in &mut workers {
+        worker.fill(0, N, 100, 1)?;
+        worker.advise(0, N, libc::MADV_MERGEABLE)?;
+    }
+    scan::until_merged(N as u64, N as u64)?;
+    scan::passes(2)?;
+    scan::stop()?;
+    let here = Span {
+        pid: std::process::id(),
+        addr: late.addr(),
+        pages: 1,
+    };
+    ensure!(merged_frames(here)? == [None], "merged while held");
+    let broken = frame(&workers[0], 0)?;
+    injector.poison(broken)?;
+    drop((output, input));
+    for _ in 0..3 {
+        scan::passes(1)?;
+        ensure!(frames(here)? != [Some(broken)], "mapped to a broken page");
+        late.verify()?;
+    }
+    let rest = N as u64 - 1;
+    scan::until_merged(rest, rest)?;
+    PASS
+}
+
+/// Merged pages are looked at between being marked as broken and being unmapped, for which the kernel has
+/// to find their mappings.
+fn scanned() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    const MANY: usize = 300;
+    let mut region = Region::new(2 * MANY)?;
+    region.fill(0, MANY, 100, 1);
+    region.fill(MANY, MANY, 100, 1);
+    region.advise(0, 2 * MANY, libc::MADV_MERGEABLE)?;
+    scan::until_merged(MANY as u64, MANY as u64)?;
+    engine::write("sleep_millisecs", 0)?;
+    let broken: Vec<usize> = (0..MANY - 4).collect();
+    for &i in &broken {
+        injector
+            .poison(frame_here(&region, i)?)
+            .with_context(|| format!("page {i}"))?;
+    }
+    let both: Vec<usize> = broken.iter().flat_map(|&i| [i, i + MANY]).collect();
+    verify_but(&region, &both)?;
+    dies_reading(&region, 3)?;
+    scan::until_merged(4, 4)?;
+    verify_but(&region, &both)?;
     PASS
 }
