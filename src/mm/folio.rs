@@ -108,16 +108,16 @@ impl PageRef {
     }
 
     /// Whether somebody besides us, the page tables and the swap cache holds a reference on the folio.
-    /// Without the folio lock the answer is a hint; of a large folio it says nothing.
+    /// Without the folio lock, and of one that is mapped, the answer is a hint.
     pub(crate) fn is_held_by_others(&self) -> bool {
         // SAFETY: by the type invariant the folio is valid.
-        let (maps, refs) = unsafe {
+        let (expected, refs) = unsafe {
             (
-                ffi::rksm_folio_mapcount(self.folio()),
+                ffi::rksm_folio_expected_refs(self.folio()),
                 ffi::rksm_folio_ref_count(self.folio()),
             )
         };
-        !self.is_large() && i64::from(maps) + 1 + i64::from(self.is_swapcache()) != i64::from(refs)
+        i64::from(expected) + 1 != i64::from(refs)
     }
 
     /// Whether both are the very same page.
@@ -315,10 +315,15 @@ impl LockedPage {
     /// Splits the folio, if it is large, so that the page is one of its own. The lock and the
     /// reference stay with the page.
     ///
-    /// Returns `EBUSY` (or `ENOMEM`, `EAGAIN`) if somebody else holds a reference on it.
+    /// Returns `EBUSY` if that is not possible, as when somebody else holds a reference on it. (The kernel says
+    /// `EAGAIN` for that, which elsewhere says that a page's content is not what it should be.)
     pub(crate) fn split(&self) -> Result {
         if !self.is_large() {
             return Ok(());
+        }
+        // Seen here it costs no lock of all who map it.
+        if self.is_held_by_others() {
+            return Err(EBUSY);
         }
         // SAFETY: the folio is locked and we hold a reference, by the type invariants. The split
         // leaves `page` locked and moves our reference to its new folio.
@@ -327,7 +332,7 @@ impl LockedPage {
         let folio = unsafe { ffi::rksm_page_folio(self.as_ptr()) };
         // INVARIANT: looked up anew.
         self.folio.set(folio);
-        kernel::error::to_result(ret)
+        kernel::error::to_result(ret).map_err(|_| EBUSY)
     }
 
     /// The key of the stable node that this page belongs to.

@@ -119,6 +119,11 @@ int rksm_folio_mapcount(const struct folio *folio)
 	return folio_mapcount(folio);
 }
 
+int rksm_folio_expected_refs(const struct folio *folio)
+{
+	return folio_expected_ref_count(folio);
+}
+
 int rksm_folio_ref_count(const struct folio *folio)
 {
 	return folio_ref_count(folio);

@@ -37,6 +37,7 @@ bool rksm_folio_test_swapcache(const struct folio *folio);
 bool rksm_page_test_hwpoison(const struct page *page);
 bool rksm_folio_mapped(const struct folio *folio);
 int rksm_folio_mapcount(const struct folio *folio);
+int rksm_folio_expected_refs(const struct folio *folio);
 int rksm_folio_ref_count(const struct folio *folio);
 void rksm_folio_get(struct folio *folio);
 bool rksm_folio_try_get(struct folio *folio);

@@ -15,6 +15,7 @@ pub mod harness;
 pub mod inject;
 pub mod kmemleak;
 pub mod kmsg;
+pub mod kprobe;
 pub mod memblock;
 pub mod module;
 pub mod numa;

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Parts of huge pages.
 
+use std::os::fd::AsRawFd;
+
 use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::kprobe::Calls;
 use crate::pageflags::{merged, zeroes, Span};
 use crate::region::{Region, HUGE, PAGE};
 use crate::scan;
@@ -26,6 +29,7 @@ pub const THEME: Theme = Theme {
             90,
             all_zero_to_zero_page
         ),
+        ("held-by-somebody", 120, held),
     ],
 };
 
@@ -111,6 +115,45 @@ fn equal_huge() -> Outcome {
     }
     a.verify()?;
     b.verify()?;
+    PASS
+}
+
+/// A huge page that somebody holds cannot be split: it is not tried all the time.
+fn held() -> Outcome {
+    let Some(calls) = Calls::of("__split_huge_page_to_list_to_order")? else {
+        return skip("the kernel has no kprobe events");
+    };
+    let mut other = Worker::mergeable(PARTS, 1000)?;
+    let mut third = Worker::mergeable(PARTS, 1000)?;
+    scan::until_merged(PARTS as u64, PARTS as u64)?;
+    let Some(region) = huge_region(1000)? else {
+        return skip(NONE);
+    };
+    let (output, input) = crate::sys::pipe()?;
+    let page = libc::iovec {
+        iov_base: region.addr() as *mut libc::c_void,
+        iov_len: PAGE,
+    };
+    // SAFETY: the range is our own mapping; the kernel only takes a reference.
+    let n = unsafe { libc::vmsplice(input.as_raw_fd(), &raw const page, 1, 0) };
+    ensure!(n == PAGE as isize, "vmsplice gave {n}");
+    region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
+    scan::passes(4)?;
+    let (scans, before) = (engine::read("full_scans")?, calls.count()?);
+    scan::passes(4)?;
+    scan::stop()?;
+    let attempts = calls.count()? - before;
+    let scans = engine::read("full_scans")? - scans;
+    println!("{attempts} attempts to split in {scans} passes over {PARTS} parts");
+    ensure!(attempts <= 8, "{attempts} attempts");
+    ensure!(huge_kib(&region)? != 0);
+    drop((output, input));
+    let before = calls.count()?;
+    scan::until_merged(PARTS as u64, 2 * PARTS as u64)?;
+    ensure!(calls.count()? > before, "calls are not counted");
+    region.verify()?;
+    other.verify()?;
+    third.verify()?;
     PASS
 }
 
