@@ -310,17 +310,37 @@ impl State {
             }
         }
         drop(other_page);
-        let Ok(key) = self.publish(mm, place, sum) else {
-            return self.core.try_again();
+        let other_mm: &MmWithUser = &other_mm;
+        let (this, other) = ((mm, place), (other_mm, other));
+        let result = match self.merge_into_first(this, other, sum) {
+            // The other page may be one that can be the merged one.
+            Err(EMLINK) => self.merge_into_first(other, this, sum),
+            result => result,
         };
-        if self.join(&other_mm, other, key).is_ok() {
-            return;
+        // If it is neither, because strangers have both, that lasts: once in a while is enough.
+        if result.is_err_and(|err| err != EMLINK) {
+            self.core.try_again();
+        }
+    }
+
+    /// Makes the first page a merged page, and merges the other one into it. If it is the latter that
+    /// fails, the first waits.
+    fn merge_into_first(
+        &mut self,
+        (mm, place): (&MmWithUser, Place),
+        (other_mm, other): (&MmWithUser, Place),
+        sum: Checksum,
+    ) -> Result {
+        let key = self.publish(mm, place, sum)?;
+        if self.join(other_mm, other, key).is_ok() {
+            return Ok(());
         }
         // A merged page that nobody shares is no gain: undo it. This page waits from now on, so
         // that it is the other one's turn to be tried first, which costs nothing when it is pinned.
         if self.undo(mm, place, key) {
             self.wait(place, sum);
         }
+        Ok(())
     }
 
     /// Lets two pages with the same sample wait under their checksums, of which `other` waited under

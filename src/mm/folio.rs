@@ -2,7 +2,7 @@
 
 //! Owned references to pages of user memory, and the folio lock.
 
-use super::{ffi, stable::NodeId};
+use super::{ffi, stable::NodeId, vma::MergeableVma};
 use crate::engine::{
     checksum::{Checksum, Hasher, Sample, LINES, LINE_WORDS, PAGE_WORDS},
     index::StableKey,
@@ -12,6 +12,11 @@ use kernel::{bindings, prelude::*};
 
 /// The low bits of `folio->mapping` that say what the rest of it points at.
 pub(super) const MAPPING_FLAGS: usize = 3;
+
+/// How many VMAs are looked at for those that share a page by fork, before it is left alone. As many
+/// again are walked whenever the kernel moves or reclaims such a page; but it does not do so for each of a
+/// scan.
+const MAX_RELATIVES: core::ffi::c_int = 1024;
 
 /// One page of an anonymous folio, with a reference on that folio.
 ///
@@ -333,6 +338,29 @@ impl LockedPage {
         // INVARIANT: looked up anew.
         self.folio.set(folio);
         kernel::error::to_result(ret).map_err(|_| EBUSY)
+    }
+
+    /// Whether the page, which `vma` maps at `addr`, is shared over a fork with somebody by whom it could not
+    /// be found once it is merged: it is mapped, or may be swapped in, where nobody is looking for pages to
+    /// merge, or at another address. Of a page that is not one of its own yet, others of its folio count, too,
+    /// and addresses do not. Takes the kernel's anon_vma lock, and page-table locks.
+    pub(super) fn is_shared_with_strangers(&self, vma: &MergeableVma<'_>, addr: usize) -> bool {
+        let (folio, mm) = (self.folio(), vma.mm().as_raw());
+        // SAFETY: the folio is an anonymous one, locked and kept, by the type invariants and our caller,
+        // and mapped by `vma`, whose mmap lock is held.
+        unsafe {
+            if self.is_large() {
+                return ffi::rksm_folio_maybe_mapped_shared(folio)
+                    && ffi::rksm_folio_mapped_by_strangers(folio, mm, addr, MAX_RELATIVES);
+            }
+            if ffi::rksm_page_anon_exclusive(self.as_ptr()) {
+                return false;
+            }
+            // What nobody will swap in any more is there as a spare only.
+            !ffi::rksm_folio_leave_swap(folio)
+                || (ffi::rksm_folio_mapcount(folio) != 1
+                    && ffi::rksm_folio_mapped_by_strangers(folio, mm, addr, MAX_RELATIVES))
+        }
     }
 
     /// The key of the stable node that this page belongs to.

@@ -11,6 +11,7 @@
 #include <linux/module.h>
 #include <linux/oom.h>
 #include <linux/pagewalk.h>
+#include <linux/rmap.h>
 #include <linux/sched/cputime.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
@@ -170,6 +171,17 @@ void rksm_folio_keep_dirty(struct folio *folio)
 void rksm_folio_set_dirty(struct folio *folio)
 {
 	folio_mark_dirty(folio);
+}
+
+bool rksm_folio_maybe_mapped_shared(struct folio *folio)
+{
+	return folio_maybe_mapped_shared(folio);
+}
+
+/* Whether no swap entry, nor the swap cache, has the locked folio any more. */
+bool rksm_folio_leave_swap(struct folio *folio)
+{
+	return !folio_test_swapcache(folio) || folio_free_swap(folio);
 }
 
 void rksm_folio_drop_swap(struct folio *folio)
@@ -453,6 +465,64 @@ void rksm_put_anon_vma(struct anon_vma *anon_vma)
 bool rksm_vma_mergeable(struct vm_area_struct *vma)
 {
 	return (vma->vm_flags & VM_MERGEABLE) && vma->anon_vma;
+}
+
+struct rksm_strangers {
+	struct mm_struct *mm;
+	unsigned long addr;
+	int left;
+	bool found;
+};
+
+/*
+ * Whether the engine lists what this VMA of another address space maps, sooner
+ * or later, and rmap finds it by our item until then.  Their flags may change
+ * meanwhile.
+ */
+static bool rksm_is_relative(struct vm_area_struct *vma)
+{
+	struct mm_struct *mm = vma->vm_mm;
+
+	if (!(vma->vm_flags & VM_MERGEABLE) || !mm_flags_test(MMF_VM_MERGEABLE, mm))
+		return false;
+	return true;
+}
+
+static bool rksm_look_for_strangers(struct folio *folio, struct vm_area_struct *vma,
+				    unsigned long addr, void *arg)
+{
+	DEFINE_FOLIO_VMA_WALK(walk, folio, vma, addr, 0);
+	struct rksm_strangers *strangers = arg;
+
+	if (strangers->left-- > 0) {
+		if (vma->vm_mm == strangers->mm || !page_vma_mapped_walk(&walk))
+			return true;
+		page_vma_mapped_walk_done(&walk);
+		if ((folio_test_large(folio) || addr == strangers->addr) &&
+		    rksm_is_relative(vma))
+			return true;
+	}
+	strangers->found = true;
+	return false;
+}
+
+/*
+ * Whether an anonymous folio, which is locked and mapped at addr in mm (whose
+ * mmap lock is held), is mapped elsewhere by somebody who did not ask for
+ * merging, or where the item of a page at addr does not lead; or there are more
+ * than so many VMAs to look at.
+ */
+bool rksm_folio_mapped_by_strangers(struct folio *folio, struct mm_struct *mm,
+				    unsigned long addr, int most)
+{
+	struct rksm_strangers strangers = { .mm = mm, .addr = addr, .left = most };
+	struct rmap_walk_control control = {
+		.rmap_one = rksm_look_for_strangers,
+		.arg = &strangers,
+	};
+
+	rmap_walk(folio, &control);
+	return strangers.found;
 }
 
 unsigned long rksm_vma_page_index(struct vm_area_struct *vma, unsigned long addr)

@@ -104,7 +104,9 @@ impl<'a> MergeableVma<'a> {
     ///
     /// The page is split off its huge page if need be, write-protected, and left alone with
     /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
-    /// not there any more. Takes the folio lock and a page-table lock.
+    /// not there any more; with `EMLINK` if it is shared over a fork with processes that did not ask for
+    /// merging, which could neither be found by that page nor be given it back. Takes the folio lock and
+    /// a page-table lock.
     pub(crate) fn publish(
         &self,
         addr: usize,
@@ -125,7 +127,15 @@ impl<'a> MergeableVma<'a> {
         node: &NodeBox,
         item: &mut ItemBox,
     ) -> Result<PageRef> {
-        let page = self.lock_small(page)?;
+        let page = lock_plain(page)?;
+        // Others who map a huge page shall not lose it in vain.
+        if page.is_large() && page.is_shared_with_strangers(self, addr) {
+            return Err(EMLINK);
+        }
+        page.split()?;
+        if page.is_shared_with_strangers(self, addr) {
+            return Err(EMLINK);
+        }
         self.write_protect(addr, &page)?;
         // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
         // it is either mapped here only, or shared by fork and so write-protected everywhere.
@@ -161,7 +171,7 @@ impl<'a> MergeableVma<'a> {
         node: &NodeBox,
         item: &mut ItemBox,
     ) -> Result {
-        let page = self.lock_small(page)?;
+        let page = lock_small(page)?;
         if page.is_large() || kpage.node_id() != node.id() {
             return Err(EBUSY);
         }
@@ -204,7 +214,7 @@ impl<'a> MergeableVma<'a> {
     }
 
     fn try_join_zero(&self, addr: usize, page: PageRef) -> Result {
-        let page = self.lock_small(page)?;
+        let page = lock_small(page)?;
         if page.is_large() {
             return Err(EBUSY);
         }
@@ -223,17 +233,6 @@ impl<'a> MergeableVma<'a> {
             ffi::rksm_folio_put(page.folio());
         }
         Ok(())
-    }
-
-    /// Locks a page that can be merged and splits it off its folio.
-    fn lock_small(&self, page: PageRef) -> Result<LockedPage> {
-        // Do not wait: whoever has the lock is busy with the page, and there are other pages.
-        let page = page.try_lock().map_err(|_| EBUSY)?;
-        if !page.is_plain_anon() || page.is_poisoned() {
-            return Err(EBUSY);
-        }
-        page.split()?;
-        Ok(page)
     }
 
     /// Write-protects the page at `addr`, and checks that nobody can still write to it by another way.
@@ -326,4 +325,21 @@ impl<'a> MergeableVma<'a> {
         }
         Ok(())
     }
+}
+
+/// Locks a page that can be merged.
+fn lock_plain(page: PageRef) -> Result<LockedPage> {
+    // Do not wait: whoever has the lock is busy with the page, and there are other pages.
+    let page = page.try_lock().map_err(|_| EBUSY)?;
+    if !page.is_plain_anon() || page.is_poisoned() {
+        return Err(EBUSY);
+    }
+    Ok(page)
+}
+
+/// Locks a page that can be merged and splits it off its folio.
+fn lock_small(page: PageRef) -> Result<LockedPage> {
+    let page = lock_plain(page)?;
+    page.split()?;
+    Ok(page)
 }

@@ -12,6 +12,7 @@ use crate::region::PAGE;
 const PM_PRESENT: u64 = 1 << 63;
 const PM_SWAP: u64 = 1 << 62;
 const PM_PFN: u64 = (1 << 55) - 1;
+const KPF_SWAPCACHE: u64 = 1 << 13;
 const KPF_KSM: u64 = 1 << 21;
 const KPF_ZERO_PAGE: u64 = 1 << 24;
 
@@ -75,6 +76,14 @@ pub fn merged_frames(span: Span) -> Result<Vec<Option<u64>>> {
 /// How many pages of `span` are the kernel's zero page.
 pub fn zeroes(span: Span) -> Result<usize> {
     Ok(flagged_frames(span, KPF_ZERO_PAGE)?
+        .iter()
+        .flatten()
+        .count())
+}
+
+/// How many pages of `span` are in memory and in the swap cache.
+pub fn in_swap_cache(span: Span) -> Result<usize> {
+    Ok(flagged_frames(span, KPF_SWAPCACHE)?
         .iter()
         .flatten()
         .count())

@@ -34,6 +34,7 @@ pub const THEME: Theme = Theme {
         ("shared-mapping-is-left-alone", 60, shared_mapping),
         ("private-file-pages", 60, private_file_pages),
         ("merges-again-after-a-write", 60, merges_again),
+        ("pages-of-who-did-not-ask", 90, strangers),
     ],
 };
 
@@ -312,5 +313,38 @@ fn merges_again() -> Outcome {
     }
     scan::until_merged(N as u64, N as u64)?;
     verify_all(&mut workers)?;
+    PASS
+}
+
+/// A child registers what it shares with its parent, which does not: the parent's pages stay what they are.
+fn strangers() -> Outcome {
+    let mut region = Region::new(N)?;
+    region.advise(0, N, libc::MADV_NOHUGEPAGE)?;
+    region.fill(0, N, 100, 1);
+    let here = Span {
+        pid: std::process::id(),
+        addr: region.addr(),
+        pages: N,
+    };
+    let mut child = Worker::inheriting(&mut region)?;
+    let mut partner = Worker::mergeable(N, 100)?;
+    scan::passes(2)?;
+    child.advise(0, N, libc::MADV_MERGEABLE)?;
+    scan::until("merge of the child", 12, || {
+        ensure!(
+            crate::pageflags::merged(here)? == 0 || engine::is_in_tree(),
+            "merged although not asked for"
+        );
+        Ok(child.merged()? == N && partner.merged()? == N)
+    })?;
+    child.poke(0, N, 7, 1)?;
+    partner.verify()?;
+    region.verify()?;
+    child.verify()?;
+    engine::write("run", 2)?;
+    let c = engine::counters()?;
+    ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
+    partner.verify()?;
+    region.verify()?;
     PASS
 }

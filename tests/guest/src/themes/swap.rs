@@ -10,10 +10,11 @@ use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
-use crate::pageflags::{merged, swapped, Span};
-use crate::region::PAGE;
+use crate::pageflags::{in_swap_cache, merged, swapped, Span};
+use crate::region::{Region, PAGE};
 use crate::scan;
-use crate::swap::Zram;
+use crate::swap::{SwapDisk, Zram};
+use crate::sys;
 use crate::worker::{verify_all, Worker};
 
 pub const THEME: Theme = Theme {
@@ -36,6 +37,7 @@ pub const THEME: Theme = Theme {
             120,
             unmerged_given_up
         ),
+        ("shared-once-and-read-back", 120, shared_once),
     ],
 };
 
@@ -343,5 +345,49 @@ fn unmerged_given_up() -> Outcome {
     bench.workers[0].advise(0, N, libc::MADV_FREE)?;
     bench.reclaim()?;
     bench.workers[0].verify_child()?;
+    PASS
+}
+
+/// Pages that a fork once shared, and that came back from a disk: nobody else has them any more, though the
+/// swap cache has them still.
+fn shared_once() -> Outcome {
+    let Some(_disk) = SwapDisk::new()? else {
+        return skip("no null_blk driver");
+    };
+    let mut region = Region::new(2 * N)?;
+    region.advise(0, 2 * N, libc::MADV_NOHUGEPAGE)?;
+    region.fill(0, N, 100, 1);
+    region.fill(N, N, 100, 1);
+    match sys::fork().context("fork")? {
+        sys::Forked::Child => sys::exit_now(0),
+        sys::Forked::Parent(pid) => wait_for("exit of a child", Duration::from_secs(10), || {
+            Ok(sys::try_wait(pid)?.is_some())
+        })?,
+    }
+    let here = Span {
+        pid: std::process::id(),
+        addr: region.addr(),
+        pages: 2 * N,
+    };
+    for _ in 0..20 {
+        region.advise(0, 2 * N, libc::MADV_PAGEOUT)?;
+        if swapped(here)? > N * 3 / 2 {
+            break;
+        }
+    }
+    let out = swapped(here)?;
+    region.verify()?;
+    let kept = in_swap_cache(here)?;
+    println!(
+        "{out} of {} pages were swapped out, {kept} are in the swap cache",
+        2 * N
+    );
+    ensure!(out > N * 3 / 2, "not swapped out");
+    if kept < N {
+        return skip("this kernel does not keep them in the swap cache");
+    }
+    region.advise(0, 2 * N, libc::MADV_MERGEABLE)?;
+    scan::until_merged(pages(), pages())?;
+    region.verify()?;
     PASS
 }
