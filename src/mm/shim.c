@@ -457,6 +457,16 @@ struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma)
 	return vma->anon_vma;
 }
 
+/* Of an anonymous folio, locked and mapped, and no KSM page (yet). */
+struct anon_vma *rksm_folio_get_anon_vma(struct folio *folio)
+{
+	unsigned long mapping = (unsigned long)folio->mapping;
+	struct anon_vma *anon_vma = (void *)(mapping & ~FOLIO_MAPPING_FLAGS);
+
+	get_anon_vma(anon_vma);
+	return anon_vma;
+}
+
 void rksm_put_anon_vma(struct anon_vma *anon_vma)
 {
 	put_anon_vma(anon_vma);

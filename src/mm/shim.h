@@ -105,6 +105,7 @@ void rksm_notify_start(struct mmu_notifier_range *range, struct mm_struct *mm,
 		       unsigned long start, unsigned long end);
 void rksm_notify_end(struct mmu_notifier_range *range);
 struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma);
+struct anon_vma *rksm_folio_get_anon_vma(struct folio *folio);
 void rksm_put_anon_vma(struct anon_vma *anon_vma);
 bool rksm_folio_mapped_by_strangers(struct folio *folio, struct mm_struct *mm,
 				    unsigned long addr, int most);

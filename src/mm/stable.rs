@@ -250,14 +250,21 @@ impl StableNode {
 
     /// # Safety
     ///
-    /// The caller holds the lock of this node's folio. `item` is on no list.
-    unsafe fn link(&self, item: &Item, vma: &MergeableVma<'_>, addr: usize) {
+    /// The caller holds the lock of this node's folio, and hands over a reference to `anon_vma`, whose tree
+    /// has `vma`. `item` is on no list.
+    unsafe fn link(
+        &self,
+        item: &Item,
+        anon_vma: *mut bindings::anon_vma,
+        vma: &MergeableVma<'_>,
+        addr: usize,
+    ) {
         let page_addr = addr & !(kernel::page::PAGE_SIZE - 1);
-        // SAFETY: `vma` is stable under the mmap lock its type stands for and has an anon_vma; the
-        // item's members lie within it and nobody else reads them before it is on the list.
+        // SAFETY: `vma` is stable under the mmap lock its type stands for; the item's members lie within it
+        // and nobody else reads them before it is on the list.
         unsafe {
             item.member::<*mut bindings::anon_vma>(KSM_RMAP_ITEM_ANON_VMA)
-                .write(ffi::rksm_vma_get_anon_vma(vma.as_ptr()));
+                .write(anon_vma);
             item.member::<usize>(KSM_RMAP_ITEM_LINEAR_PAGE_INDEX)
                 .write(ffi::rksm_vma_page_index(vma.as_ptr(), page_addr));
             item.member::<usize>(KSM_RMAP_ITEM_ADDRESS).write(page_addr);
@@ -402,8 +409,14 @@ impl NodeBox {
         self.0.set_kpfn(page.pfn());
         self.0.home.set(page.memory_node());
         // SAFETY: no folio points at the node yet, so nobody looks at its list; the lock of the
-        // folio that will is held.
-        unsafe { self.0.link(&item.0, vma, addr) };
+        // folio that will is held. It is an anonymous one that `vma` maps, so its anon_vma is among those of
+        // `vma`, which the mmap lock keeps.
+        unsafe {
+            // The page's own: its tree has all who got the page by a fork, and until they are listed,
+            // rmap finds them by this item.
+            let anon_vma = ffi::rksm_folio_get_anon_vma(page.folio());
+            self.0.link(&item.0, anon_vma, vma, addr);
+        }
         // INVARIANT: published before the folio can point here.
         self.0.published.set(true);
         // SAFETY: the folio is locked, and write-protected by the caller's promise.
@@ -424,8 +437,12 @@ impl NodeBox {
         if page.node_id() != self.id() || item.0.node().is_some() {
             return Err(EINVAL);
         }
-        // SAFETY: `page` is this node's and its lock is held; the item is on no list.
-        unsafe { self.0.link(&item.0, vma, addr) };
+        // SAFETY: `page` is this node's and its lock is held; the item is on no list. `vma` is stable under
+        // the mmap lock its type stands for and has an anon_vma.
+        unsafe {
+            let anon_vma = ffi::rksm_vma_get_anon_vma(vma.as_ptr());
+            self.0.link(&item.0, anon_vma, vma, addr);
+        }
         Ok(())
     }
 

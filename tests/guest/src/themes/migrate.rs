@@ -14,7 +14,7 @@ use crate::numa;
 use crate::pageflags::{merged_frames, Span};
 use crate::proc;
 use crate::region::{Region, PAGE};
-use crate::scan;
+use crate::scan::{self, Stepper};
 use crate::worker::{verify_all, Worker};
 
 pub const THEME: Theme = Theme {
@@ -26,6 +26,7 @@ pub const THEME: Theme = Theme {
         ("migrate-pages", 60, migrate_pages),
         ("child-of-a-fork-moves-too", 60, fork),
         ("mremap-then-fork-then-move", 60, mremap_fork),
+        ("parent-of-who-was-merged-first", 90, child_first),
         ("move-while-merging", 120, while_merging),
         ("move-while-unmerging", 120, while_unmerging),
         ("move-what-nobody-maps-any-more", 90, stale),
@@ -199,6 +200,45 @@ fn mremap_fork() -> Outcome {
     ensure!(merged_of(span_of(std::process::id(), &region))?.len() == N);
     region.verify()?;
     move_with_children(&mut region, nodes)
+}
+
+/// A child's page is merged before its parent, which registered later, is looked at: what moves the page
+/// has to find the parent's mapping, which is not listed yet.
+fn child_first() -> Outcome {
+    let Some(nodes) = numa::two_nodes()? else {
+        return skip(ONE_NODE);
+    };
+    if engine::is_in_tree() {
+        return skip("the in-tree engine does not find it until it is listed");
+    }
+    let mut region = halves(false)?;
+    let mut child = Worker::inheriting(&mut region)?;
+    let (here, there) = (span_of(std::process::id(), &region), child.span());
+    child.advise(0, 2 * N, libc::MADV_MERGEABLE)?;
+    scan::passes(3)?;
+    ensure!(engine::counters()?.shared == 0, "merged without the parent");
+    let mut stepper = Stepper::new(N as u32)?;
+    region.advise(0, 2 * N, libc::MADV_MERGEABLE)?;
+    let mut steps = 0;
+    while stepper.step()?.shared == 0 {
+        steps += 1;
+        ensure!(steps < 100, "nothing is merged");
+    }
+    engine::write("run", 0)?;
+    let listed = proc::ksm_stat(here.pid, "ksm_merging_pages")?;
+    ensure!(listed == 0, "{listed} pages of the parent are listed");
+    let before = merged_of(there)?;
+    ensure!(merged_of(here)? == before, "the parent maps others");
+    numa::move_all_to(there, other_node(there, nodes)?)?;
+    let after = merged_of(there)?;
+    ensure!(after.len() == before.len() && after.is_disjoint(&before));
+    ensure!(merged_of(here)? == after, "not moved for the parent");
+    region.verify()?;
+    child.verify()?;
+    scan::until_merged(pages(), 3 * pages())?;
+    region.verify()?;
+    child.verify()?;
+    PASS
 }
 
 /// Moves all pages of `spans` from node to node for ever; pages that are busy
