@@ -342,8 +342,9 @@ impl LockedPage {
 
     /// Whether the page, which `vma` maps at `addr`, is shared over a fork with somebody by whom it could not
     /// be found once it is merged: it is mapped, or may be swapped in, where nobody is looking for pages to
-    /// merge, or at another address. Of a page that is not one of its own yet, others of its folio count, too,
-    /// and addresses do not. Takes the kernel's anon_vma lock, and page-table locks.
+    /// merge, or at another address; or the fork is still going on. Of a page that is not one of its own yet,
+    /// others of its folio count, too, and addresses do not. Takes the kernel's anon_vma lock, and
+    /// page-table locks.
     pub(super) fn is_shared_with_strangers(&self, vma: &MergeableVma<'_>, addr: usize) -> bool {
         let (folio, mm) = (self.folio(), vma.mm().as_raw());
         // SAFETY: the folio is an anonymous one, locked and kept, by the type invariants and our caller,

@@ -488,6 +488,10 @@ struct rksm_strangers {
  * Whether the engine lists what this VMA of another address space maps, sooner
  * or later, and rmap finds it by our item until then.  Their flags may change
  * meanwhile.
+ *
+ * And whether dup_mmap() is done: it lets others use the child before it
+ * flushes what the parent's CPUs remember to be writable, and the lock of the
+ * parent is held until after that.
  */
 static bool rksm_is_relative(struct vm_area_struct *vma)
 {
@@ -495,6 +499,9 @@ static bool rksm_is_relative(struct vm_area_struct *vma)
 
 	if (!(vma->vm_flags & VM_MERGEABLE) || !mm_flags_test(MMF_VM_MERGEABLE, mm))
 		return false;
+	if (!mmap_read_trylock(mm))
+		return false;
+	mmap_read_unlock(mm);
 	return true;
 }
 

@@ -138,7 +138,8 @@ impl<'a> MergeableVma<'a> {
         }
         self.write_protect(addr, &page)?;
         // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
-        // it is either mapped here only, or shared by fork and so write-protected everywhere.
+        // it is either mapped here only, or shared by a fork that is over, and so write-protected
+        // everywhere, and known to be so by all CPUs.
         unsafe { node.publish(&page, item, self, addr) };
         Ok(page.unlock())
     }
