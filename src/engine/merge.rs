@@ -16,7 +16,7 @@ use crate::mm::{
     folio::{LockedPage, PageRef},
     intree,
     stable::{ItemBox, NodeBox, NodeId},
-    vma::MergeableVma,
+    vma::{MergeableVma, Next, HOLD_VMAS},
     word::PageWord,
 };
 use kernel::{
@@ -679,14 +679,24 @@ impl Engine {
     }
 }
 
+/// Gives one process back pages of its own.
+///
+/// `mmap_lock` is given up again and again: rksmd merges nothing meanwhile, and the kernel unmerges what it
+/// moves to another address, so nothing is missed.
 fn unmerge_mm(mm: &MmWithUser) -> Result {
-    let guard = mm.mmap_read_lock();
     let mut addr = 0;
-    while let Some(vma) = MergeableVma::next(mm, &guard, addr) {
-        vma.unmerge(vma.start(), vma.end())?;
-        addr = vma.end();
+    loop {
+        let guard = mm.mmap_read_lock();
+        let mut left = HOLD_VMAS;
+        addr = match MergeableVma::next(mm, &guard, addr, &mut left) {
+            Next::Vma(vma) => {
+                vma.unmerge(vma.start(), vma.end())?;
+                vma.end()
+            }
+            Next::GoOn(addr) => addr,
+            Next::None => return Ok(()),
+        };
     }
-    Ok(())
 }
 
 /// Merges the page at `place`, which is in `vma`, into `kpage`, the page of `node`, which has the key `key`.

@@ -14,7 +14,7 @@ use crate::mm::{
     kthread::Current,
     stable::NodeId,
     trace,
-    vma::{is_abandoned, MergeableVma},
+    vma::{is_abandoned, MergeableVma, Next, HOLD_VMAS},
     walk::{self, Batch, Seen, BATCH_PAGES},
     word::{PageState, PageWord},
 };
@@ -133,7 +133,9 @@ impl Engine {
             match step {
                 Step::Looked(pages) => {
                     self.stats.add_scanned(pages);
-                    budget = budget.saturating_sub(pages);
+                    // To find nothing costs time, too: nobody is to keep us from sleeping with memory
+                    // that is not there.
+                    budget = budget.saturating_sub(pages.max(1));
                 }
                 Step::PassDone => return true,
             }
@@ -208,6 +210,7 @@ impl Engine {
             };
             slot = id;
             sum = sum.saturating_add(crate::mm::anon_pages(&mm));
+            crate::mm::cond_resched();
         }
     }
 
@@ -351,10 +354,16 @@ impl Engine {
         let hasher = self.hasher(&state.core);
         let from = state.cursor.at.addr();
         let mut next = from;
+        let mut vmas = HOLD_VMAS;
         let guard = mm.mmap_read_lock();
         while !scratch.batch.is_full(budget) {
-            let Some(vma) = MergeableVma::next(mm, &guard, next) else {
-                break;
+            let vma = match MergeableVma::next(mm, &guard, next, &mut vmas) {
+                Next::Vma(vma) => vma,
+                Next::GoOn(addr) => {
+                    next = addr;
+                    break;
+                }
+                Next::None => break,
             };
             let start = next.max(vma.start());
             let limit = match state.next_skipped(slot, start) {
@@ -379,6 +388,8 @@ impl Engine {
             state.forget_range(slot, from, usize::MAX);
             return false;
         }
+        // What was seen is compared later anyway, and there is no limit to how much may be forgotten.
+        drop(guard);
         state.absorb(mm, slot, from, next, scratch);
         state.cursor.at.move_to(next);
         true

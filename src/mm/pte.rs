@@ -71,7 +71,9 @@ impl<'a> PteLock<'a> {
     /// Locks the entry of `addr`, unless there is no page table for it or a huge page is mapped.
     pub(super) fn new(vma: &'a MergeableVma<'a>, addr: usize) -> Option<Self> {
         let mut ptl = ptr::null_mut();
-        // SAFETY: `mmap_lock` is held by the type invariant of `vma`, so page tables are not freed.
+        // SAFETY: `mmap_lock` is held by the type invariant of `vma`, so the tables above page tables are
+        // not freed. Of the page table itself the callee makes sure, as the kernel frees empty ones under
+        // the same kind of lock (CONFIG_PT_RECLAIM).
         let pte = unsafe { ffi::rksm_pte_lock_addr(vma.mm().as_raw(), addr, &mut ptl) };
         if pte.is_null() {
             // Never make a `Self` here: dropping it would unlock what is not locked.

@@ -248,7 +248,16 @@ static int rksm_pmd_entry(pmd_t *pmd, unsigned long addr, unsigned long end,
 	return rksm_walk_pmd(walk->private, walk->vma, pmd, addr, end);
 }
 
+int rksm_walk_pud(void *ctx, unsigned long addr);
+
+static int rksm_pud_entry(pud_t *pud, unsigned long addr, unsigned long end,
+			  struct mm_walk *walk)
+{
+	return rksm_walk_pud(walk->private, addr);
+}
+
 static const struct mm_walk_ops rksm_walk_ops = {
+	.pud_entry = rksm_pud_entry,
 	.pmd_entry = rksm_pmd_entry,
 	.walk_lock = PGWALK_RDLOCK,
 };

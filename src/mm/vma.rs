@@ -28,6 +28,19 @@ pub(crate) struct MergeableVma<'a> {
     vma: &'a VmaRef,
 }
 
+/// The most VMAs that are looked at under one hold of `mmap_lock`, as none of them may be mergeable.
+pub(crate) const HOLD_VMAS: usize = 512;
+
+/// What [`MergeableVma::next`] found.
+pub(crate) enum Next<'a> {
+    /// A mergeable VMA.
+    Vma(MergeableVma<'a>),
+    /// None up to this address; how it is behind that was not looked at.
+    GoOn(usize),
+    /// None at all.
+    None,
+}
+
 /// Whether nobody but us uses the address space any more. It is about to be torn down, so there is no
 /// point in doing anything to it, least of all in allocating memory for it.
 pub(crate) fn is_abandoned(mm: &Mm) -> bool {
@@ -53,23 +66,29 @@ impl<'a> MergeableVma<'a> {
         guard.vma_lookup(addr).and_then(Self::new)
     }
 
-    /// The first mergeable VMA that ends after `addr`, in an mm whose `mmap_lock` is `guard`.
+    /// The first mergeable VMA that ends after `addr`, in an mm whose `mmap_lock` is `guard`. `left` is how
+    /// many VMAs may still be looked at under this hold of the lock, at first [`HOLD_VMAS`].
     pub(crate) fn next(
         mm: &'a MmWithUser,
         _guard: &'a MmapReadGuard<'_>,
         addr: usize,
-    ) -> Option<Self> {
+        left: &mut usize,
+    ) -> Next<'a> {
         let mut from = addr;
-        loop {
+        while *left != 0 {
+            *left = left.wrapping_sub(1);
             // SAFETY: `mmap_lock` is held for reading.
-            let vma = NonNull::new(unsafe { bindings::find_vma(mm.as_raw(), from) })?;
+            let Some(vma) = NonNull::new(unsafe { bindings::find_vma(mm.as_raw(), from) }) else {
+                return Next::None;
+            };
             // SAFETY: the VMA is valid while `mmap_lock` is held, which is for 'a.
             let vma: &'a VmaRef = unsafe { VmaRef::from_raw(vma.as_ptr()) };
             if let Some(found) = Self::new(vma) {
-                return Some(found);
+                return Next::Vma(found);
             }
             from = vma.end();
         }
+        Next::GoOn(from)
     }
 
     pub(super) fn as_ptr(&self) -> *mut bindings::vm_area_struct {

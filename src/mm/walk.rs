@@ -30,6 +30,14 @@ const LOCK_ENTRIES: usize = 64;
 /// The most page tables, and areas, that are gone through for one batch, as they may all be next to empty.
 const WALK_TABLES: usize = 64;
 
+/// The most tables one level above (of 512 page tables, or huge pages, each) that are gone through under one
+/// hold of `mmap_lock`: these may be empty, too.
+const WALK_DIRECTORIES: usize = 16;
+
+/// The longest range that is gone through under one hold of `mmap_lock`, in bytes: it has 8192 entries for such
+/// tables, all of which may be empty.
+const WALK_BYTES: usize = 8 << 40;
+
 /// How many entries are looked at together to see whether they are all empty.
 const FEW: usize = 8;
 
@@ -105,8 +113,51 @@ impl SeenPage {
 pub(crate) struct Batch {
     pages: [SeenPage; BATCH_PAGES],
     len: usize,
-    /// How many more page tables, or areas, to go through.
+    left: Allowance,
+}
+
+/// What is left of what may be gone through under one hold of `mmap_lock`. None of it depends on what the
+/// process has mapped.
+struct Allowance {
+    /// Page tables, and areas.
     tables: usize,
+    /// Tables of page tables.
+    directories: usize,
+    bytes: usize,
+}
+
+impl Allowance {
+    const fn new() -> Self {
+        Self {
+            tables: WALK_TABLES,
+            directories: WALK_DIRECTORIES,
+            bytes: WALK_BYTES,
+        }
+    }
+
+    fn is_used_up(&self) -> bool {
+        self.tables == 0 || self.directories == 0 || self.bytes == 0
+    }
+
+    /// Takes the bytes of `from..end`, or as many as there are. Returns the end of these.
+    fn take_bytes(&mut self, from: usize, end: usize) -> usize {
+        let end = end.min(from.saturating_add(self.bytes));
+        self.bytes = self.bytes.saturating_sub(end.saturating_sub(from));
+        end
+    }
+
+    /// Takes a page table. Returns whether that was the last one.
+    fn take_table(&mut self) -> bool {
+        self.tables = self.tables.saturating_sub(1);
+        self.tables == 0
+    }
+
+    /// Takes a table of page tables. Returns whether there was one left.
+    fn take_directory(&mut self) -> bool {
+        let any = self.directories != 0;
+        self.directories = self.directories.saturating_sub(1);
+        any
+    }
 }
 
 impl Batch {
@@ -115,19 +166,19 @@ impl Batch {
         init!(Self {
             pages <- pin_init::init_array_from_fn(|_| SeenPage::default()),
             len: 0,
-            tables: 0,
+            left: Allowance::new(),
         })
     }
 
     /// Takes all pages out.
     pub(crate) fn clear(&mut self) {
         self.len = 0;
-        self.tables = WALK_TABLES;
+        self.left = Allowance::new();
     }
 
     /// Whether [`fill`] would not add anything, with the same `max`.
     pub(crate) fn is_full(&self, max: usize) -> bool {
-        self.len >= max.min(BATCH_PAGES) || self.tables == 0
+        self.len >= max.min(BATCH_PAGES) || self.left.is_used_up()
     }
 
     /// The pages, in the order of their addresses.
@@ -159,11 +210,11 @@ pub(crate) fn fill(
     hasher: &Hasher,
     batch: &mut Batch,
 ) -> usize {
-    let end = vma.end().min(limit);
+    let end = batch.left.take_bytes(from, vma.end().min(limit));
     let max = max.min(BATCH_PAGES);
     let mut reached = end;
     // Many areas without a single page table must not be walked under one hold of `mmap_lock` either.
-    batch.tables = batch.tables.saturating_sub(1);
+    batch.left.take_table();
     let mut visit = Visit::Scan {
         batch,
         max,
@@ -214,6 +265,21 @@ enum Visit<'a> {
 }
 
 impl Visit<'_> {
+    /// What is left of what it may go through, if there is any limit but its range.
+    fn allowance(&mut self) -> Option<&mut Allowance> {
+        match self {
+            Visit::Scan { batch, .. } => Some(&mut batch.left),
+            _ => None,
+        }
+    }
+
+    /// Notes that the walk ends at `addr`, for having used that up.
+    fn stop_at(&mut self, addr: usize) {
+        if let Visit::Scan { reached, .. } = self {
+            **reached = addr;
+        }
+    }
+
     /// Looks at one page. Returns whether the walk is over.
     ///
     /// # Safety
@@ -317,7 +383,8 @@ impl Visit<'_> {
         end: usize,
     ) -> Option<(bool, usize)> {
         let mut ptl = ptr::null_mut();
-        // SAFETY: the VMA is valid; page tables are not freed while `mmap_lock` is held.
+        // SAFETY: the VMA is valid; `pmd` is not freed while `mmap_lock` is held. That it still leads to
+        // a page table is checked by the callee, under RCU.
         let first = unsafe { ffi::rksm_pte_lock((*vma).vm_mm, pmd, addr, &mut ptl) };
         if first.is_null() {
             return None;
@@ -532,12 +599,26 @@ unsafe extern "C" fn rksm_walk_pmd(
             None => break,
         }
     }
-    if let Visit::Scan { batch, reached, .. } = visit {
-        batch.tables = batch.tables.saturating_sub(1);
-        if batch.tables == 0 {
-            **reached = end;
-            return 1;
-        }
+    let over = visit.allowance().is_some_and(Allowance::take_table);
+    if over {
+        visit.stop_at(end);
     }
-    0
+    over.into()
+}
+
+/// Called by the kernel's page walker (through shim.c) for each table of page tables, which begins at `addr`,
+/// before its entries are gone through. Returns 1 when the walk is over.
+///
+/// # Safety
+///
+/// `ctx` is the `Visit` of [`walk`].
+#[no_mangle]
+unsafe extern "C" fn rksm_walk_pud(ctx: *mut c_void, addr: usize) -> c_int {
+    // SAFETY: the caller's promise; the walker calls this from `walk` only, which lent us `visit`.
+    let visit = unsafe { &mut *ctx.cast::<Visit<'_>>() };
+    let over = visit.allowance().is_some_and(|left| !left.take_directory());
+    if over {
+        visit.stop_at(addr);
+    }
+    over.into()
 }
