@@ -413,10 +413,8 @@ impl State {
             if let Some(vma) = MergeableVma::at(&guard, place.addr) {
                 // Without memory for the copy it stays merged, listed with its node like any other,
                 // and is as good a partner for the next equal page.
-                if vma
-                    .unmerge(place.addr, place.addr.saturating_add(PAGE_SIZE))
-                    .is_err()
-                {
+                let end = place.addr.saturating_add(PAGE_SIZE);
+                if !vma.unmerge(place.addr, end).is_ok_and(|done| done >= end) {
                     return false;
                 }
             }
@@ -689,10 +687,7 @@ fn unmerge_mm(mm: &MmWithUser) -> Result {
         let guard = mm.mmap_read_lock();
         let mut left = HOLD_VMAS;
         addr = match MergeableVma::next(mm, &guard, addr, &mut left) {
-            Next::Vma(vma) => {
-                vma.unmerge(vma.start(), vma.end())?;
-                vma.end()
-            }
+            Next::Vma(vma) => vma.unmerge(addr, vma.end())?,
             Next::GoOn(addr) => addr,
             Next::None => return Ok(()),
         };

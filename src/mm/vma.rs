@@ -7,7 +7,8 @@ use super::{
     folio::{LockedPage, PageRef},
     pte::{NotifierRange, PteLock},
     stable::{ItemBox, NodeBox},
-    trace, walk,
+    trace,
+    walk::{self, Search},
 };
 use core::ptr::{self, NonNull};
 use kernel::{
@@ -30,6 +31,9 @@ pub(crate) struct MergeableVma<'a> {
 
 /// The most VMAs that are looked at under one hold of `mmap_lock`, as none of them may be mergeable.
 pub(crate) const HOLD_VMAS: usize = 512;
+
+/// The most pages that are unmerged under one hold of `mmap_lock`.
+const HOLD_UNMERGES: usize = 64;
 
 /// What [`MergeableVma::next`] found.
 pub(crate) enum Next<'a> {
@@ -308,25 +312,27 @@ impl<'a> MergeableVma<'a> {
         }
     }
 
-    /// Replaces every KSM page in `start..end` by an ordinary page of the process, by the kernel's
-    /// own unshare fault.
+    /// Replaces KSM pages in `start..end` by ordinary pages of the process, by the kernel's own unshare
+    /// fault: as many as one hold of `mmap_lock` is good for. Returns where to go on, which is at or behind
+    /// the end (of the range or of the VMA) when nothing is left.
     ///
     /// Fails with `ENOMEM` when there is no memory for a copy and `ERESTARTSYS` when the calling
     /// task has a signal pending; what was not reached stays merged.
-    pub(crate) fn unmerge(&self, start: usize, end: usize) -> Result {
+    pub(crate) fn unmerge(&self, start: usize, end: usize) -> Result<usize> {
         let mut from = start.max(self.start());
         let end = end.min(self.end());
-        while from < end {
+        for _ in 0..HOLD_UNMERGES {
             // SAFETY: no precondition but being allowed to sleep.
             unsafe { ffi::rksm_cond_resched() };
             if kernel::current!().signal_pending() {
                 return Err(ERESTARTSYS);
             }
-            if is_abandoned(self.mm()) {
-                break;
+            if from >= end || is_abandoned(self.mm()) {
+                return Ok(end);
             }
-            let Some(addr) = walk::next_ksm_page(self, from, end) else {
-                break;
+            let addr = match walk::next_ksm_page(self, from, end) {
+                Search::Found(addr) => addr,
+                Search::Nothing(reached) => return Ok(reached),
             };
             // Again from the same address: the fault may back out, e.g. when another one raced.
             from = addr;
@@ -343,7 +349,7 @@ impl<'a> MergeableVma<'a> {
                 from = addr.saturating_add(PAGE_SIZE);
             }
         }
-        Ok(())
+        Ok(from)
     }
 }
 

@@ -238,17 +238,26 @@ pub(super) fn page_at(vma: &MergeableVma<'_>, addr: usize) -> Option<PageRef> {
     }
 }
 
-/// The address of the first KSM page (or KSM-placed zero page) in `from..end`.
+/// The first KSM page (or KSM-placed zero page) in `from..end`, or how far that was looked for.
 ///
 /// A page that is being migrated counts: KSM pages stay KSM pages until they are freed, and the
 /// unshare fault waits for the migration.
-pub(super) fn next_ksm_page(vma: &MergeableVma<'_>, from: usize, end: usize) -> Option<usize> {
-    let mut visit = Visit::FindKsm(None);
+pub(super) fn next_ksm_page(vma: &MergeableVma<'_>, from: usize, end: usize) -> Search {
+    let mut left = Allowance::new();
+    let end = left.take_bytes(from, end);
+    let mut search = Search::Nothing(end);
+    let mut visit = Visit::FindKsm(&mut search, left);
     walk(vma, from, end, &mut visit);
-    match visit {
-        Visit::FindKsm(addr) => addr,
-        _ => None,
-    }
+    search
+}
+
+/// What [`next_ksm_page`] came to.
+#[derive(Clone, Copy)]
+pub(super) enum Search {
+    /// There is one at this address.
+    Found(usize),
+    /// There is none before this address, from where on nobody looked.
+    Nothing(usize),
 }
 
 /// What to do with the pages of a walk.
@@ -261,7 +270,7 @@ enum Visit<'a> {
         reached: &'a mut usize,
     },
     Get(Option<PageRef>),
-    FindKsm(Option<usize>),
+    FindKsm(&'a mut Search, Allowance),
 }
 
 impl Visit<'_> {
@@ -269,14 +278,17 @@ impl Visit<'_> {
     fn allowance(&mut self) -> Option<&mut Allowance> {
         match self {
             Visit::Scan { batch, .. } => Some(&mut batch.left),
-            _ => None,
+            Visit::FindKsm(_, left) => Some(left),
+            Visit::Get(_) => None,
         }
     }
 
     /// Notes that the walk ends at `addr`, for having used that up.
     fn stop_at(&mut self, addr: usize) {
-        if let Visit::Scan { reached, .. } = self {
-            **reached = addr;
+        match self {
+            Visit::Scan { reached, .. } => **reached = addr,
+            Visit::FindKsm(search, _) => **search = Search::Nothing(addr),
+            Visit::Get(_) => {}
         }
     }
 
@@ -321,8 +333,8 @@ impl Visit<'_> {
                 });
                 true
             }
-            Visit::FindKsm(slot) if ksm => {
-                *slot = Some(addr);
+            Visit::FindKsm(search, _) if ksm => {
+                **search = Search::Found(addr);
                 true
             }
             _ => false,
@@ -348,7 +360,7 @@ impl Visit<'_> {
                 return unsafe { self.page(addr, page) };
             }
         }
-        let Visit::FindKsm(slot) = self else {
+        let Visit::FindKsm(search, _) = self else {
             return false;
         };
         // SAFETY: looks at a value, and at the folio of a migration entry, which is locked by
@@ -364,7 +376,7 @@ impl Visit<'_> {
             }
         };
         if found {
-            *slot = Some(addr);
+            **search = Search::Found(addr);
         }
         found
     }

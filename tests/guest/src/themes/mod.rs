@@ -4,6 +4,7 @@
 use crate::harness::Theme;
 
 mod advisor;
+mod bounds;
 mod chains;
 mod counters;
 mod cow;
@@ -71,6 +72,7 @@ pub const ALL: &[&Theme] = &[
     &vmstat::THEME,
     &advisor::THEME,
     &trace::THEME,
+    &bounds::THEME,
     &regress::THEME,
     &regress_pages::THEME,
     &regress_memory::THEME,

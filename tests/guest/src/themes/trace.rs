@@ -27,7 +27,7 @@ pub const THEME: Theme = Theme {
 const TRACEFS: &str = "/sys/kernel/tracing";
 const N: usize = 8;
 
-fn mounted() -> Result<PathBuf> {
+pub(super) fn mounted() -> Result<PathBuf> {
     let dir = Path::new(TRACEFS);
     if !dir.join("trace").exists() {
         // SAFETY: C strings, and no data.
