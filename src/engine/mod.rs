@@ -239,7 +239,8 @@ impl Engine {
     pub(crate) fn enter_registered(&self) -> Result {
         for _ in 0..ENTER_ATTEMPTS {
             self.registry.lock().take_missed();
-            intree::for_each_registered(|mm| intree::Listener::enter(self, mm));
+            intree::for_each_registered(|mm| self.enter_one(mm));
+            self.wake();
             if !self.registry.lock().has_missed() {
                 return Ok(());
             }
@@ -254,6 +255,17 @@ impl Engine {
             }
         }
         Err(ENOMEM)
+    }
+
+    /// Enters an address space, unless it is known.
+    fn enter_one(&self, mm: ARef<Mm>) {
+        if self.registry.lock().knows(&mm) {
+            return;
+        }
+        let reservation = Reservation::new(flags::GFP_NOWAIT).ok();
+        let unused = self.registry.lock().enter(mm, reservation);
+        // Not the last reference: the caller's in-tree registration has one.
+        drop(unused);
     }
 
     /// Whether there is anything to scan.
@@ -307,13 +319,7 @@ impl Engine {
 
 impl intree::Listener for Engine {
     fn enter(&self, mm: ARef<Mm>) {
-        if self.registry.lock().knows(&mm) {
-            return;
-        }
-        let reservation = Reservation::new(flags::GFP_NOWAIT).ok();
-        let unused = self.registry.lock().enter(mm, reservation);
-        // Not the last reference: the caller's in-tree registration has one.
-        drop(unused);
+        self.enter_one(mm);
         self.wake();
     }
 
@@ -370,7 +376,12 @@ impl kthread::Main for Engine {
                 });
             } else {
                 let limit = unfinished.then_some(backoff);
-                current.sleep(limit, || self.should_scan() || self.has_chores());
+                // Who was missed is looked for again in a while, or as soon as somebody is.
+                current.sleep(limit, || {
+                    self.should_scan()
+                        || self.has_chores()
+                        || (limit.is_none() && self.registry.lock().has_missed())
+                });
             }
         }
     }
