@@ -278,8 +278,9 @@ impl Engine {
         self.registry.lock().has_dead()
     }
 
-    /// Forgets who is gone, finds who was missed, frees what can be freed.
-    fn do_chores(&self, state: &mut State) {
+    /// Forgets who is gone, finds who was missed, frees what can be freed. Returns whether something is left:
+    /// nodes whose pages are about to be freed, or processes for which there was no memory.
+    fn do_chores(&self, state: &mut State) -> bool {
         if self.registry.lock().has_missed() {
             // If that fails, the next round tries again.
             let _ = self.enter_registered();
@@ -297,6 +298,12 @@ impl Engine {
         }
         state.core.unpin_if_empty();
         self.publish_stats(state);
+        self.has_leftovers(state)
+    }
+
+    /// Whether there are chores to try again in a while.
+    fn has_leftovers(&self, state: &State) -> bool {
+        state.core.index.limbo_len() != 0 || self.registry.lock().has_missed()
     }
 
     /// Forgets who is gone.
@@ -345,14 +352,17 @@ impl kthread::Main for Engine {
                 if self.is_offlining() {
                     continue;
                 }
-                self.do_chores(&mut state);
-                state.core.index.limbo_len() != 0 || self.registry.lock().has_missed()
+                self.do_chores(&mut state)
             };
+            // When to try the chores again.
+            backoff = next_backoff(backoff, unfinished);
+            let retry = unfinished.then_some(backoff);
             let shortest = self.pass_millisecs.load(Relaxed);
             if self.should_scan() {
                 let rest = pace.rest(shortest);
                 if rest != 0 {
-                    current.sleep(Some(rest), || {
+                    let nap = retry.map_or(rest, |retry| rest.min(retry));
+                    current.sleep(Some(nap), || {
                         self.pass_millisecs.load(Relaxed) != shortest
                             || !self.should_scan()
                             || self.has_chores()
@@ -364,26 +374,59 @@ impl kthread::Main for Engine {
                     pace.end_pass();
                 }
             }
-            backoff = if unfinished {
-                backoff.saturating_mul(2).min(RETRY_MAX_MS)
-            } else {
-                RETRY_MS
-            };
             if self.should_scan() {
-                let sleep = self.sleep_millisecs.load(Relaxed);
-                current.sleep(Some(sleep), || {
-                    self.sleep_millisecs.load(Relaxed) != sleep || self.has_chores()
-                });
+                self.rest(current, backoff);
             } else {
-                let limit = unfinished.then_some(backoff);
                 // Who was missed is looked for again in a while, or as soon as somebody is.
-                current.sleep(limit, || {
+                current.sleep(retry, || {
                     self.should_scan()
                         || self.has_chores()
-                        || (limit.is_none() && self.registry.lock().has_missed())
+                        || (retry.is_none() && self.registry.lock().has_missed())
                 });
             }
         }
+    }
+}
+
+impl Engine {
+    /// Sleeps `sleep_millisecs` between batches. Chores that turn up meanwhile are done at once, those that
+    /// are left over after `backoff` milliseconds at first. Neither shortens the sleep, or processes that come
+    /// and go would keep the thread from resting.
+    fn rest(&self, current: &kthread::Current, mut backoff: u32) {
+        let sleep = self.sleep_millisecs.load(Relaxed);
+        let is_over = || self.sleep_millisecs.load(Relaxed) != sleep || self.run() != run::MERGE;
+        let began = Instant::<Monotonic>::now();
+        let mut left = sleep;
+        // The batch may have left some.
+        let mut unfinished = self.has_leftovers(&self.state.lock());
+        loop {
+            let nap = if unfinished { left.min(backoff) } else { left };
+            current.sleep(Some(nap), || is_over() || self.has_chores());
+            let past = u32::try_from(began.elapsed().as_millis()).unwrap_or(u32::MAX);
+            left = sleep.saturating_sub(past);
+            if left == 0 || is_over() || current.should_stop() {
+                return;
+            }
+            let mut state = self.state.lock();
+            if self.is_offlining() {
+                return;
+            }
+            unfinished = self.do_chores(&mut state);
+            drop(state);
+            if !self.should_scan() {
+                // Nobody is left, and there is nothing to rest from.
+                return;
+            }
+            backoff = next_backoff(backoff, unfinished);
+        }
+    }
+}
+
+/// In how many milliseconds to try chores again after `backoff`, if there are any.
+fn next_backoff(backoff: u32, unfinished: bool) -> u32 {
+    match unfinished {
+        true => backoff.saturating_mul(2).min(RETRY_MAX_MS),
+        false => RETRY_MS,
     }
 }
 

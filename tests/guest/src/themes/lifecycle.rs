@@ -9,9 +9,11 @@ use std::time::Duration;
 use anyhow::{bail, ensure, Context, Result};
 
 use super::tests;
+use crate::background::Background;
 use crate::engine::{self, wait_for, write_to, IN_TREE};
 use crate::harness::{Module, Outcome, Theme, PASS};
 use crate::kmsg::Log;
+use crate::region::Region;
 use crate::worker::{verify_all, Worker};
 use crate::{module, proc, scan};
 
@@ -31,6 +33,7 @@ pub const THEME: Theme = Theme {
         ("in-tree-cannot-start-while-loaded", 60, in_tree_blocked),
         ("refused-unload-with-merged-pages", 60, refused_unload),
         ("unload-after-the-sharers-are-gone", 60, unload_after_exit),
+        ("unload-while-resting", 60, unload_resting),
         ("unload-while-scanning", 60, unload_scanning),
         ("unload-with-registered-processes", 60, unload_registered),
         ("100-cycles", 240, cycles),
@@ -221,6 +224,48 @@ fn unload_after_exit() -> Outcome {
         module::load()?;
     }
     log.expect(&["rksm", "loaded"])?;
+    PASS
+}
+
+/// The sharers exit while the thread rests between two batches, or passes, for minutes; somebody else is there
+/// to scan, so it goes on resting.
+fn unload_resting() -> Outcome {
+    for knob in ["sleep_millisecs", "pass_millisecs"] {
+        module::load()?;
+        let mut other = Worker::mergeable(N, 5000)?;
+        // What is unmapped first, below the merged pages, takes longer than the thread needs to forget them.
+        let sharer = || {
+            Background::once(|| {
+                let mut region = Region::new(N)?;
+                region.fill(0, N, 100, 1);
+                region.advise(0, N, libc::MADV_MERGEABLE)?;
+                let ballast = std::hint::black_box(vec![1u8; 256 << 20]);
+                ensure!(ballast.as_ptr().addr() < region.addr());
+                loop {
+                    std::thread::sleep(Duration::from_secs(1));
+                }
+            })
+        };
+        let sharers = [sharer()?, sharer()?];
+        scan::until_merged(N as u64, N as u64)?;
+        std::thread::sleep(crate::patience::patient(Duration::from_secs(1)));
+        // It rests from the batch, and the pass, that this begins.
+        engine::write(knob, 600_000)?;
+        std::thread::sleep(Duration::from_secs(2));
+        let passes = engine::read("full_scans")?;
+        sharers.into_iter().try_for_each(Background::stop)?;
+        wait_for(
+            &format!("unload in spite of {knob}"),
+            Duration::from_secs(10),
+            || {
+                let now = engine::read("full_scans")?;
+                ensure!(now == passes, "{} passes instead of a rest", now - passes);
+                Ok(module::unload().is_ok())
+            },
+        )?;
+        expect_gone()?;
+        other.verify()?;
+    }
     PASS
 }
 

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 
 use super::tests;
+use crate::background::Background;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::proc;
 use crate::scan::{self, Stepper};
+use crate::sys::{self, Ended};
 use crate::worker::{verify_all, Worker};
 
 pub const THEME: Theme = Theme {
@@ -23,6 +25,7 @@ pub const THEME: Theme = Theme {
         ("volatile-pages-never-merge", 60, volatile),
         ("pages-to-scan-is-respected", 60, pages_to_scan),
         ("sleep-millisecs-is-respected", 60, sleep_millisecs),
+        ("exits-do-not-shorten-the-sleep", 60, exits),
         ("passes-keep-their-distance", 60, pass_millisecs),
         ("thread-is-nice-and-sleeps-when-idle", 60, idle),
         ("thread-wakes-for-the-first-process", 60, wakes),
@@ -177,6 +180,42 @@ fn sleep_millisecs() -> Outcome {
     ensure!(pages >= 2 * BATCH, "only {pages} pages in {took:?}");
     let most = (took.as_secs() + 2) * BATCH;
     ensure!(pages <= most, "{pages} pages in {took:?}");
+    worker.exit()?;
+    PASS
+}
+
+/// Processes that take part and exit wake the thread, for it to forget them, and for no more.
+fn exits() -> Outcome {
+    const BATCH: u64 = 5;
+    const SLEEP: u64 = 500;
+    let worker = Worker::mergeable(64, 100)?;
+    let exiting = Background::repeat(move || {
+        let once = Background::once(|| {
+            sys::set_memory_merge(true)?;
+            Ok(())
+        })?;
+        let how = once.join(Duration::from_secs(20))?;
+        ensure!(how == Ended::Exit(0), "{how:?}");
+        Ok(())
+    })?;
+    engine::write("pages_to_scan", BATCH)?;
+    engine::write("sleep_millisecs", SLEEP)?;
+    let forks = || -> Result<u64> {
+        let text = fs::read_to_string("/proc/stat").context("/proc/stat")?;
+        let line = text.lines().find_map(|l| l.strip_prefix("processes "));
+        Ok(line.context("processes")?.trim().parse()?)
+    };
+    let (before, born, start) = (engine::read("pages_scanned")?, forks()?, Instant::now());
+    engine::write("run", 1)?;
+    std::thread::sleep(Duration::from_millis(4000));
+    engine::write("run", 0)?;
+    let (pages, born) = (engine::read("pages_scanned")? - before, forks()? - born);
+    exiting.stop()?;
+    let took = start.elapsed();
+    println!("{pages} pages while {born} processes came and went");
+    ensure!(born > 40, "too few exits to tell: {born}");
+    let most = (took.as_millis() as u64 / SLEEP + 2) * BATCH;
+    ensure!(pages <= most, "{pages} pages in {took:?}, not {most}");
     worker.exit()?;
     PASS
 }
