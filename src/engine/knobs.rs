@@ -241,14 +241,18 @@ impl Engine {
             return Ok(());
         }
         self.run.store(to, Relaxed);
+        let mut result = Ok(());
         if to == run::UNMERGE {
             // Copies are about to be made: if memory runs out, blame the one who asked.
             let _origin = OomOrigin::current();
-            self.unmerge_all(&mut state)
-                .inspect_err(|_| self.run.store(run::STOP, Relaxed))?;
+            result = self.unmerge_all(&mut state);
+            if result.is_err() {
+                self.run.store(run::STOP, Relaxed);
+            }
         }
         drop(state);
+        // Also for what a failure left to be freed later.
         self.wake();
-        Ok(())
+        result
     }
 }

@@ -635,7 +635,7 @@ impl Engine {
     /// Gives every process back pages of its own, and forgets all that is known of pages.
     ///
     /// A process that cannot be served does not keep others from being: the first error is returned when
-    /// all were tried. `ERESTARTSYS` ends it at once.
+    /// all were tried. `ERESTARTSYS` ends it at once. What stays merged stays known and counted.
     pub(super) fn unmerge_all(&self, state: &mut State) -> Result {
         // From here on the swap-in path hands out copies of merged pages, not the pages.
         let _copying = intree::SwapInCopies::new();
@@ -648,14 +648,18 @@ impl Engine {
                 break;
             };
             slot = id;
-            if let Some(user) = use_mm(&mm) {
-                match unmerge_mm(&user) {
-                    Err(err) if err == ERESTARTSYS => return Err(err),
-                    served => result = result.and(served),
-                }
-            }
-            state.forget_range(id, 0, usize::MAX);
+            let (served, left) = match use_mm(&mm) {
+                Some(user) => unmerge_mm(&user),
+                None => (Ok(()), usize::MAX),
+            };
+            state.forget_range(id, 0, left);
             state.report(id);
+            let interrupted = served == Err(ERESTARTSYS);
+            result = result.and(served);
+            if interrupted {
+                result = Err(ERESTARTSYS);
+                break;
+            }
         }
         // Who exited meanwhile, or just before, is not among the live any more.
         self.reap(state);
@@ -669,27 +673,33 @@ impl Engine {
         state.core.swept = None;
         state.core.sweep_limbo(usize::MAX, result.is_ok());
         state.core.unpin_if_empty();
-        // As in-tree: counting starts again, and so does the scan.
+        // The scan starts again; as in-tree, so does counting when all is unmerged.
         state.cursor = Cursor::new();
-        self.stats.reset_full_scans();
+        if result.is_ok() {
+            self.stats.reset_full_scans();
+        }
         self.publish_stats(state);
         result
     }
 }
 
-/// Gives one process back pages of its own.
+/// Gives one process back pages of its own. Returns with the outcome from where on there may be merged
+/// pages left.
 ///
 /// `mmap_lock` is given up again and again: rksmd merges nothing meanwhile, and the kernel unmerges what it
 /// moves to another address, so nothing is missed.
-fn unmerge_mm(mm: &MmWithUser) -> Result {
+fn unmerge_mm(mm: &MmWithUser) -> (Result, usize) {
     let mut addr = 0;
     loop {
         let guard = mm.mmap_read_lock();
         let mut left = HOLD_VMAS;
         addr = match MergeableVma::next(mm, &guard, addr, &mut left) {
-            Next::Vma(vma) => vma.unmerge(addr, vma.end())?,
+            Next::Vma(vma) => match vma.unmerge(addr, vma.end()) {
+                Ok(reached) => reached,
+                Err(err) => return (Err(err), vma.merged_from(addr)),
+            },
             Next::GoOn(addr) => addr,
-            Next::None => return Ok(()),
+            Next::None => return (Ok(()), usize::MAX),
         };
     }
 }

@@ -312,6 +312,13 @@ impl<'a> MergeableVma<'a> {
         }
     }
 
+    /// From where on, in what follows `addr`, there may be KSM pages.
+    pub(crate) fn merged_from(&self, addr: usize) -> usize {
+        match walk::next_ksm_page(self, addr.max(self.start()), self.end()) {
+            Search::Found(addr) | Search::Nothing(addr) => addr,
+        }
+    }
+
     /// Replaces KSM pages in `start..end` by ordinary pages of the process, by the kernel's own unshare
     /// fault: as many as one hold of `mmap_lock` is good for. Returns where to go on, which is at or behind
     /// the end (of the range or of the VMA) when nothing is left.

@@ -44,6 +44,11 @@ impl Group {
         fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
     }
 
+    /// Writes one of its files, such as `memory.max`.
+    pub fn set(&self, file: &str, value: &str) -> Result<()> {
+        fs::write(self.0.join(file), value).with_context(|| file.to_string())
+    }
+
     /// Bytes charged to the group.
     pub fn current(&self) -> Result<u64> {
         let text = fs::read_to_string(self.0.join("memory.current")).context("memory.current")?;

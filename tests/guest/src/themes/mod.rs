@@ -17,6 +17,7 @@ mod hwpoison;
 mod knobs;
 mod lifecycle;
 mod memcg;
+mod memless;
 mod merge;
 mod migrate;
 mod numa;
@@ -85,6 +86,7 @@ pub const ALL: &[&Theme] = &[
     // Unplugs the memory that others take offline.
     &hotplug::THEME,
     &soak::THEME,
+    &memless::THEME,
     &lifecycle::THEME,
 ];
 

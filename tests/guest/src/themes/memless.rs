@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Memory is exhausted, for real, while pages are unmerged.
+//!
+//! The groups are called "oom" and "oom-all": `scripts/vm-log-check` pardons what the kernel reports
+//! of these.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+
+use super::tests;
+use crate::background::Background;
+use crate::cgroup::Group;
+use crate::engine;
+use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::proc;
+use crate::region::{Region, PAGE};
+use crate::scan;
+use crate::sys::Ended;
+use crate::worker::{verify_all, Worker};
+
+pub const THEME: Theme = Theme {
+    name: "memless",
+    about: "memory runs out while everything is unmerged: refused as in-tree, nothing lost",
+    module: Module::Loaded,
+    tests: tests![
+        ("group-full-and-nobody-to-kill", 120, nobody_to_kill),
+        ("group-full-and-the-writer-in-it", 120, writer_in_it),
+        ("group-full-and-a-tenant-is-killed", 120, tenant_killed),
+        ("signal-during-run-2", 120, signalled),
+        ("no-memory-at-all", 180, whole_guest),
+    ],
+};
+
+const N: usize = 2048;
+const NO_GROUPS: &str = "no memory cgroups";
+const SPARED: &str = "-1000";
+
+/// Keeps the OOM killer from a process, or makes it a victim like any other (`0`).
+fn adjust(pid: u32, score: &str) -> Result<()> {
+    fs::write(format!("/proc/{pid}/oom_score_adj"), score).context("oom_score_adj")
+}
+
+/// Two processes with the same pages in a group, merged.
+fn tenants(group: &Group, pages: usize, score: &str) -> Result<Vec<Worker>> {
+    let mut workers = Vec::new();
+    for _ in 0..2 {
+        let mut worker = Worker::new()?;
+        group.enter(worker.pid())?;
+        adjust(worker.pid(), score)?;
+        worker.map(pages)?;
+        worker.advise(0, pages, libc::MADV_NOHUGEPAGE)?;
+        worker.fill(0, pages, 100, 1)?;
+        worker.advise(0, pages, libc::MADV_MERGEABLE)?;
+        workers.push(worker);
+    }
+    scan::until_merged(pages as u64, pages as u64)?;
+    scan::stop()?;
+    Ok(workers)
+}
+
+/// Lets the group have `pages` more than it has now.
+fn limit(group: &Group, pages: usize) -> Result<()> {
+    let max = group.current()? + (pages * PAGE) as u64;
+    group.set("memory.max", &max.to_string())
+}
+
+/// Writes 2 to `run` in a process of its own, which has so many pages, and says how that ended.
+fn unmerge_apart(group: Option<&Group>, score: &str, pages: usize) -> Result<Background> {
+    let group = group.map(Group::again);
+    let score = score.to_string();
+    Background::once(move || {
+        let me = std::process::id();
+        if let Some(group) = group {
+            group.enter(me)?;
+        }
+        adjust(me, &score)?;
+        let own = Region::new(pages.max(1))?;
+        own.advise(0, pages, libc::MADV_POPULATE_WRITE)?;
+        engine::write("run", 2)
+    })
+}
+
+/// Checks what must hold after `run=2` ended early: it stopped, and what the counters say is so.
+fn check_stopped(workers: &mut [Worker]) -> Result<usize> {
+    let run = engine::read("run")?;
+    ensure!(run == 0, "run reads {run} after a failure");
+    let c = engine::counters()?;
+    let merged: usize = workers.iter().map(|w| w.merged()).sum::<Result<_>>()?;
+    println!("{merged} pages still merged; {c:?}");
+    verify_all(workers)?;
+    let counted = (c.shared + c.sharing) as usize;
+    // The in-tree engine only notices in the next scan what of a process was unmerged.
+    ensure!(
+        counted == merged || (engine::is_in_tree() && counted > merged),
+        "{merged} pages are merged, {counted} are counted"
+    );
+    Ok(merged)
+}
+
+/// The rest must work where there is memory.
+fn finish(workers: &mut [Worker]) -> Result<()> {
+    let pages = workers[0].span().pages as u64;
+    engine::write("run", 2)?;
+    ensure!(engine::read("run")? == 2);
+    let c = engine::counters()?;
+    ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
+    verify_all(workers)?;
+    for worker in workers.iter() {
+        ensure!(worker.merged()? == 0, "merged after run=2");
+    }
+    // And nothing is lost for merging again.
+    scan::until_merged(pages, pages)?;
+    verify_all(workers)
+}
+
+fn nobody_to_kill() -> Outcome {
+    let Some(group) = Group::new("oom")? else {
+        return skip(NO_GROUPS);
+    };
+    let mut workers = tenants(&group, N, SPARED)?;
+    for room in [0, N / 2] {
+        limit(&group, room)?;
+        let errno = engine::refused("run", "2")?;
+        // Without room in its group a process cannot even say how it is.
+        group.set("memory.max", "max")?;
+        ensure!(errno == Some(libc::ENOMEM), "run=2 gives {errno:?}");
+        let merged = check_stopped(&mut workers)?;
+        ensure!(merged != 0, "there was memory for all");
+        // Merging goes on: what was unmerged is merged again.
+        scan::until_merged(N as u64, N as u64)?;
+        scan::stop()?;
+        verify_all(&mut workers)?;
+    }
+    limit(&group, 0)?;
+    let errno = engine::refused("run", "2")?;
+    group.set("memory.max", "max")?;
+    ensure!(errno == Some(libc::ENOMEM), "run=2 gives {errno:?}");
+    finish(&mut workers)?;
+    PASS
+}
+
+fn writer_in_it() -> Outcome {
+    let Some(group) = Group::new("oom")? else {
+        return skip(NO_GROUPS);
+    };
+    let mut workers = tenants(&group, N, SPARED)?;
+    let writer = {
+        limit(&group, N / 4)?;
+        unmerge_apart(Some(&group), "0", 0)?
+    };
+    let how = writer.join(Duration::from_secs(40))?;
+    group.set("memory.max", "max")?;
+    ensure!(
+        how == Ended::Signal(libc::SIGKILL),
+        "the writer ended by {how:?}"
+    );
+    ensure!(check_stopped(&mut workers)? != 0);
+    finish(&mut workers)?;
+    PASS
+}
+
+fn tenant_killed() -> Outcome {
+    let Some(group) = Group::new("oom")? else {
+        return skip(NO_GROUPS);
+    };
+    let mut workers = tenants(&group, N, "0")?;
+    limit(&group, N / 4)?;
+    // One is killed, then there is memory for the other, unless what the first had comes too late.
+    // It may be the one that is being unmerged: then that fails, as the fault does.
+    for _ in 0..5 {
+        match engine::refused("run", "2")? {
+            None => break,
+            Some(libc::ENOMEM) => std::thread::sleep(Duration::from_millis(200)),
+            other => anyhow::bail!("run=2 gives {other:?}"),
+        }
+    }
+    let c = engine::counters()?;
+    ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
+    group.set("memory.max", "max")?;
+    let mut alive = 0;
+    for worker in &mut workers {
+        if !"ZX".contains(proc::stat(worker.pid())?.state) {
+            alive += 1;
+            worker.verify()?;
+        }
+    }
+    println!("{alive} of 2 are alive");
+    ensure!(alive < 2, "there was memory for all");
+    PASS
+}
+
+fn signalled() -> Outcome {
+    // Many pages, as the signal is to come in the middle.
+    const MANY: usize = 4 * N;
+    let mut workers = [Worker::mergeable(MANY, 100)?, Worker::mergeable(MANY, 100)?];
+    let mut early = 0;
+    for round in 0..6u64 {
+        scan::until_merged(MANY as u64, MANY as u64)?;
+        scan::stop()?;
+        let writer = unmerge_apart(None, "0", 0)?;
+        let pid = writer.pid() as libc::pid_t;
+        engine::wait_for("beginning", Duration::from_secs(20), || {
+            Ok(engine::read("run")? == 2)
+        })?;
+        std::thread::sleep(Duration::from_millis(5 * round));
+        let _ = crate::sys::kill(pid, libc::SIGTERM);
+        match writer.join(Duration::from_secs(40))? {
+            Ended::Signal(libc::SIGTERM) => {}
+            Ended::Exit(0) => continue,
+            how => anyhow::bail!("the writer ended by {how:?}"),
+        }
+        if engine::read("run")? == 2 {
+            // It came when all was done.
+            verify_all(&mut workers)?;
+            continue;
+        }
+        if check_stopped(&mut workers)? != 0 {
+            early += 1;
+        }
+        engine::write("run", 2)?;
+        let c = engine::counters()?;
+        ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
+    }
+    println!("{early} of 6 were ended in the middle");
+    ensure!(early > 0, "no signal came in time");
+    verify_all(&mut workers)?;
+    PASS
+}
+
+/// What allocations may still come by, in KiB: with what the kernel would give up, and down to the lowest
+/// watermark. What it calls available ends at the highest one.
+fn obtainable() -> Result<i64> {
+    let mut sum = proc::free_kib()?;
+    for key in ["Active(file)", "Inactive(file)", "SReclaimable"] {
+        sum += proc::meminfo(key)?;
+    }
+    let reserve = fs::read_to_string("/proc/sys/vm/min_free_kbytes").context("min_free_kbytes")?;
+    Ok(sum - reserve.trim().parse::<i64>().context("min_free_kbytes")?)
+}
+
+/// Memory in use that the OOM killer does not find: most of what there is.
+struct Hog(Region);
+
+impl Hog {
+    /// Leaves about `left` KiB.
+    fn new(left: i64) -> Result<Self> {
+        let most = (obtainable()? as usize >> 2) + (64 << 8);
+        let region = Region::new(most)?;
+        // Giving it up must free it, whoever was forked meanwhile.
+        region.advise(0, most, libc::MADV_DONTFORK)?;
+        // The kernel takes zeroes out of huge pages when it is short of memory.
+        region.advise(0, most, libc::MADV_NOHUGEPAGE)?;
+        let mut i = 0;
+        loop {
+            let more = obtainable()? - left;
+            if more <= 0 || i == most {
+                return Ok(Self(region));
+            }
+            // Approached step by step, as tables and caches take and give as well.
+            let pages = ((more as usize >> 3).max(16)).min(most - i).min(8192);
+            region.advise(i, pages, libc::MADV_POPULATE_WRITE)?;
+            i += pages;
+        }
+    }
+}
+
+impl Drop for Hog {
+    fn drop(&mut self) {
+        let given_up = self.0.advise(0, self.0.pages(), libc::MADV_DONTNEED);
+        given_up.expect("giving up memory");
+    }
+}
+
+fn whole_guest() -> Outcome {
+    // 128 MiB to be made again, and much less there.
+    const PAGES: usize = 32 << 10;
+    // What the writer has for himself. His end frees it, which is to be enough for all others to go on: between
+    // the lowest watermark and the highest, everybody's program is read from the disk again and again.
+    const OWN: usize = 32 << 10;
+    let Some(group) = Group::new("oom-all")? else {
+        return skip(NO_GROUPS);
+    };
+    adjust(std::process::id(), SPARED)?;
+    let mut workers = tenants(&group, PAGES, SPARED)?;
+    fs::write("/proc/sys/vm/drop_caches", "1").context("drop_caches")?;
+    let hog = Hog::new(((OWN << 2) + (24 << 10)) as i64)?;
+    println!(
+        "{} KiB to be had, {} free",
+        obtainable()?,
+        proc::meminfo("MemFree")?
+    );
+    let writer = unmerge_apart(Some(&group), "0", OWN)?;
+    let how = writer.join(Duration::from_secs(60))?;
+    drop(hog);
+    // Who writes 2 to `run` is the first to be killed, spared or not, if memory is short again.
+    engine::wait_for("memory back", Duration::from_secs(20), || {
+        Ok(obtainable()? > 2 * (PAGES << 2) as i64 + (128 << 10))
+    })?;
+    println!("the writer ended by {how:?}");
+    ensure!(
+        how == Ended::Signal(libc::SIGKILL),
+        "the writer was not killed"
+    );
+    let merged = check_stopped(&mut workers)?;
+    ensure!(merged != 0, "there was memory for all");
+    finish(&mut workers)?;
+    PASS
+}
