@@ -276,7 +276,8 @@ type StoreFn = unsafe extern "C" fn(
 ///
 /// While this lives, `/sys/kernel/mm/ksm/run` takes nothing but 0. The file is taken out of the
 /// directory while its handler is exchanged: that waits for every write in progress, so no write gets
-/// past the check, and none is left in this module's code when it is unloaded.
+/// past the check, and none is left in this module's code when it is unloaded. (It comes back with the
+/// owner, mode and label that it had after boot; who has it open reads `ENODEV`.)
 ///
 /// # Invariants
 ///
@@ -304,10 +305,14 @@ impl Blocked {
             })?;
         // SAFETY: the attribute is valid; a kobj_attribute of KSM is writable static data.
         let store = unsafe { (*attr.as_ptr()).__bindgen_anon_2.store }.ok_or(ENOENT)?;
+        // INVARIANT: exchanged here, or the whole fails. From here on nobody else can write, and `drop` puts
+        // the old handler back.
+        let this = Self { attr, store };
+        this.exchange(refuse_to_run)?;
+        check_idle()?;
         // A `run` of 2 would make copies of merged pages at every swap-in. What the in-tree engine
         // remembers from an earlier run would be accounted to processes for ever: have it forget.
-        let (stopped, empty) = (is_stopped(), !has_leftovers());
-        let inputs: &[&CStr] = match (stopped, empty) {
+        let inputs: &[&CStr] = match (is_stopped(), !has_leftovers()) {
             (true, true) => &[],
             (false, true) => &[c"0"],
             (_, false) => &[c"0", c"2", c"0"],
@@ -327,11 +332,6 @@ impl Blocked {
                 return Err(EBUSY);
             }
         }
-        // INVARIANT: exchanged here, or the whole fails.
-        let this = Self { attr, store };
-        this.exchange(refuse_to_run)?;
-        // From here on `drop` puts the old handler back.
-        check_idle()?;
         Ok(this)
     }
 

@@ -31,6 +31,11 @@ pub const THEME: Theme = Theme {
             in_tree_holds
         ),
         ("in-tree-cannot-start-while-loaded", 60, in_tree_blocked),
+        (
+            "in-tree-switched-on-and-off-while-loading",
+            120,
+            in_tree_flips
+        ),
         ("refused-unload-with-merged-pages", 60, refused_unload),
         ("unload-after-the-sharers-are-gone", 60, unload_after_exit),
         ("unload-while-resting", 60, unload_resting),
@@ -121,6 +126,43 @@ fn expect_load_refused() -> Result<()> {
     expect_errno("load", module::load_file(&module::path()), libc::EBUSY)?;
     expect_gone()?;
     log.expect(&["rksm", "in-tree"])
+}
+
+/// Somebody cannot make up his mind. Either loading is refused, or the in-tree engine stands still and knows
+/// nothing.
+fn in_tree_flips() -> Outcome {
+    let mut worker = Worker::mergeable(N, 100)?;
+    write_to(in_tree(), "sleep_millisecs", b"0")?;
+    write_to(in_tree(), "pages_to_scan", b"1000")?;
+    let flipping = Background::repeat(|| {
+        for value in ["1", "0", "2", "0"] {
+            // The file may be away for a moment, and is refused while the module is there.
+            let _ = write_to(in_tree(), "run", value.as_bytes());
+        }
+        Ok(())
+    })?;
+    let mut loads = 0;
+    for attempt in 0..60 {
+        match module::load_file(&module::path()) {
+            Ok(()) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => continue,
+            Err(e) => bail!("loading: {e}"),
+        }
+        loads += 1;
+        for (file, want) in [("run", 0), ("pages_unshared", 0), ("pages_volatile", 0)] {
+            let have = engine::read_from(in_tree(), file)?;
+            ensure!(have == want, "attempt {attempt}: in-tree {file} is {have}");
+        }
+        module::unload_clean()?;
+    }
+    flipping.stop()?;
+    for value in ["0", "2", "0"] {
+        write_to(in_tree(), "run", value.as_bytes())?;
+    }
+    println!("{loads} of 60 loads succeeded");
+    ensure!(loads > 0, "never loaded");
+    worker.verify()?;
+    PASS
 }
 
 fn in_tree_runs() -> Outcome {
