@@ -7,6 +7,7 @@ use super::{ffi, sysfs};
 use core::ptr::{self, NonNull};
 use kernel::{
     bindings,
+    error::to_result,
     ffi::{c_char, c_uint, c_void},
     mm::Mm,
     prelude::*,
@@ -16,6 +17,7 @@ use kernel::{
         atomic::{Atomic, Relaxed},
         Arc,
     },
+    time::{delay::fsleep, Delta},
 };
 
 /// Learns which address spaces come and go.
@@ -94,7 +96,7 @@ impl<T: Listener + 'static> Probes<T> {
         })?;
         // SAFETY: `function` has the signature of the tracepoint (checked at load by BTF), and what
         // `data` points at outlives the registration.
-        kernel::error::to_result(unsafe {
+        to_result(unsafe {
             bindings::tracepoint_probe_register(tracepoint.as_ptr(), function, self.data())
         })?;
         Ok(Probe {
@@ -294,6 +296,10 @@ unsafe impl Sync for Blocked {}
 
 const GROUP: &CStr = c"ksm";
 
+/// How often, and after how long each time, to try again to put the file back.
+const PUT_BACK_ATTEMPTS: u32 = 100;
+const PUT_BACK_MS: i64 = 10;
+
 impl Blocked {
     /// Blocks the in-tree engine, or fails with `EBUSY` and a line in the log if it is in use.
     pub(crate) fn new() -> Result<Self> {
@@ -343,13 +349,26 @@ impl Blocked {
             let file = &raw const (*attr).attr;
             bindings::sysfs_remove_file_from_group(sysfs::mm_kobj(), file, GROUP.as_char_ptr());
             (*attr).__bindgen_anon_2.store = Some(store);
-            kernel::error::to_result(bindings::sysfs_add_file_to_group(
-                sysfs::mm_kobj(),
-                file,
-                GROUP.as_char_ptr(),
-            ))
         }
-        .inspect_err(|_| pr_err!("/sys/kernel/mm/ksm/run could not be put back\n"))
+        let mut result = self.put_back();
+        // Without memory for it the file would be gone for good: wait for some.
+        for _ in 0..PUT_BACK_ATTEMPTS {
+            if result != Err(ENOMEM) {
+                break;
+            }
+            fsleep(Delta::from_millis(PUT_BACK_MS));
+            result = self.put_back();
+        }
+        result.inspect_err(|_| pr_err!("/sys/kernel/mm/ksm/run could not be put back\n"))
+    }
+
+    /// Puts the file into the directory, out of which it was taken. May sleep.
+    fn put_back(&self) -> Result {
+        // SAFETY: the attribute is static data of the kernel and its file is not in the directory.
+        to_result(unsafe {
+            let file = &raw const (*self.attr.as_ptr()).attr;
+            bindings::sysfs_add_file_to_group(sysfs::mm_kobj(), file, GROUP.as_char_ptr())
+        })
     }
 }
 

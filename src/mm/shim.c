@@ -3,6 +3,7 @@
  * One-line bodies for shim.h.  Anything longer than a line or two that is not
  * forced by a macro belongs in Rust.
  */
+#include <linux/delay.h>
 #include <linux/ksm.h>
 #include <linux/kprobes.h>
 #include <linux/kthread.h>
