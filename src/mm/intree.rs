@@ -27,7 +27,8 @@ pub(crate) trait Listener: Send + Sync {
     /// `mm` has mergeable memory from now on. It may still be under construction by fork.
     fn enter(&self, mm: ARef<Mm>);
 
-    /// `mm` has no users any more and is about to be torn down.
+    /// `mm` has nothing mergeable any more: it is about to be torn down, or is that of a new program that
+    /// failed to start.
     fn exit(&self, mm: &Mm);
 }
 

@@ -805,8 +805,15 @@ void rksm_intree_for_each_mm(rksm_mm_fn fn, void *data)
 	struct mm_slot *slot;
 
 	spin_lock(&ksm_mmlist_lock);
-	list_for_each_entry(slot, &ksm_mm_head.mm_node, mm_node)
-		fn(data, slot->mm);
+	list_for_each_entry(slot, &ksm_mm_head.mm_node, mm_node) {
+		/*
+		 * One without users is exiting, and may have been through
+		 * ksm_exit() already: the in-tree engine leaves the slot that
+		 * its scan stopped at listed.
+		 */
+		if (atomic_read(&slot->mm->mm_users))
+			fn(data, slot->mm);
+	}
 	spin_unlock(&ksm_mmlist_lock);
 }
 
