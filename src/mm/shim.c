@@ -874,6 +874,16 @@ int rksm_watch_unload(void)
 
 void rksm_unwatch_unload(void)
 {
+	/*
+	 * Disarming allocates, to take the function out of a list.  Without
+	 * memory unregister_kprobe() would say nothing and leave the probe,
+	 * which is ours, in the kernel's tables.  By then it is disarmed in all
+	 * respects but that list, where an entry too many does no harm; and
+	 * doing it again would count it down twice.  (If somebody else has had a
+	 * probe there, too, and disabled it, the next one there is not armed.)
+	 */
+	if (disable_kprobe(&rksm_delete_module_probe))
+		rksm_delete_module_probe.flags |= KPROBE_FLAG_DISABLED;
 	unregister_kprobe(&rksm_delete_module_probe);
 }
 
