@@ -3,6 +3,7 @@
  * One-line bodies for shim.h.  Anything longer than a line or two that is not
  * forced by a macro belongs in Rust.
  */
+#include <linux/capability.h>
 #include <linux/delay.h>
 #include <linux/ksm.h>
 #include <linux/kprobes.h>
@@ -854,11 +855,19 @@ bool rksm_module_pinned(struct module *mod)
 /* src/mm/unload.rs */
 void rksm_unload_attempt(unsigned long name);
 
+/* Without a trace in the audit log: it is not we who decide. */
+static bool rksm_may_unload(void)
+{
+	return capable_noaudit(CAP_SYS_MODULE);
+}
+
 static int rksm_before_delete_module(struct kprobe *kp, struct pt_regs *regs)
 {
 	const struct pt_regs *args = (void *)regs_get_kernel_argument(regs, 0);
 
-	rksm_unload_attempt(regs_get_kernel_argument((struct pt_regs *)args, 0));
+	/* The system call has checked nothing yet. */
+	if (rksm_may_unload())
+		rksm_unload_attempt(regs_get_kernel_argument((struct pt_regs *)args, 0));
 	return 0;
 }
 

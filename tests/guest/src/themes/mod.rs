@@ -28,6 +28,7 @@ mod regress;
 mod regress_memory;
 mod regress_pages;
 mod scanning;
+mod secrets;
 mod smart;
 mod soak;
 mod swap;
@@ -73,6 +74,7 @@ pub const ALL: &[&Theme] = &[
     &vmstat::THEME,
     &advisor::THEME,
     &trace::THEME,
+    &secrets::THEME,
     &bounds::THEME,
     &regress::THEME,
     &regress_pages::THEME,
