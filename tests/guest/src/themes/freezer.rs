@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! All tasks are frozen in the middle of things, as a suspend does first.
-//!
-//! A real suspend to idle is not tried: nothing wakes the guest from it.
+//! The machine sleeps in the middle of things: all tasks are frozen for a test, or it is suspended to idle.
 
 use std::fs;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 
 use super::tests;
 use crate::background::Background;
@@ -18,47 +17,101 @@ use crate::worker::{verify_all, Worker};
 
 pub const THEME: Theme = Theme {
     name: "freezer",
-    about: "all tasks are frozen, as for a suspend, while pages are merged and unmerged",
+    about: "all tasks are frozen, and the machine sleeps, while pages are merged and unmerged",
     module: Module::Loaded,
     tests: tests![
-        ("freeze-while-scanning", 120, scanning),
-        ("freeze-while-unmerging", 120, unmerging),
-        ("freeze-while-idle", 60, idle),
+        ("freeze-while-scanning", 120, freeze_scanning),
+        ("freeze-while-unmerging", 120, freeze_unmerging),
+        ("freeze-while-idle", 60, freeze_idle),
+        ("suspend-while-scanning", 120, suspend_scanning),
+        ("suspend-while-unmerging", 120, suspend_unmerging),
+        ("suspend-while-idle", 120, suspend_idle),
     ],
 };
 
 const N: usize = 1024;
 const TEST: &str = "/sys/power/pm_test";
 const STATE: &str = "/sys/power/state";
+const SUCCESSES: &str = "/sys/power/suspend_stats/success";
 
-/// Has a suspend only freeze all tasks, for a second; undone when dropped.
-struct FreezeOnly(());
+/// A way to have the machine sleep; undone when dropped.
+enum Sleep {
+    /// A suspend only freezes all tasks but this one, for a second, and thaws them.
+    FreezeOnly,
+    /// Suspends to idle; the host presses the power button every few seconds (`scripts/vm --wake`).
+    ToIdle,
+    /// Why it cannot.
+    Never(&'static str),
+}
 
-impl FreezeOnly {
-    /// `None` if the kernel cannot.
-    fn new() -> Result<Option<Self>> {
+impl Sleep {
+    fn freezing() -> Result<Self> {
         if !fs::read_to_string(TEST).is_ok_and(|t| t.contains("freezer")) {
-            return Ok(None);
+            return Ok(Self::Never(
+                "the kernel cannot freeze tasks for a test (CONFIG_PM_DEBUG)",
+            ));
         }
         fs::write(TEST, "freezer").context(TEST)?;
-        let this = Self(());
+        let this = Self::FreezeOnly;
         fs::write("/sys/module/suspend/parameters/pm_test_delay", "1").context("pm_test_delay")?;
-        Ok(Some(this))
+        Ok(this)
     }
 
-    /// Freezes all tasks but this one, and thaws them.
-    fn freeze(&self) -> Result<()> {
-        fs::write(STATE, "freeze").context("freezing")
+    fn suspending() -> Result<Self> {
+        if std::env::var("RKSM_WAKE").unwrap_or_default().is_empty() {
+            return Ok(Self::Never(
+                "nothing wakes this guest (scripts/vm --wake, RKSM_WAKE)",
+            ));
+        }
+        if !fs::read_to_string(STATE).is_ok_and(|s| s.contains("freeze")) {
+            return Ok(Self::Never("the kernel cannot suspend to idle"));
+        }
+        // Built in, it is there without being loaded.
+        let _ = Command::new("modprobe")
+            .arg("button")
+            .stderr(Stdio::null())
+            .status();
+        ensure!(
+            fs::metadata("/sys/bus/platform/drivers/acpi-button").is_ok(),
+            "no driver for the power button: nothing would wake the machine"
+        );
+        Ok(Self::ToIdle)
+    }
+
+    /// Sleeps, and returns when awake again.
+    fn sleep(&self) -> Result<()> {
+        if matches!(self, Self::FreezeOnly) {
+            return fs::write(STATE, "freeze").context("freezing");
+        }
+        let successes = || -> Result<u64> {
+            let text = fs::read_to_string(SUCCESSES).context(SUCCESSES)?;
+            text.trim().parse().context(SUCCESSES)
+        };
+        let before = successes()?;
+        // The button may be pressed just before it sleeps, and keeps it awake.
+        for _ in 0..5 {
+            let begin = Instant::now();
+            match fs::write(STATE, "freeze") {
+                Ok(()) => {
+                    ensure!(successes()? > before, "it did not sleep");
+                    println!("slept {:.1} s", begin.elapsed().as_secs_f64());
+                    return Ok(());
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+                Err(e) => return Err(e).context("suspending to idle"),
+            }
+        }
+        bail!("something keeps the machine awake")
     }
 }
 
-impl Drop for FreezeOnly {
+impl Drop for Sleep {
     fn drop(&mut self) {
-        let _ = fs::write(TEST, "none");
+        if matches!(self, Self::FreezeOnly) {
+            let _ = fs::write(TEST, "none");
+        }
     }
 }
-
-const NO_TEST: &str = "the kernel cannot freeze tasks for a test (CONFIG_PM_DEBUG)";
 
 fn unmerged_pair() -> Result<[Worker; 2]> {
     Ok([Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?])
@@ -69,31 +122,53 @@ fn merged(workers: &mut [Worker]) -> Result<()> {
     verify_all(workers)
 }
 
-fn scanning() -> Outcome {
-    let Some(freezer) = FreezeOnly::new()? else {
-        return skip(NO_TEST);
-    };
+fn freeze_scanning() -> Outcome {
+    scanning(&Sleep::freezing()?)
+}
+
+fn suspend_scanning() -> Outcome {
+    scanning(&Sleep::suspending()?)
+}
+
+fn scanning(sleep: &Sleep) -> Outcome {
+    if let Sleep::Never(why) = sleep {
+        return skip(*why);
+    }
     let mut workers = unmerged_pair()?;
     for round in 0..3u64 {
+        scan::stop()?;
         for worker in &mut workers {
             worker.fill(0, N, 5000 * (round + 1), 1)?;
         }
+        let before = engine::read("pages_scanned")?;
         scan::start()?;
-        freezer.freeze()?;
+        // In the middle: it has begun, and has too little behind it to have merged all.
+        engine::wait_for("scanning", Duration::from_secs(20), || {
+            Ok(engine::read("pages_scanned")? > before)
+        })?;
+        sleep.sleep()?;
         merged(&mut workers)?;
     }
     PASS
 }
 
-fn unmerging() -> Outcome {
-    let Some(freezer) = FreezeOnly::new()? else {
-        return skip(NO_TEST);
-    };
+fn freeze_unmerging() -> Outcome {
+    unmerging(&Sleep::freezing()?)
+}
+
+fn suspend_unmerging() -> Outcome {
+    unmerging(&Sleep::suspending()?)
+}
+
+fn unmerging(sleep: &Sleep) -> Outcome {
+    if let Sleep::Never(why) = sleep {
+        return skip(*why);
+    }
     let mut workers = unmerged_pair()?;
     for _ in 0..3 {
         merged(&mut workers)?;
         let unmerging = Background::once(|| engine::write("run", 2))?;
-        freezer.freeze()?;
+        sleep.sleep()?;
         let how = unmerging.join(Duration::from_secs(40))?;
         ensure!(how == Ended::Exit(0), "unmerging ended by {how:?}");
         let c = engine::counters()?;
@@ -104,18 +179,26 @@ fn unmerging() -> Outcome {
     PASS
 }
 
-fn idle() -> Outcome {
-    let Some(freezer) = FreezeOnly::new()? else {
-        return skip(NO_TEST);
-    };
+fn freeze_idle() -> Outcome {
+    idle(&Sleep::freezing()?)
+}
+
+fn suspend_idle() -> Outcome {
+    idle(&Sleep::suspending()?)
+}
+
+fn idle(sleep: &Sleep) -> Outcome {
+    if let Sleep::Never(why) = sleep {
+        return skip(*why);
+    }
     let mut workers = unmerged_pair()?;
     merged(&mut workers)?;
     scan::stop()?;
-    freezer.freeze()?;
+    sleep.sleep()?;
     // A long sleep between batches must not keep the system from freezing either.
     engine::write("sleep_millisecs", 60_000)?;
     engine::write("run", 1)?;
-    freezer.freeze()?;
+    sleep.sleep()?;
     verify_all(&mut workers)?;
     engine::write("sleep_millisecs", 1)?;
     scan::passes(2)?;
