@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
+use crate::inject::Nth;
 use crate::pageflags::Span;
 use crate::patience::patient;
 use crate::region::Region;
@@ -196,6 +197,19 @@ impl Worker {
         self.call("exec").map(drop)
     }
 
+    /// Has it do `command` with its `n`-th allocation failing. Says whether there was one, and what
+    /// came of the command.
+    pub fn failing(&mut self, n: u32, command: &str) -> Result<(bool, Result<String>)> {
+        let reply = self.call(&format!("failing {n} {command}"))?;
+        let (injected, outcome) = reply.split_once(' ').context("outcome")?;
+        let outcome = match outcome.split_once(' ') {
+            Some(("ok", value)) => Ok(value.to_string()),
+            Some((_, what)) => Err(anyhow::anyhow!("{what}")),
+            None => bail!("worker answers {reply:?}"),
+        };
+        Ok((injected == "true", outcome))
+    }
+
     /// Lets it exit by itself.
     pub fn exit(mut self) -> Result<()> {
         self.send("exit")?;
@@ -274,7 +288,20 @@ fn serve(stream: UnixStream, inherited: Option<&mut Region>) -> i32 {
             // The parent is gone.
             _ => return 0,
         }
-        let words: Vec<&str> = line.split_whitespace().collect();
+        let mut words: Vec<&str> = line.split_whitespace().collect();
+        let mut failing = None;
+        if let ["failing", n, ..] = words[..] {
+            failing = n.parse().ok().zip(Nth::own().ok());
+            if failing.is_none() {
+                return 1;
+            }
+            words.drain(..2);
+        }
+        if let Some((n, nth)) = &failing {
+            if nth.set(*n).is_err() {
+                return 1;
+            }
+        }
         let result = match words[..] {
             ["exit"] => return 0,
             ["exec"] => exec_self(reader.get_ref()),
@@ -296,10 +323,18 @@ fn serve(stream: UnixStream, inherited: Option<&mut Region>) -> i32 {
             },
             _ => obey(region.as_deref_mut().or(own.as_mut()), &words),
         };
-        let reply = match result {
+        let injected = match failing.map(|(_, nth)| nth.end()) {
+            None => None,
+            Some(Ok(injected)) => Some(injected),
+            Some(Err(_)) => return 1,
+        };
+        let mut reply = match result {
             Ok(value) => format!("ok {value}"),
             Err(e) => format!("err {e:#}"),
         };
+        if let Some(injected) = injected {
+            reply = format!("ok {injected} {reply}");
+        }
         if writeln!(reader.get_mut(), "{reply}").is_err() {
             return 1;
         }

@@ -10,6 +10,7 @@ mod counters;
 mod cow;
 mod eager;
 mod exit;
+mod faults;
 mod freezer;
 mod hotplug;
 mod huge;
@@ -89,6 +90,7 @@ pub const ALL: &[&Theme] = &[
     &hotplug::THEME,
     &soak::THEME,
     &memless::THEME,
+    &faults::THEME,
     &lifecycle::THEME,
 ];
 
