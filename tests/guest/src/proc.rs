@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Small readers of /proc.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -113,6 +114,48 @@ pub fn slab_objects(cache: &str) -> Result<i64> {
     let _ = fs::write(format!("/sys/kernel/slab/{cache}/shrink"), "1");
     let text = fs::read_to_string("/proc/slabinfo").context("slabinfo")?;
     number_after(&text, cache).with_context(|| format!("{cache} in slabinfo"))
+}
+
+/// Everything /proc/slabinfo (objects) and /proc/meminfo (KiB) count, to tell what grew.
+pub struct Figures(BTreeMap<String, i64>);
+
+impl Figures {
+    /// As they are now, after every slab cache gave back its spares.
+    pub fn now() -> Result<Self> {
+        for cache in fs::read_dir("/sys/kernel/slab")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let _ = fs::write(cache.path().join("shrink"), "1");
+        }
+        let mut all = BTreeMap::new();
+        for file in ["/proc/slabinfo", "/proc/meminfo"] {
+            let text = fs::read_to_string(file).context(file)?;
+            all.extend(text.lines().filter_map(|line| {
+                let mut words = line.split_whitespace();
+                let name = words.next()?.trim_end_matches(':').to_owned();
+                Some((name, words.next()?.parse().ok()?))
+            }));
+        }
+        Ok(Self(all))
+    }
+
+    /// One of them.
+    pub fn get(&self, name: &str) -> Result<i64> {
+        self.0
+            .get(name)
+            .copied()
+            .with_context(|| format!("{name} is not counted"))
+    }
+
+    /// What differs from `before`, and by how much.
+    pub fn grown<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = (&'a str, i64)> {
+        self.0.iter().filter_map(|(name, now)| {
+            let more = now - before.0.get(name).copied().unwrap_or(0);
+            (more != 0).then_some((name.as_str(), more))
+        })
+    }
 }
 
 /// Names of slab caches that contain `part`.

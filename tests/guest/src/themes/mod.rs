@@ -28,6 +28,7 @@ mod registration;
 mod regress;
 mod regress_memory;
 mod regress_pages;
+mod reload;
 mod scanning;
 mod secrets;
 mod smart;
@@ -92,6 +93,7 @@ pub const ALL: &[&Theme] = &[
     &memless::THEME,
     &faults::THEME,
     &lifecycle::THEME,
+    &reload::THEME,
 ];
 
 /// Every order of three things.
