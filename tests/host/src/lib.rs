@@ -9,4 +9,6 @@
 #[cfg(test)]
 mod engine;
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
