@@ -499,3 +499,32 @@ fn checksums_are_spread() {
         assert!(equal <= bound(MANY, FULL_BITS), "{name}: {equal} equal");
     }
 }
+
+/// Who knows the seed makes pages that collide in all bits: where one factor is zero, the other does not
+/// matter. So nothing may rest on there being few collisions; see `MAX_COMPARES`.
+#[test]
+fn with_the_seed_known_any_number_of_pages_collide() {
+    let mut random = Random::new(31);
+    let seed: [u64; SEED_WORDS] = std::array::from_fn(|_| random.draw());
+    let hasher = Hasher::new(seed);
+    let sampled = words_read(|word| hasher.sample(word));
+    let line = (0..LINES)
+        .find(|line| sampled.iter().all(|word| word / LINE_WORDS != *line))
+        .expect("only some lines are sampled");
+    let mut page = random_page(&mut random);
+    // keys[2] is what the first word of each line is changed with.
+    page[line * LINE_WORDS] = seed[1 + 2];
+    let sum = checksum(&hasher, &page);
+    for nth in 0..4096 {
+        page[line * LINE_WORDS + 1] = nth;
+        assert_eq!(checksum(&hasher, &page), sum);
+    }
+    // With another seed they do not.
+    let other = self::hasher(77);
+    let mut sums = HashSet::new();
+    for nth in 0..4096 {
+        page[line * LINE_WORDS + 1] = nth;
+        sums.insert(checksum(&other, &page).get());
+    }
+    assert!(sums.len() > 4000, "{} of 4096 differ", sums.len());
+}

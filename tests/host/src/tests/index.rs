@@ -693,3 +693,28 @@ fn only_who_waits_stops() {
     assert_eq!(pair.index.waiting(sum(1)), None);
     pair.finish();
 }
+
+/// However many nodes have one checksum, no more than [`MAX_COMPARES`] of them are looked at for a page; and
+/// however many pages have it, one waits.
+#[test]
+fn what_collides_is_not_looked_at_without_end() {
+    for count in [16, 64, 4096] {
+        let mut index = Index::<()>::new();
+        for nth in 0..count {
+            let key = index.new_key(sum(1));
+            index.insert(key, (), GFP_NOWAIT).unwrap();
+            index.move_to_stable(key);
+            index.wait(sum(1), place(nth), GFP_NOWAIT).unwrap();
+        }
+        assert_eq!(index.stable_len(), count);
+        assert_eq!(index.unstable_len(), 1);
+        assert_eq!(index.waiting(sum(1)), Some(place(count - 1)));
+        let looked_at = std::cell::Cell::new(0);
+        let found = index.by_mappings(sum(1), |()| {
+            looked_at.set(looked_at.get() + 1);
+            2
+        });
+        assert_eq!(looked_at.get(), MAX_COMPARES);
+        assert_eq!(found.iter().flatten().count(), MAX_COMPARES);
+    }
+}
