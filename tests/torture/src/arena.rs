@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What all processes share and what outlives each of them: the ledgers that
+//! say what every page must hold, what was done last, and the counts.
+//!
+//! It is a shared mapping of a memfd, which no engine merges, and it is made of
+//! atomics only, so that a process may die at any point.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::page::Desc;
+use crate::plan::{Op, Step};
+
+/// Ledgers: the players' first, then those of children and victims.
+pub const BLOCKS: usize = 96;
+pub const PLAYERS_MAX: usize = 32;
+/// Areas of a process, and the most pages of each.
+pub const SLOTS: usize = 6;
+pub const PAGES: usize = 1024;
+/// Pages of each player that others write to.
+pub const MAIL: usize = 16;
+/// Results that are told apart: 0, and each errno.
+pub const ERRNOS: usize = 136;
+const OPS: usize = 64;
+const HISTORY: usize = 4;
+const LOG: usize = 64;
+const EVENTS: usize = 128;
+
+/// The page may read as zeroes instead (after `MADV_FREE`).
+pub const MAY_BE_ZERO: u32 = 1;
+
+/// What one page must hold.
+#[repr(C)]
+pub struct Entry {
+    desc: AtomicU64,
+    flags: AtomicU32,
+    /// When it was last seen to be right, in milliseconds.
+    seen: AtomicU32,
+    /// What changed it last: operation, and the number of the step; newest first.
+    history: [AtomicU32; HISTORY],
+}
+
+impl Entry {
+    pub fn desc(&self) -> Desc {
+        Desc(self.desc.load(Ordering::Relaxed))
+    }
+
+    pub fn may_be_zero(&self) -> bool {
+        self.flags.load(Ordering::Relaxed) & MAY_BE_ZERO != 0
+    }
+
+    /// Says what it holds from now on.
+    pub fn set(&self, desc: Desc, flags: u32) {
+        self.desc.store(desc.0, Ordering::Relaxed);
+        self.flags.store(flags, Ordering::Relaxed);
+    }
+
+    pub fn copy(&self, from: &Self) {
+        self.desc.store(from.desc().0, Ordering::Relaxed);
+        let flags = from.flags.load(Ordering::Relaxed);
+        self.flags.store(flags, Ordering::Relaxed);
+        for (to, from) in self.history.iter().zip(&from.history) {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    /// Remembers that step `number` did `op` to it.
+    pub fn note(&self, op: Op, number: u32) {
+        let mut carry = ((number & 0xff_ffff) << 8) | (op as u32 + 1);
+        for place in &self.history {
+            carry = place.swap(carry, Ordering::Relaxed);
+        }
+    }
+
+    pub fn seen(&self, now: u64) {
+        self.seen.store(now as u32, Ordering::Relaxed);
+    }
+
+    pub fn last_seen(&self) -> u32 {
+        self.seen.load(Ordering::Relaxed)
+    }
+
+    pub fn forget(&self) {
+        self.history
+            .iter()
+            .for_each(|h| h.store(0, Ordering::Relaxed));
+    }
+
+    /// What was done to it last, newest first.
+    pub fn history(&self) -> String {
+        let told: Vec<String> = self
+            .history
+            .iter()
+            .map(|h| h.load(Ordering::Relaxed))
+            .filter(|&h| h != 0)
+            .map(|h| {
+                let op = Op::from_code(((h & 0xff) - 1) as u8).map_or("?", Op::name);
+                format!("{op} in step {}", h >> 8)
+            })
+            .collect();
+        told.join(", ")
+    }
+}
+
+/// A page that others may write to.
+#[repr(C)]
+pub struct Mail {
+    /// Who may touch it: a block's number and 1, or 0.
+    claim: AtomicU32,
+    desc: AtomicU64,
+    /// What it may hold as well: a writer is at it, or died while it was.
+    alternative: AtomicU64,
+}
+
+/// No descriptor looks like this.
+const NO_ALTERNATIVE: u64 = u64::MAX;
+
+impl Mail {
+    pub fn claim(&self, block: u8) -> bool {
+        let me = u32::from(block) + 1;
+        self.claim
+            .compare_exchange(0, me, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Gives it back, if `block` has it.
+    pub fn release(&self, block: u8) {
+        let me = u32::from(block) + 1;
+        let _ = self
+            .claim
+            .compare_exchange(me, 0, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    pub fn reset(&self, desc: Desc) {
+        self.desc.store(desc.0, Ordering::Relaxed);
+        self.alternative.store(NO_ALTERNATIVE, Ordering::Release);
+    }
+
+    pub fn begin(&self, desc: Desc) {
+        self.alternative.store(desc.0, Ordering::Release);
+    }
+
+    pub fn desc(&self) -> Desc {
+        Desc(self.desc.load(Ordering::Acquire))
+    }
+
+    pub fn alternative(&self) -> Option<Desc> {
+        let raw = self.alternative.load(Ordering::Acquire);
+        (raw != NO_ALTERNATIVE).then_some(Desc(raw))
+    }
+}
+
+/// One process: what it does, and what its pages hold.
+#[repr(C)]
+pub struct Block {
+    used: AtomicU32,
+    pub pid: AtomicU32,
+    pub number: AtomicU32,
+    pub life: AtomicU32,
+    pub child: AtomicU32,
+    /// Steps begun.
+    pub steps: AtomicU32,
+    /// Code of the operation it is in, and 1; 0 between two.
+    op: AtomicU32,
+    /// When that began, in milliseconds.
+    pub since: AtomicU64,
+    /// The newest version it wrote; never goes back.
+    version: AtomicU32,
+    /// It is to be killed.
+    pub doomed: AtomicU32,
+    log: [[AtomicU64; 2]; LOG],
+    pub entries: [[Entry; PAGES]; SLOTS],
+}
+
+impl Block {
+    /// Takes it for a new process.
+    pub fn allocate(&self) -> bool {
+        let free = self
+            .used
+            .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok();
+        if free {
+            self.start();
+        }
+        free
+    }
+
+    /// Makes it that of a process that begins.
+    pub fn start(&self) {
+        self.used.store(1, Ordering::Relaxed);
+        for word in [&self.pid, &self.steps, &self.op, &self.doomed] {
+            word.store(0, Ordering::Relaxed);
+        }
+        for entry in self.log.iter().flatten() {
+            entry.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// The process is gone.
+    pub fn release(&self) {
+        self.pid.store(0, Ordering::Relaxed);
+        self.used.store(0, Ordering::Release);
+    }
+
+    pub fn in_use(&self) -> bool {
+        self.used.load(Ordering::Acquire) != 0
+    }
+
+    pub fn next_version(&self) -> u32 {
+        self.version.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    pub fn begin(&self, step: &Step, now: u64) -> u32 {
+        let number = self.steps.fetch_add(1, Ordering::Relaxed) + 1;
+        let place = &self.log[number as usize % LOG];
+        let what = u64::from(step.op as u8)
+            | (u64::from(step.slot) << 8)
+            | (u64::from(step.other) << 16)
+            | (u64::from(step.at) << 24)
+            | (u64::from(step.len) << 40);
+        place[0].store(what, Ordering::Relaxed);
+        place[1].store(
+            (u64::from(number) << 32) | u64::from(step.arg),
+            Ordering::Relaxed,
+        );
+        self.since.store(now, Ordering::Relaxed);
+        self.op.store(step.op as u32 + 1, Ordering::Relaxed);
+        number
+    }
+
+    pub fn end(&self, now: u64) {
+        self.since.store(now, Ordering::Relaxed);
+        self.op.store(0, Ordering::Relaxed);
+    }
+
+    /// The operation it is in.
+    pub fn current(&self) -> Option<Op> {
+        let code = self.op.load(Ordering::Relaxed);
+        code.checked_sub(1)
+            .and_then(|code| Op::from_code(code as u8))
+    }
+
+    /// The last `n` steps, newest first.
+    pub fn last_steps(&self, n: usize) -> String {
+        let newest = self.steps.load(Ordering::Relaxed);
+        let told = (0..n.min(LOG) as u32).filter_map(|back| {
+            let number = newest.checked_sub(back).filter(|&n| n > 0)?;
+            let [what, rest] = &self.log[number as usize % LOG];
+            let (what, rest) = (what.load(Ordering::Relaxed), rest.load(Ordering::Relaxed));
+            let op = Op::from_code(what as u8).filter(|_| rest >> 32 == u64::from(number))?;
+            Some(format!(
+                "{number} {} slot={} other={} at={} len={} arg={:#x}",
+                op.name(),
+                ((what >> 8) & 255) as usize % SLOTS,
+                (what >> 16) & 255,
+                (what >> 24) & 0xffff,
+                (what >> 40) & 0xffff,
+                rest as u32
+            ))
+        });
+        told.collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// All that is shared.
+#[repr(C)]
+pub struct Arena {
+    pub seed: AtomicU64,
+    pub allowed: AtomicU64,
+    /// Players of this round.
+    pub players: AtomicU32,
+    /// Everybody is to come to an end.
+    pub stop: AtomicU32,
+    pub failures: AtomicU32,
+    pub verified: AtomicU64,
+    /// Which optional things there are: see [`crate::player::Env`].
+    pub disk_pages: AtomicU32,
+    counts: [[AtomicU64; ERRNOS]; OPS],
+    /// What control tasks did: time, and operation with errno.
+    events: [[AtomicU64; 2]; EVENTS],
+    next_event: AtomicU32,
+    pub mail_pid: [AtomicU32; PLAYERS_MAX],
+    pub mail_addr: [AtomicU64; PLAYERS_MAX],
+    pub mail: [[Mail; MAIL]; PLAYERS_MAX],
+    pub blocks: [Block; BLOCKS],
+}
+
+impl Arena {
+    /// Counts `op` as done (0) or refused with an errno.
+    pub fn count(&self, op: Op, errno: i32) {
+        let errno = usize::try_from(errno).unwrap_or(0).min(ERRNOS - 1);
+        self.counts[op as usize][errno].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Remembers what a control task did.
+    pub fn event(&self, op: Op, errno: i32, now: u64) {
+        let at = self.next_event.fetch_add(1, Ordering::Relaxed) as usize % EVENTS;
+        let what = ((op as u64) << 32) | u64::from(errno as u32);
+        self.events[at][0].store(now, Ordering::Relaxed);
+        self.events[at][1].store(what, Ordering::Relaxed);
+    }
+
+    /// What control tasks did last, newest first: milliseconds before `now`.
+    pub fn last_events(&self, n: u32, now: u64) -> String {
+        let next = self.next_event.load(Ordering::Relaxed);
+        let told = (0..n.min(next)).filter_map(|back| {
+            let [time, what] = &self.events[(next - 1 - back) as usize % EVENTS];
+            let (time, what) = (time.load(Ordering::Relaxed), what.load(Ordering::Relaxed));
+            let op = Op::from_code((what >> 32) as u8)?;
+            let result = match what as u32 {
+                0 => String::new(),
+                errno => format!(" (errno {errno})"),
+            };
+            Some(format!(
+                "-{} {}{result}",
+                now.saturating_sub(time),
+                op.name()
+            ))
+        });
+        told.collect::<Vec<_>>().join(", ")
+    }
+
+    pub fn counted(&self, op: Op, errno: usize) -> u64 {
+        self.counts[op as usize][errno].load(Ordering::Relaxed)
+    }
+
+    pub fn done(&self, op: Op) -> u64 {
+        self.counted(op, 0)
+    }
+
+    pub fn clear_counts(&self) {
+        for count in self.counts.iter().flatten() {
+            count.store(0, Ordering::Relaxed);
+        }
+        self.verified.store(0, Ordering::Relaxed);
+    }
+
+    pub fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed) != 0 || self.failed()
+    }
+
+    pub fn failed(&self) -> bool {
+        self.failures.load(Ordering::Relaxed) != 0
+    }
+
+    pub fn fail(&self) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A ledger for a child or a victim.
+    pub fn allocate(&self) -> Option<u8> {
+        let first = self.players.load(Ordering::Relaxed) as usize;
+        (first..BLOCKS)
+            .find(|&i| self.blocks[i].allocate())
+            .map(|i| i as u8)
+    }
+
+    /// A process is gone and holds no page of others any more.
+    pub fn bury(&self, block: u8) {
+        self.mail.iter().flatten().for_each(|m| m.release(block));
+        self.blocks[block as usize].release();
+    }
+
+    pub fn block_of(&self, pid: u32) -> Option<u8> {
+        self.blocks
+            .iter()
+            .position(|b| b.in_use() && b.pid.load(Ordering::Relaxed) == pid)
+            .map(|i| i as u8)
+    }
+}

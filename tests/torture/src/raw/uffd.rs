@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0
+//! userfaultfd, as far as it protects pages from being written.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use super::check;
+
+// The kernel's <linux/userfaultfd.h>.
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
+const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const REGISTER_MODE_WP: u64 = 2;
+const WRITEPROTECT_MODE_WP: u64 = 1;
+const EVENT_PAGEFAULT: u8 = 0x12;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Protect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
+/// A descriptor that pages can be registered with; closing it gives them free.
+pub struct Uffd(OwnedFd);
+
+impl Uffd {
+    /// With `by_itself`, the kernel resolves each write; otherwise somebody has to.
+    pub fn new(by_itself: bool) -> io::Result<Self> {
+        // SAFETY: takes an integer.
+        let fd = check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })?;
+        // SAFETY: the descriptor is open and ours alone.
+        let this = Self(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
+        let mut features = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_UNPOPULATED;
+        if by_itself {
+            features |= FEATURE_WP_ASYNC;
+        }
+        let mut api = Api {
+            api: UFFD_API,
+            features,
+            ioctls: 0,
+        };
+        // SAFETY: the request takes an `Api`, which outlives the call.
+        check(unsafe { libc::ioctl(this.0.as_raw_fd(), UFFDIO_API, &mut api) }.into())?;
+        Ok(this)
+    }
+
+    pub fn register(&self, start: usize, len: usize) -> io::Result<()> {
+        let mut range = Register {
+            start: start as u64,
+            len: len as u64,
+            mode: REGISTER_MODE_WP,
+            ioctls: 0,
+        };
+        // SAFETY: the request takes a `Register`, which outlives the call.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &mut range) }.into())
+            .map(drop)
+    }
+
+    /// Protects from writing, or lets it be written again and wakes who waits.
+    pub fn protect(&self, start: usize, len: usize, on: bool) -> io::Result<()> {
+        let mut range = Protect {
+            start: start as u64,
+            len: len as u64,
+            mode: if on { WRITEPROTECT_MODE_WP } else { 0 },
+        };
+        // SAFETY: the request takes a `Protect`, which outlives the call.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_WRITEPROTECT, &mut range) }.into())
+            .map(drop)
+    }
+
+    /// Waits for a write to a protected page; its address.
+    pub fn next_fault(&self) -> io::Result<usize> {
+        // struct uffd_msg: the event in the first byte, the address in the third word.
+        let mut message = [0u64; 4];
+        loop {
+            let fd = self.0.as_raw_fd();
+            // SAFETY: `message` has room for one message of 32 bytes.
+            let n = unsafe { libc::read(fd, message.as_mut_ptr().cast(), 32) };
+            let n = check(n as libc::c_long)?;
+            if n == 32 && message[0] as u8 == EVENT_PAGEFAULT {
+                return Ok(message[2] as usize);
+            }
+        }
+    }
+}
