@@ -67,6 +67,17 @@ impl Block {
     }
 }
 
+/// Memory that is plugged in and offline.
+pub fn offline_blocks() -> Result<Vec<Block>> {
+    let mut blocks = Vec::new();
+    for block in Block::all()? {
+        if block.state()? == "offline" {
+            blocks.push(block);
+        }
+    }
+    Ok(blocks)
+}
+
 fn number_in(path: &Path, prefix: &str) -> Option<u64> {
     path.file_name()?
         .to_str()?
@@ -83,12 +94,7 @@ pub struct Plugged {
 impl Plugged {
     /// `None` if there is none.
     pub fn new() -> Result<Option<Self>> {
-        let mut blocks = Vec::new();
-        for block in Block::all()? {
-            if block.state()? == "offline" {
-                blocks.push(block);
-            }
-        }
+        let mut blocks = offline_blocks()?;
         let Some(node) = blocks.first().map(|block| block.node) else {
             return Ok(None);
         };

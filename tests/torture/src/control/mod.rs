@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What goes on beside the players: each task is a process of its own, with a
+//! sequence of its own.
+
+pub mod hotplug;
+pub mod knobs;
+pub mod pressure;
+
+use std::io;
+use std::time::Duration;
+
+use anyhow::Result;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::arena::Arena;
+use crate::plan::{Allowed, Op, Who};
+use crate::raw;
+
+/// The numbers of tasks follow those of the players.
+pub const FIRST: u32 = 1000;
+
+/// What a task works with.
+pub struct Control {
+    pub arena: &'static Arena,
+    pub rng: ChaCha8Rng,
+    pub allowed: Allowed,
+    pub who: Who,
+}
+
+impl Control {
+    pub fn new(arena: &'static Arena, who: Who, allowed: Allowed) -> Self {
+        Self {
+            arena,
+            rng: who.rng(),
+            allowed,
+            who,
+        }
+    }
+
+    pub fn stopping(&self) -> bool {
+        self.arena.stopping()
+    }
+
+    /// Sleeps for some milliseconds of `range`, but not beyond the end.
+    pub fn pause(&mut self, range: std::ops::Range<u64>) {
+        let end = raw::now() + self.rng.random_range(range);
+        while raw::now() < end && !self.stopping() {
+            std::thread::sleep(Duration::from_millis(5.min(end.saturating_sub(raw::now()))));
+        }
+    }
+
+    /// Does `work` if it is allowed, and counts how it went. `None` if it is not.
+    pub fn attempt(&mut self, op: Op, work: impl FnOnce() -> io::Result<()>) -> Option<bool> {
+        if !self.allowed.has(op) {
+            return None;
+        }
+        let result = work();
+        let errno = match &result {
+            Ok(()) => 0,
+            Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
+        };
+        self.arena.count(op, errno);
+        if op != Op::ReadKnobs {
+            self.arena.event(op, errno, raw::now());
+        }
+        Some(errno == 0)
+    }
+}
+
+/// A task: its name, what it does to the counts, and the work, which goes on
+/// until the round stops. That it fails ends the run.
+pub struct Task {
+    pub name: &'static str,
+    pub ops: &'static [Op],
+    pub work: fn(&mut Control) -> Result<()>,
+    /// Why it cannot be done here.
+    pub absent: fn() -> Option<&'static str>,
+}
+
+pub fn always() -> Option<&'static str> {
+    None
+}
+
+/// The controller has switched it on, where there is one.
+fn no_swap() -> Option<&'static str> {
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    (!swaps.contains("zram")).then_some("no zram to swap to")
+}
+
+pub const TASKS: &[Task] = &[
+    Task {
+        name: "knobs",
+        ops: &[Op::Knob, Op::BadKnob, Op::ReadKnobs],
+        work: knobs::flip,
+        absent: always,
+    },
+    Task {
+        name: "run",
+        ops: &[Op::Run0, Op::Run1, Op::Run2],
+        work: knobs::run,
+        absent: always,
+    },
+    Task {
+        name: "reload",
+        ops: &[Op::Unload, Op::Load],
+        work: knobs::reload,
+        absent: always,
+    },
+    Task {
+        name: "reclaim",
+        ops: &[Op::Reclaim],
+        work: pressure::reclaim,
+        absent: pressure::no_groups,
+    },
+    Task {
+        name: "compact",
+        ops: &[Op::Compact],
+        work: pressure::compact,
+        absent: pressure::no_compaction,
+    },
+    Task {
+        name: "drop-caches",
+        ops: &[Op::DropCaches],
+        work: pressure::drop_caches,
+        absent: always,
+    },
+    Task {
+        name: "swap",
+        ops: &[Op::SwapOff, Op::SwapOn],
+        work: pressure::swap,
+        absent: no_swap,
+    },
+    Task {
+        name: "oom",
+        ops: &[Op::Oom],
+        work: pressure::oom,
+        absent: pressure::no_groups,
+    },
+    Task {
+        name: "cpu",
+        ops: &[Op::CpuOff, Op::CpuOn],
+        work: hotplug::cpu,
+        absent: hotplug::no_cpu,
+    },
+    Task {
+        name: "memory",
+        ops: &[Op::MemOff, Op::MemOn],
+        work: hotplug::memory,
+        absent: hotplug::no_memory,
+    },
+];

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What takes pages away: reclaim, compaction, swapping, and groups that run
+//! out of memory.
+
+use std::fs;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{bail, Result};
+use rand::Rng;
+use rksm_guest_tests::cgroup::Group;
+use rksm_guest_tests::swap;
+use rksm_guest_tests::sys::{self, Ended, Forked};
+
+use super::Control;
+use crate::arena::{PAGES, SLOTS};
+use crate::page::Desc;
+use crate::plan::{Allowed, Op, Plan, Who};
+use crate::player::{Player, Stop, Until, STATUS_WRONG};
+use crate::raw::{self, Mem};
+
+/// The group of the players, and that of those that are to run out of memory;
+/// the kernel's report about the latter is expected by scripts/vm-log-check.
+pub const PLAYERS: &str = "torture";
+const VICTIMS: &str = "oom";
+/// What a victim's group may have: less than a victim takes.
+const VICTIM_LIMIT: usize = 10 << 20;
+
+/// Why there are no groups.
+pub fn no_groups() -> Option<&'static str> {
+    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
+    let there = controllers.is_ok_and(|c| c.split_whitespace().any(|c| c == "memory"));
+    (!there).then_some("the kernel has no memory controller")
+}
+
+/// Reclaims memory of the players.
+pub fn reclaim(control: &mut Control) -> Result<()> {
+    while !control.stopping() {
+        control.pause(100..1200);
+        let mib = control.rng.random_range(1..12);
+        control.attempt(Op::Reclaim, || {
+            let file = format!("/sys/fs/cgroup/rksm-{PLAYERS}/memory.reclaim");
+            fs::write(file, format!("{mib}M"))
+        });
+    }
+    Ok(())
+}
+
+pub fn no_compaction() -> Option<&'static str> {
+    fs::metadata("/proc/sys/vm/compact_memory")
+        .is_err()
+        .then_some("the kernel does not compact memory")
+}
+
+pub fn compact(control: &mut Control) -> Result<()> {
+    while !control.stopping() {
+        control.pause(1000..5000);
+        control.attempt(Op::Compact, || {
+            fs::write("/proc/sys/vm/compact_memory", "1")
+        });
+    }
+    Ok(())
+}
+
+pub fn drop_caches(control: &mut Control) -> Result<()> {
+    while !control.stopping() {
+        control.pause(2000..9000);
+        let what = control.rng.random_range(1..=3).to_string();
+        control.attempt(Op::DropCaches, || {
+            fs::write("/proc/sys/vm/drop_caches", what)
+        });
+    }
+    Ok(())
+}
+
+/// Reads all swapped pages back, and swaps again.
+pub fn swap(control: &mut Control) -> Result<()> {
+    while !control.stopping() {
+        control.pause(1000..5000);
+        if control.attempt(Op::SwapOff, swap::swap_off) != Some(true) {
+            continue;
+        }
+        control.pause(0..500);
+        if control.attempt(Op::SwapOn, swap::swap_on) != Some(true) {
+            // Left out by the user, or refused: the disk is needed all the same.
+            swap::swap_on()?;
+        }
+    }
+    Ok(())
+}
+
+/// Has processes run out of memory, one after the other, that share pages
+/// with players.
+pub fn oom(control: &mut Control) -> Result<()> {
+    let Some(group) = Group::new(VICTIMS)? else {
+        bail!("no memory controller");
+    };
+    group.set("memory.max", &VICTIM_LIMIT.to_string())?;
+    // There may be no accounting of swap.
+    let _ = group.set("memory.swap.max", "0");
+    let mut life = 0;
+    while !control.stopping() {
+        control.pause(1500..6000);
+        let Some(id) = control
+            .arena
+            .allocate()
+            .filter(|_| control.allowed.has(Op::Oom) && !control.stopping())
+        else {
+            continue;
+        };
+        life += 1;
+        let who = Who {
+            life,
+            child: 1,
+            ..control.who
+        };
+        let pid = match sys::fork()? {
+            Forked::Parent(pid) => pid,
+            Forked::Child => sys::exit_now(victim(control, &group, id, who)),
+        };
+        let ended = loop {
+            if let Some((_, ended)) = sys::try_wait(pid)? {
+                break ended;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        control.arena.bury(id);
+        match ended {
+            Ended::Signal(libc::SIGKILL) => control.arena.count(Op::Oom, 0),
+            // The round was over before it had all its memory.
+            Ended::Exit(0) => control.arena.count(Op::Oom, libc::EAGAIN),
+            Ended::Exit(STATUS_WRONG) => {}
+            how => bail!("a process that was to run out of memory ended by {how:?}"),
+        }
+    }
+    group.remove()
+}
+
+/// Plays for a while, then takes more memory than there is.
+fn victim(control: &Control, group: &Group, id: u8, who: Who) -> i32 {
+    let begin = || -> Result<Player> {
+        sys::die_with_parent()?;
+        group.enter(std::process::id())?;
+        Player::new(control.arena, id, who)
+    };
+    let mut player = match begin() {
+        Ok(player) => player,
+        Err(e) => {
+            control.arena.fail();
+            raw::say(&format!("# a victim cannot begin: {e:#}\n"));
+            return STATUS_WRONG;
+        }
+    };
+    let status = player.run(
+        Plan::new(who, victims_do(control.allowed)),
+        Until::Steps(20),
+    );
+    if status != 0 {
+        return status;
+    }
+    match devour(&mut player) {
+        Ok(()) | Err(Stop::Refused(_)) => 0,
+        Err(Stop::Fault(what)) => player.complain(&what),
+    }
+}
+
+/// A victim keeps to what takes no memory but its own.
+fn victims_do(allowed: Allowed) -> Allowed {
+    let mine = [
+        Op::Write,
+        Op::Stamp,
+        Op::Verify,
+        Op::Mergeable,
+        Op::Free,
+        Op::Rest,
+    ];
+    let bits = mine.iter().fold(0, |bits, &op| bits | (1 << op as u8));
+    Allowed(allowed.0 & bits)
+}
+
+fn devour(player: &mut Player) -> Result<(), Stop> {
+    for _ in 0..4 {
+        for slot in 0..SLOTS {
+            if player.arena.stopping() {
+                return Ok(());
+            }
+            let mem = Mem::new(PAGES)?;
+            mem.advise(0, PAGES, libc::MADV_MERGEABLE)?;
+            player.slots[slot] = Some(mem);
+            player.set_zero(slot, 0, PAGES, Op::Oom);
+            player.block.since.store(raw::now(), Ordering::Relaxed);
+            for k in 0..PAGES {
+                // Half of them are equal to pages of others.
+                let (place, version) = player.place(slot, k);
+                let desc = if k % 2 == 0 {
+                    Desc::class(k as u8, 0)
+                } else {
+                    Desc::own(0, place, version)
+                };
+                player.put(slot, k, desc, Op::Oom)?;
+            }
+        }
+        player.verify_all()?;
+    }
+    Ok(())
+}
+
+pub fn players_group() -> Result<Option<Group>> {
+    Group::new(PLAYERS)
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Children: they inherit pages and the ledger of them, work for a while, and
+//! exit, exec, or are killed.
+
+use std::os::fd::RawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rksm_guest_tests::sys::{self, Ended, Forked};
+
+use crate::arena::{Block, SLOTS};
+use crate::page::mix;
+use crate::plan::{Allowed, Op, Plan, Step, Who};
+use crate::player::{Act, Player, Stop, Until, STATUS_WRONG};
+use crate::raw;
+
+/// Children of one process at a time.
+const CHILDREN: usize = 2;
+/// Where the arena is, for what is executed.
+pub const ARENA_FD: RawFd = 100;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Exit,
+    Exec,
+    Killed,
+}
+
+pub struct Child {
+    pid: libc::pid_t,
+    block: u8,
+    end: End,
+    /// The step of the parent after which it is killed.
+    kill_after: u32,
+}
+
+fn end_of(arg: u32) -> End {
+    match (arg >> 8) & 7 {
+        0..4 => End::Exit,
+        4..6 => End::Exec,
+        _ => End::Killed,
+    }
+}
+
+pub fn fork(player: &mut Player, step: &Step) -> Act {
+    while player.children.len() >= CHILDREN {
+        reap(player, true)?;
+    }
+    let Some(id) = player.arena.allocate() else {
+        return Err(Stop::Refused(libc::EAGAIN));
+    };
+    player.forks += 1;
+    let block = &player.arena.blocks[id as usize];
+    inherit(player, block);
+    let (end, me) = (end_of(step.arg), std::process::id());
+    let pid = match sys::fork() {
+        Ok(Forked::Parent(pid)) => pid,
+        Ok(Forked::Child) => become_child(player, me, id, step, end),
+        Err(e) => {
+            player.arena.bury(id);
+            return Err(e.into());
+        }
+    };
+    block.pid.store(pid as u32, Ordering::Relaxed);
+    player.children.push(Child {
+        pid,
+        block: id,
+        end,
+        kill_after: player.block.steps.load(Ordering::Relaxed) + step.arg % 24,
+    });
+    // What either writes is not seen by the other: write at once.
+    let (slot, i, n) = player.range(step)?;
+    for k in i..i + n {
+        let (place, version) = player.place(slot, k);
+        player.put(slot, k, crate::page::Desc::own(0, place, version), step.op)?;
+    }
+    player.verify_all()
+}
+
+/// The child's ledger is that of its parent as of now.
+fn inherit(player: &Player, block: &Block) {
+    for slot in 0..SLOTS {
+        for k in 0..player.pages(slot) {
+            block.entries[slot][k].copy(player.entry(slot, k));
+        }
+    }
+}
+
+fn become_child(player: &mut Player, parent: u32, id: u8, step: &Step, end: End) -> ! {
+    player.who.child = player.forks;
+    player.id = id;
+    player.block = &player.arena.blocks[id as usize];
+    let (who, block) = (player.who, player.block);
+    block.number.store(who.number, Ordering::Relaxed);
+    block.life.store(who.life, Ordering::Relaxed);
+    block.child.store(who.child, Ordering::Relaxed);
+    block.pid.store(std::process::id(), Ordering::Relaxed);
+    player.children.clear();
+    // Others go on writing to the mail of the parent only.
+    player.mail = None;
+    let allowed = Allowed(player.arena.allowed.load(Ordering::Relaxed));
+    let steps = 4 + step.arg % 48;
+    let status = player.run(Plan::new(who, allowed), Until::Steps(steps));
+    if status != 0 {
+        sys::exit_now(status);
+    }
+    match end {
+        End::Exit => {}
+        // An orphan is killed by nobody.
+        End::Killed => {
+            while raw::parent() == parent && !player.arena.stopping() {
+                std::thread::sleep(Duration::from_millis(5));
+                if let Err(Stop::Fault(what)) = player.verify_all() {
+                    player.complain(&what);
+                    sys::exit_now(STATUS_WRONG);
+                }
+            }
+        }
+        End::Exec => {
+            let error = Command::new("/proc/self/exe")
+                .arg("exec")
+                .args([u32::from(id), who.number, who.life, who.child].map(|n| n.to_string()))
+                .exec();
+            player.complain(&format!("exec: {error}"));
+            sys::exit_now(STATUS_WRONG);
+        }
+    }
+    sys::exit_now(0)
+}
+
+/// What a child becomes that executes this program anew: nothing is inherited
+/// but what `prctl` said, the ledger's number, and the arena.
+pub fn executed(id: u8, number: u32, life: u32, child: u32) -> anyhow::Result<i32> {
+    let arena = raw::map_arena(ARENA_FD)?;
+    let who = Who {
+        seed: mix(arena.seed.load(Ordering::Relaxed)),
+        number,
+        life,
+        child,
+    };
+    let allowed = Allowed(arena.allowed.load(Ordering::Relaxed));
+    let mut player = Player::new(arena, id, who)?;
+    Ok(player.run(Plan::new(who, allowed), Until::Steps(12)))
+}
+
+/// Kills children whose time has come, and reaps those that are gone.
+pub fn look_after(player: &mut Player) -> Act {
+    reap(player, false)
+}
+
+pub fn wait_for_all(player: &mut Player) -> Act {
+    while !player.children.is_empty() {
+        reap(player, true)?;
+    }
+    Ok(())
+}
+
+/// Reaps what can be reaped; with `wait`, at least one.
+fn reap(player: &mut Player, wait: bool) -> Act {
+    loop {
+        let now = player.block.steps.load(Ordering::Relaxed);
+        let mut reaped = false;
+        let mut i = 0;
+        while let Some(child) = player.children.get(i) {
+            if child.end == End::Killed && (wait || now >= child.kill_after) {
+                player.arena.blocks[child.block as usize]
+                    .doomed
+                    .store(1, Ordering::Relaxed);
+                sys::kill(child.pid, libc::SIGKILL)?;
+            }
+            match sys::try_wait(child.pid)? {
+                Some((_, ended)) => {
+                    let child = player.children.swap_remove(i);
+                    bury(player, &child, ended)?;
+                    reaped = true;
+                }
+                None => i += 1,
+            }
+        }
+        if !wait || reaped {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn bury(player: &Player, child: &Child, ended: Ended) -> Act {
+    let block = &player.arena.blocks[child.block as usize];
+    let doomed = block.doomed.load(Ordering::Relaxed) != 0;
+    let last = block.last_steps(24);
+    player.arena.bury(child.block);
+    let op = match (child.end, ended) {
+        (End::Exit | End::Killed, Ended::Exit(0)) => Op::ChildExit,
+        (End::Exec, Ended::Exit(0)) => Op::ChildExec,
+        (_, Ended::Signal(libc::SIGKILL)) if doomed => Op::ChildKilled,
+        // It said what it found.
+        (_, Ended::Exit(STATUS_WRONG)) => return Ok(()),
+        _ => {
+            return Err(Stop::Fault(format!(
+                "child {} ended by {ended:?}; its last steps: {last}",
+                child.pid
+            )))
+        }
+    };
+    player.arena.count(op, 0);
+    Ok(())
+}

@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A process that does what its plan says to memory of which its ledger knows
+//! every byte.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rand::Rng;
+use rksm_guest_tests::pageflags::{merged_frames, Span};
+use rksm_guest_tests::sys;
+
+use crate::arena::{Arena, Block, Entry, MAIL, MAY_BE_ZERO, PAGES, PLAYERS_MAX, SLOTS};
+use crate::ops;
+use crate::ops::process::Child;
+use crate::page::{Bodies, Desc, Kind, Place, Words, PAGE, WORDS};
+use crate::plan::{Allowed, Op, Plan, Step, Who};
+use crate::raw::{self, Mem};
+
+/// Status of a process that found something wrong, and said so.
+pub const STATUS_WRONG: i32 = 3;
+/// Steps between two looks at everything.
+const LOOK_EVERY: u32 = 64;
+
+/// Why an operation ends early.
+#[derive(Debug)]
+pub enum Stop {
+    /// The kernel refused; the ledger is right all the same.
+    Refused(i32),
+    /// A page is not what it must be, or something else that may not happen.
+    Fault(String),
+}
+
+impl From<io::Error> for Stop {
+    fn from(e: io::Error) -> Self {
+        Self::Refused(e.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
+impl From<anyhow::Error> for Stop {
+    fn from(e: anyhow::Error) -> Self {
+        match e
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::raw_os_error)
+        {
+            Some(errno) => Self::Refused(errno),
+            None => Self::Fault(format!("{e:#}")),
+        }
+    }
+}
+
+pub type Act = Result<(), Stop>;
+
+/// How long a process goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// Until everybody stops.
+    Stopped,
+    /// For so many steps.
+    Steps(u32),
+}
+
+pub struct Player {
+    pub arena: &'static Arena,
+    pub block: &'static Block,
+    /// Number of its block: the owner in its pages.
+    pub id: u8,
+    pub who: Who,
+    pub slots: [Option<Mem>; SLOTS],
+    pub mail: Option<Mem>,
+    pub children: Vec<Child>,
+    /// Children forked so far.
+    pub forks: u32,
+    pub disk: Option<File>,
+    /// NUMA nodes with memory.
+    pub nodes: Vec<u32>,
+    pub bodies: Bodies,
+    pub leaving: bool,
+}
+
+/// The disk that can be read from directly, if the controller found one.
+pub const DISK_ENV: &str = "RKSM_TORTURE_DISK";
+
+impl Player {
+    /// A process that begins with untouched memory and the ledger `id`.
+    pub fn new(arena: &'static Arena, id: u8, who: Who) -> Result<Self> {
+        let block = &arena.blocks[id as usize];
+        block.start();
+        block.number.store(who.number, Ordering::Relaxed);
+        block.life.store(who.life, Ordering::Relaxed);
+        block.child.store(who.child, Ordering::Relaxed);
+        block.pid.store(std::process::id(), Ordering::Relaxed);
+        let disk = std::env::var(DISK_ENV).ok().map(|path| {
+            File::options()
+                .read(true)
+                .custom_flags(libc::O_DIRECT)
+                .open(&path)
+                .context(path)
+        });
+        let mut this = Self {
+            arena,
+            block,
+            id,
+            who,
+            slots: Default::default(),
+            mail: None,
+            children: Vec::new(),
+            forks: 0,
+            disk: disk.transpose()?,
+            nodes: rksm_guest_tests::numa::nodes().unwrap_or_default(),
+            bodies: Bodies::new(),
+            leaving: false,
+        };
+        let mut rng = Who {
+            child: who.child | (1 << 31),
+            ..who
+        }
+        .rng();
+        for slot in 0..SLOTS {
+            ops::memory::map(&mut this, slot, rng.random())
+                .map_err(|e| anyhow::anyhow!("first mapping: {e:?}"))?;
+        }
+        Ok(this)
+    }
+
+    /// Publishes pages that others may write to.
+    pub fn open_mail(&mut self) -> Result<()> {
+        let mem = Mem::new(MAIL)?;
+        mem.advise(0, MAIL, libc::MADV_MERGEABLE)?;
+        let number = self.id as usize;
+        for mail in &self.arena.mail[number] {
+            // Somebody may be about to find that the one before us is gone.
+            while !mail.claim(self.id) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            mail.reset(Desc::ZERO);
+            mail.release(self.id);
+        }
+        self.arena.mail_addr[number].store(mem.addr() as u64, Ordering::Relaxed);
+        self.arena.mail_pid[number].store(std::process::id(), Ordering::Release);
+        self.mail = Some(mem);
+        Ok(())
+    }
+
+    /// Works until the plan, the round or its own end; the exit status.
+    pub fn run(&mut self, mut plan: Plan, until: Until) -> i32 {
+        let ended = self.work(&mut plan, until).and_then(|()| self.finish());
+        match ended {
+            Ok(()) => 0,
+            Err(Stop::Refused(errno)) => self.complain(&format!("errno {errno} at the end")),
+            Err(Stop::Fault(what)) => self.complain(&what),
+        }
+    }
+
+    fn work(&mut self, plan: &mut Plan, until: Until) -> Act {
+        loop {
+            let steps = self.block.steps.load(Ordering::Relaxed);
+            if self.leaving
+                || self.arena.stopping()
+                || matches!(until, Until::Steps(n) if steps >= n)
+            {
+                return Ok(());
+            }
+            let Some(step) = plan.next() else {
+                return Ok(());
+            };
+            self.step(&step)?;
+            ops::process::look_after(self)?;
+            if self.block.steps.load(Ordering::Relaxed) % LOOK_EVERY == 0 {
+                self.verify_all()?;
+            }
+        }
+    }
+
+    fn step(&mut self, step: &Step) -> Act {
+        self.block.begin(step, raw::now());
+        let result = ops::act(self, step);
+        self.block.end(raw::now());
+        match result {
+            Ok(()) => self.arena.count(step.op, 0),
+            Err(Stop::Refused(errno)) => self.arena.count(step.op, errno),
+            Err(fault) => return Err(fault),
+        }
+        Ok(())
+    }
+
+    /// Waits for the children and looks at everything once more.
+    fn finish(&mut self) -> Act {
+        self.verify_all()?;
+        ops::process::wait_for_all(self)?;
+        self.verify_all()
+    }
+
+    /// Says that something is wrong, which ends the run.
+    pub fn complain(&self, what: &str) -> i32 {
+        self.arena.fail();
+        let w = self.who;
+        raw::say(&format!(
+            "# FAULT in process {} life {} child {} (pid {}, owner {}), seed {}: {what}\n\
+             # its last steps: {}\n\
+             # control tasks, milliseconds ago: {}\n",
+            w.number,
+            w.life,
+            w.child,
+            std::process::id(),
+            self.id,
+            w.seed,
+            self.block.last_steps(24),
+            self.arena.last_events(48, raw::now())
+        ));
+        STATUS_WRONG
+    }
+
+    // --- the ledger ---
+
+    pub fn entry(&self, slot: usize, page: usize) -> &'static Entry {
+        &self.block.entries[slot][page]
+    }
+
+    /// The pages of `slot`; none if it is empty.
+    pub fn pages(&self, slot: usize) -> usize {
+        self.slots[slot].as_ref().map_or(0, Mem::pages)
+    }
+
+    /// Applies a step to what there is: slot, first page, number of pages.
+    pub fn range(&self, step: &Step) -> Result<(usize, usize, usize), Stop> {
+        self.range_of(usize::from(step.slot) % SLOTS, step.at, step.len)
+    }
+
+    /// The same for any slot. There is nothing to do in an empty one.
+    pub fn range_of(&self, slot: usize, at: u16, len: u16) -> Result<(usize, usize, usize), Stop> {
+        let pages = self.pages(slot);
+        if pages == 0 {
+            return Err(Stop::Refused(libc::ENOENT));
+        }
+        let i = usize::from(at) % pages;
+        Ok((slot, i, usize::from(len).min(pages - i)))
+    }
+
+    pub fn mem(&mut self, slot: usize) -> Result<&mut Mem, Stop> {
+        self.slots[slot].as_mut().ok_or(Stop::Refused(libc::ENOENT))
+    }
+
+    /// The pages read as zeroes from now on.
+    pub fn set_zero(&self, slot: usize, i: usize, n: usize, op: Op) {
+        let step = self.block.steps.load(Ordering::Relaxed);
+        for k in i..i + n {
+            self.entry(slot, k).set(Desc::ZERO, 0);
+            self.entry(slot, k).note(op, step);
+        }
+    }
+
+    /// The pages may read as zeroes from now on.
+    pub fn set_maybe_zero(&self, slot: usize, i: usize, n: usize, op: Op) {
+        let step = self.block.steps.load(Ordering::Relaxed);
+        for k in i..i + n {
+            let entry = self.entry(slot, k);
+            entry.set(entry.desc(), MAY_BE_ZERO);
+            entry.note(op, step);
+        }
+    }
+
+    /// Writes a whole page.
+    pub fn put(&mut self, slot: usize, i: usize, desc: Desc, op: Op) -> Act {
+        let mut page = [0; WORDS];
+        self.bodies.render(desc, &mut page);
+        self.mem(slot)?.write(i, &page);
+        let step = self.block.steps.load(Ordering::Relaxed);
+        self.entry(slot, i).set(desc, 0);
+        self.entry(slot, i).note(op, step);
+        Ok(())
+    }
+
+    /// A descriptor for page `i` that nothing else has ever had.
+    pub fn place(&self, slot: usize, i: usize) -> (Place, u32) {
+        let place = Place {
+            owner: self.id,
+            slot: slot as u8,
+            page: (i % PAGES) as u16,
+        };
+        (place, self.block.next_version())
+    }
+
+    // --- verification ---
+
+    pub fn verify(&self, slot: usize, i: usize, n: usize) -> Act {
+        let Some(mem) = &self.slots[slot] else {
+            return Ok(());
+        };
+        let (mut have, mut want) = ([0; WORDS], [0; WORDS]);
+        let now = raw::now();
+        for k in i..i + n {
+            let entry = self.entry(slot, k);
+            mem.read(k, &mut have);
+            self.bodies.render(entry.desc(), &mut want);
+            if have == want {
+                entry.seen(now);
+                continue;
+            }
+            if entry.may_be_zero() && given_up(mem, k, &have, &want) {
+                // Once it is gone it stays so.
+                entry.set(Desc::ZERO, 0);
+                continue;
+            }
+            return Err(self.wrong(mem, slot, k, &have));
+        }
+        self.arena.verified.fetch_add(n as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn wrong(&self, mem: &Mem, slot: usize, k: usize, have: &Words) -> Stop {
+        let entry = self.entry(slot, k);
+        let want = entry.desc();
+        let mut again = [0; WORDS];
+        mem.read(k, &mut again);
+        let still = if again == *have {
+            "still so"
+        } else {
+            "not so when read again"
+        };
+        let addr = mem.addr() + k * PAGE;
+        let span = Span {
+            pid: std::process::id(),
+            addr,
+            pages: 1,
+        };
+        Stop::Fault(format!(
+            "page {slot}:{k} at {addr:#x} ({} pages in all{}): {}; {still}; pagemap and flags: {}; \
+             last seen right {} ms ago; \
+             its history, newest first: {}",
+            mem.pages(),
+            if entry.may_be_zero() { ", may be zero" } else { "" },
+            self.bodies.diagnose(have, want),
+            evidence(span),
+            (raw::now() as u32).wrapping_sub(entry.last_seen()),
+            entry.history()
+        ))
+    }
+
+    pub fn verify_all(&mut self) -> Act {
+        for slot in 0..SLOTS {
+            self.verify(slot, 0, self.pages(slot))?;
+        }
+        self.verify_mail()
+    }
+
+    /// Looks at the pages that others write to, those at least that nobody is at.
+    fn verify_mail(&self) -> Act {
+        let Some(mem) = &self.mail else {
+            return Ok(());
+        };
+        let (mut have, mut want) = ([0; WORDS], [0; WORDS]);
+        for (i, mail) in self.arena.mail[self.id as usize].iter().enumerate() {
+            if !mail.claim(self.id) {
+                continue;
+            }
+            mem.read(i, &mut have);
+            let expected = [Some(mail.desc()), mail.alternative()];
+            let right = expected.into_iter().flatten().any(|desc| {
+                self.bodies.render(desc, &mut want);
+                have == want
+            });
+            let desc = mail.desc();
+            mail.release(self.id);
+            if !right {
+                return Err(Stop::Fault(format!(
+                    "page {i} of the mail, to which others write: {} (or {:?})",
+                    self.bodies.diagnose(&have, desc),
+                    expected[1].map(|d| d.to_string())
+                )));
+            }
+            self.arena.verified.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether page `i` holds the body of a class, and which.
+    pub fn class_at(&self, slot: usize, i: usize) -> Option<u8> {
+        let entry = self.entry(slot, i);
+        let desc = entry.desc();
+        let kind = desc.kind()?;
+        (!entry.may_be_zero() && matches!(kind, Kind::Class | Kind::Stamped))
+            .then(|| desc.class_of())
+    }
+}
+
+/// Whether page `k`, read as `have`, is one that was given up and taken. It may have been taken while
+/// it was read: then it began as `want`, the rest is zeroes, and so is all of it when read again.
+fn given_up(mem: &Mem, k: usize, have: &Words, want: &Words) -> bool {
+    let mut again = [0; WORDS];
+    have.iter().zip(want).all(|(&h, &w)| h == 0 || h == w) && {
+        mem.read(k, &mut again);
+        again.iter().all(|&w| w == 0)
+    }
+}
+
+/// What the kernel says about a page.
+fn evidence(span: Span) -> String {
+    let word = |file: &str, at: u64| -> io::Result<u64> {
+        let mut raw = [0; 8];
+        File::open(file)?.read_exact_at(&mut raw, at * 8)?;
+        Ok(u64::from_le_bytes(raw))
+    };
+    let entry = word("/proc/self/pagemap", (span.addr / PAGE) as u64);
+    let flags = match entry {
+        Ok(e) if e >> 63 != 0 => word("/proc/kpageflags", e & ((1 << 55) - 1)),
+        _ => Ok(0),
+    };
+    let merged = merged_frames(span);
+    format!(
+        "{entry:x?} {flags:x?} (merged: {merged:x?}); {}",
+        vma(span.addr)
+    )
+}
+
+/// The flags of the mapping that holds `addr`.
+fn vma(addr: usize) -> String {
+    let text = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+    let mut here = false;
+    for line in text.lines() {
+        let range = line
+            .split_whitespace()
+            .next()
+            .and_then(|r| r.split_once('-'));
+        let range = range.and_then(|(a, b)| {
+            let parse = |n| usize::from_str_radix(n, 16).ok();
+            Some(parse(a)?..parse(b)?)
+        });
+        if let Some(range) = range {
+            here = range.contains(&addr);
+        } else if here && line.starts_with("VmFlags:") {
+            return line.to_string();
+        }
+    }
+    String::new()
+}
+
+/// What a forked player becomes; returns the exit status.
+pub fn play(arena: &'static Arena, who: Who, allowed: Allowed) -> i32 {
+    let begin = || -> Result<Player> {
+        sys::die_with_parent()?;
+        // The scanning thread has nice 5, and is to get somewhere.
+        raw::be_nice(10)?;
+        let mut player = Player::new(arena, who.number as u8, who)?;
+        anyhow::ensure!((who.number as usize) < PLAYERS_MAX, "too many players");
+        player.open_mail()?;
+        Ok(player)
+    };
+    match begin() {
+        Ok(mut player) => player.run(Plan::new(who, allowed), Until::Stopped),
+        Err(e) => {
+            arena.fail();
+            raw::say(&format!("# process {} cannot begin: {e:#}\n", who.number));
+            STATUS_WRONG
+        }
+    }
+}
