@@ -4,12 +4,13 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-debug conformance bench bench-quick check module shell setup clean distclean
+.PHONY: help demo test test-debug torture conformance bench bench-quick check module shell setup clean distclean
 
 help:
 	@echo 'make demo         set up, build, and merge real memory in a guest'
 	@echo 'make test         set up, build, and run every test'
 	@echo 'make test-debug   the guest tests in a kernel full of checks'
+	@echo 'make torture      everything at random to memory that merges (SECONDS=60 SEED= OPS= NOT= PLAYERS=10)'
 	@echo 'make conformance  the kernel'"'"'s own KSM selftests, with in-tree KSM and with rksm'
 	@echo 'make bench        both engines side by side, in all respects (under an hour)'
 	@echo 'make bench-quick  the two main workloads, in instructions (two minutes)'
@@ -41,6 +42,10 @@ test-debug:
 	@scripts/setup --debug
 	@RKSM_KERNEL=debug scripts/build-module
 	@scripts/test-debug
+
+torture: module
+	@tests/torture/run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(if $(OPS),--ops $(OPS)) \
+		$(if $(NOT),--not $(NOT)) $(if $(PLAYERS),--players $(PLAYERS))
 
 conformance: module
 	@scripts/conformance

@@ -14,6 +14,14 @@ pub fn ksm_stat(pid: u32, key: &str) -> Result<i64> {
     number_after(&text, key).with_context(|| format!("{key} in ksm_stat"))
 }
 
+/// The children of this thread.
+pub fn children() -> Result<Vec<u32>> {
+    let text = fs::read_to_string("/proc/thread-self/children").context("children")?;
+    text.split_whitespace()
+        .map(|pid| Ok(pid.parse()?))
+        .collect()
+}
+
 /// A value of /proc/meminfo in KiB.
 pub fn meminfo(key: &str) -> Result<i64> {
     let text = fs::read_to_string("/proc/meminfo").context("meminfo")?;

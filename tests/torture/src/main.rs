@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `rksm-torture`: many processes do everything at random to memory that
+//! merges, and verify every byte. See Documentation/testing.md.
+
+mod arena;
+mod control;
+mod disk;
+mod ops;
+mod page;
+mod plan;
+mod player;
+mod raw;
+mod report;
+mod round;
+mod settle;
+mod watch;
+
+use std::os::fd::AsRawFd;
+use std::process::ExitCode;
+
+use anyhow::{bail, ensure, Context, Result};
+use rksm_guest_tests::sys;
+
+use arena::{Arena, PLAYERS_MAX};
+use plan::{Allowed, Op};
+use report::Ktap;
+use round::Config;
+
+const USAGE: &str = "usage: rksm-torture [--seconds N] [--seed N] [--players N] [--ops LIST] \
+    [--not LIST] [--slow N] [--list]";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let result = match args.next().as_deref() {
+        Some("exec") => executed(args.collect()),
+        _ => torture(),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status as u8),
+        Err(e) => {
+            raw::say(&format!("# rksm-torture: {e:#}\n"));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// `exec BLOCK NUMBER LIFE CHILD`: what a child becomes.
+fn executed(args: Vec<String>) -> Result<i32> {
+    let numbers: Vec<u32> = args.iter().map(|a| a.parse()).collect::<Result<_, _>>()?;
+    let [id, number, life, child] = numbers[..] else {
+        bail!("{USAGE}");
+    };
+    ops::process::executed(id.try_into()?, number, life, child)
+}
+
+struct Options {
+    config: Config,
+    list: bool,
+}
+
+fn options() -> Result<Options> {
+    use lexopt::prelude::*;
+    let mut config = Config {
+        seed: raw::now() ^ (u64::from(std::process::id()) << 32),
+        seconds: 60,
+        players: 10,
+        allowed: Allowed::ALL,
+        slow: 1,
+    };
+    let (mut only, mut not, mut list) = (String::new(), String::new(), false);
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("seconds") => config.seconds = parser.value()?.parse()?,
+            Long("seed") => config.seed = parser.value()?.parse()?,
+            Long("players") => config.players = parser.value()?.parse()?,
+            Long("slow") => config.slow = parser.value()?.parse()?,
+            Long("ops") => only = parser.value()?.string()?,
+            Long("not") => not = parser.value()?.string()?,
+            Long("list") => list = true,
+            _ => bail!("{USAGE}"),
+        }
+    }
+    config.allowed = Allowed::new(&only, &not).map_err(anyhow::Error::msg)?;
+    let players = 2..=PLAYERS_MAX as u32;
+    ensure!(players.contains(&config.players), "--players {players:?}");
+    ensure!(config.slow > 0 && config.seconds > 0, "{USAGE}");
+    Ok(Options { config, list })
+}
+
+fn torture() -> Result<i32> {
+    let Options { config, list } = options()?;
+    if list {
+        for op in Op::ALL {
+            raw::say(&format!("{}\n", op.name()));
+        }
+        return Ok(0);
+    }
+    sys::become_subreaper().context("subreaper")?;
+    let file = raw::arena_file().context("memfd")?;
+    let arena = raw::map_arena(file.as_raw_fd()).context("arena")?;
+    sys::dup_onto(file.as_raw_fd(), ops::process::ARENA_FD).context("dup2")?;
+    drop(file);
+    raw::say(&format!(
+        "# rksm-torture: seed {} seconds {} players {}\n",
+        config.seed, config.seconds, config.players
+    ));
+    run(config, arena)
+}
+
+/// Names of the results that are not about single operations.
+const RESULTS: usize = 7;
+
+fn run(config: Config, arena: &'static Arena) -> Result<i32> {
+    let mut ktap = Ktap::begin(RESULTS + Op::ALL.len());
+    let machine = settle::Machine::probe(arena)?;
+    for (op, why) in &machine.absent {
+        raw::say(&format!("# absent: {}: {why}\n", op.name()));
+    }
+    // Twice, so that it is seen what a round leaves behind in caches of all kinds.
+    let warm = Config {
+        seconds: (config.seconds / 10).clamp(4, 15),
+        seed: page::mix(config.seed),
+        ..config
+    };
+    let mut before = Vec::new();
+    for _ in 0..2 {
+        if !arena.failed() {
+            round::run(warm, arena, &machine.tasks)?;
+            settle::settle(config.slow)?;
+            before.push(settle::Memory::now()?);
+        }
+    }
+    let outcome = if arena.failed() {
+        None
+    } else {
+        Some(round::run(config, arena, &machine.tasks)?)
+    };
+    raw::say(&report::table(arena));
+    let fault = arena.failed();
+    let content = if fault {
+        Err(format!("see above; the seed is {}", config.seed))
+    } else {
+        Ok(())
+    };
+    ktap.result("content", &content);
+    let (sums, split) = outcome.map_or((watch::Sums::default(), 0), |o| (o.sums, o.split));
+    raw::say(&sums.line(arena, split));
+    let happened = |yes: bool, what: &str| yes.then_some(()).ok_or(what.to_string());
+    ktap.result("pages-merged", &happened(sums.sharing > 100, "hardly any"));
+    ktap.result("pages-split", &happened(split > 100, "hardly any"));
+    ktap.result("passes", &happened(sums.passes > 2, "hardly any"));
+    let hurried = config.seconds < 60 * config.slow;
+    report::operations(&mut ktap, arena, config.allowed, &machine.absent, hurried);
+
+    let told = |r: Result<()>| r.map_err(|e| format!("{e:#}"));
+    ktap.result(
+        "counters-back-to-zero",
+        &told(settle::counters(config.slow, arena.done(Op::Fork))),
+    );
+    ktap.result("module-unloads", &told(settle::settle(config.slow)));
+    let memory = match before[..] {
+        [first, second] => told(settle::Memory::now().and_then(|now| now.check(first, second))),
+        _ => Err("no warm-up to compare with".to_string()),
+    };
+    ktap.result("memory-back", &memory);
+    raw::say(&format!("# seed {}\n", config.seed));
+    Ok(i32::from(!ktap.all_well()))
+}

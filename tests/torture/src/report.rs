@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What a run did, as KTAP.
+
+use crate::arena::{Arena, ERRNOS};
+use crate::plan::{Allowed, Op};
+use crate::raw;
+
+/// Results, one line each.
+pub struct Ktap {
+    number: usize,
+    failed: usize,
+}
+
+impl Ktap {
+    pub fn begin(plan: usize) -> Self {
+        raw::say(&format!("KTAP version 1\n1..{plan}\n"));
+        Self {
+            number: 0,
+            failed: 0,
+        }
+    }
+
+    pub fn result(&mut self, name: &str, outcome: &Result<(), String>) {
+        self.number += 1;
+        let n = self.number;
+        raw::say(&match outcome {
+            Ok(()) => format!("ok {n} {name}\n"),
+            Err(why) => {
+                self.failed += 1;
+                format!("# {name}: {why}\nnot ok {n} {name}\n")
+            }
+        });
+    }
+
+    pub fn skip(&mut self, name: &str, why: &str) {
+        self.number += 1;
+        raw::say(&format!("ok {} {name} # SKIP {why}\n", self.number));
+    }
+
+    pub fn all_well(&self) -> bool {
+        self.failed == 0
+    }
+}
+
+/// The counts of each operation: done, and refused with which errno.
+pub fn table(arena: &Arena) -> String {
+    let mut text = format!(
+        "# {:16} {:>10} {:>10}  refused with\n",
+        "operation", "done", "refused"
+    );
+    let mut total = 0;
+    for &op in Op::ALL {
+        let refused: Vec<(usize, u64)> = (1..ERRNOS)
+            .map(|errno| (errno, arena.counted(op, errno)))
+            .filter(|&(_, n)| n > 0)
+            .collect();
+        let sum: u64 = refused.iter().map(|r| r.1).sum();
+        let told: Vec<String> = refused
+            .iter()
+            .map(|&(errno, n)| format!("{}: {n}", errno_name(errno)))
+            .collect();
+        total += arena.done(op) + sum;
+        text += &format!(
+            "# {:16} {:>10} {sum:>10}  {}\n",
+            op.name(),
+            arena.done(op),
+            told.join(", ")
+        );
+    }
+    text + &format!("# {total} operations, {} pages verified\n", verified(arena))
+}
+
+pub fn verified(arena: &Arena) -> u64 {
+    arena.verified.load(std::sync::atomic::Ordering::Relaxed)
+}
+
+fn errno_name(errno: usize) -> String {
+    let name = match errno as i32 {
+        libc::EPERM => "EPERM",
+        libc::ENOENT => "ENOENT",
+        libc::ESRCH => "ESRCH",
+        libc::EINTR => "EINTR",
+        libc::EIO => "EIO",
+        libc::EAGAIN => "EAGAIN",
+        libc::ENOMEM => "ENOMEM",
+        libc::EACCES => "EACCES",
+        libc::EFAULT => "EFAULT",
+        libc::EBUSY => "EBUSY",
+        libc::ENODEV => "ENODEV",
+        libc::EINVAL => "EINVAL",
+        libc::ERANGE => "ERANGE",
+        _ => return format!("errno {errno}"),
+    };
+    name.to_string()
+}
+
+/// How often something must be expected to happen before it is a failure that it never did.
+const EXPECTED: f64 = 10.0;
+/// One in so many forked children execs, at least; those that exit or are killed are more.
+const EXEC_OF_FORKS: f64 = 8.0;
+
+/// How often a player's operation is to be expected in a run of so many steps; control tasks go by
+/// the clock.
+fn expected(arena: &Arena, op: Op) -> Option<f64> {
+    match op {
+        Op::ChildExit | Op::ChildExec | Op::ChildKilled => {
+            Some(arena.done(Op::Fork) as f64 / EXEC_OF_FORKS)
+        }
+        op if op.weight() > 0 => {
+            let of_players = || Op::ALL.iter().filter(|op| op.weight() > 0);
+            let weights: u32 = of_players().map(|op| op.weight()).sum();
+            let steps: u64 = of_players()
+                .flat_map(|&op| (0..ERRNOS).map(move |errno| arena.counted(op, errno)))
+                .sum();
+            Some(steps as f64 * f64::from(op.weight()) / f64::from(weights))
+        }
+        _ => None,
+    }
+}
+
+/// One line for each operation: it was really done. `hurried`: the run was too short for what control tasks
+/// do now and then.
+pub fn operations(
+    ktap: &mut Ktap,
+    arena: &Arena,
+    allowed: Allowed,
+    absent: &[(Op, &str)],
+    hurried: bool,
+) {
+    for &op in Op::ALL {
+        let name = format!("done-{}", op.name());
+        let why = absent.iter().find(|(o, _)| *o == op);
+        if !allowed.has(op) {
+            ktap.skip(&name, "left out by OPS= or NOT=");
+        } else if let Some((_, why)) = why {
+            ktap.skip(&name, why);
+        } else if arena.done(op) > 0 {
+            ktap.result(&name, &Ok(()));
+        } else if let Some(times) = expected(arena, op).filter(|&times| times < EXPECTED) {
+            // A slow kernel does not come that far.
+            ktap.skip(&name, &format!("to be expected {times:.1} times only"));
+        } else if hurried && op.weight() == 0 {
+            ktap.skip(&name, "never done in so short a run on so slow a kernel");
+        } else {
+            ktap.result(&name, &Err("never done".into()));
+        }
+    }
+}

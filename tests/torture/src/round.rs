@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A round: players and tasks run for a time, and all come to an end.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{bail, Result};
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use rksm_guest_tests::cgroup::Group;
+use rksm_guest_tests::sys::{self, Ended, Forked};
+use rksm_guest_tests::{module, proc};
+
+use crate::arena::Arena;
+use crate::control::{self, knobs, pressure, Control, Task};
+use crate::plan::{Allowed, Op, Who};
+use crate::player::{self, STATUS_WRONG};
+use crate::raw;
+use crate::watch::{self, Sums, Watch};
+
+/// What to run.
+#[derive(Clone, Copy)]
+pub struct Config {
+    pub seed: u64,
+    pub seconds: u64,
+    pub players: u32,
+    pub allowed: Allowed,
+    /// How many times slower than a stock kernel: for finding what is stuck.
+    pub slow: u64,
+}
+
+/// What came of it, other than the counts in the arena.
+pub struct Outcome {
+    pub sums: Sums,
+    pub split: i64,
+}
+
+#[derive(Clone, Copy)]
+enum Member {
+    Player { number: u32, life: u32 },
+    Task(&'static str),
+}
+
+struct Round {
+    config: Config,
+    arena: &'static Arena,
+    members: BTreeMap<libc::pid_t, Member>,
+    rng: ChaCha8Rng,
+    kill_at: u64,
+    group: Option<Group>,
+}
+
+pub fn run(config: Config, arena: &'static Arena, tasks: &[&'static Task]) -> Result<Outcome> {
+    arena.stop.store(0, Ordering::Relaxed);
+    arena.seed.store(config.seed, Ordering::Relaxed);
+    arena.players.store(config.players, Ordering::Relaxed);
+    arena.allowed.store(config.allowed.0, Ordering::Relaxed);
+    arena.clear_counts();
+    module::ensure_loaded(true)?;
+    knobs::calm();
+    rksm_guest_tests::engine::write("run", 1)?;
+    let split = proc::vmstat("cow_ksm").unwrap_or(0);
+
+    let who = Who {
+        seed: config.seed,
+        number: control::FIRST - 1,
+        life: 0,
+        child: 0,
+    };
+    let mut round = Round {
+        config,
+        arena,
+        members: BTreeMap::new(),
+        rng: who.rng(),
+        kill_at: raw::now() + 1000,
+        group: pressure::players_group()?,
+    };
+    for number in 0..config.players {
+        round.start_player(number, 0)?;
+    }
+    for (i, task) in tasks.iter().enumerate() {
+        round.start_task(task, control::FIRST + i as u32)?;
+    }
+    let sums = round.supervise();
+    round.end_all();
+    if let Some(group) = round.group.take() {
+        group.remove()?;
+    }
+    Ok(Outcome {
+        sums: sums?,
+        split: proc::vmstat("cow_ksm").unwrap_or(0) - split,
+    })
+}
+
+impl Round {
+    fn who(&self, number: u32, life: u32) -> Who {
+        Who {
+            seed: self.config.seed,
+            number,
+            life,
+            child: 0,
+        }
+    }
+
+    fn start_player(&mut self, number: u32, life: u32) -> Result<()> {
+        let who = self.who(number, life);
+        // It is in use from now on, not only from when the process gets to it.
+        self.arena.blocks[number as usize].start();
+        match sys::fork()? {
+            Forked::Child => sys::exit_now(player::play(self.arena, who, self.config.allowed)),
+            Forked::Parent(pid) => {
+                if let Some(group) = &self.group {
+                    group.enter(pid as u32)?;
+                }
+                self.members.insert(pid, Member::Player { number, life });
+                Ok(())
+            }
+        }
+    }
+
+    fn start_task(&mut self, task: &'static Task, number: u32) -> Result<()> {
+        let who = self.who(number, 0);
+        match sys::fork()? {
+            Forked::Child => {
+                let mut control = Control::new(self.arena, who, self.config.allowed);
+                let result = sys::die_with_parent()
+                    .map_err(anyhow::Error::from)
+                    .and_then(|()| (task.work)(&mut control));
+                if let Err(e) = result {
+                    self.arena.fail();
+                    raw::say(&format!("# FAULT in task {}: {e:#}\n", task.name));
+                    sys::exit_now(STATUS_WRONG);
+                }
+                sys::exit_now(0)
+            }
+            Forked::Parent(pid) => {
+                self.members.insert(pid, Member::Task(task.name));
+                Ok(())
+            }
+        }
+    }
+
+    /// Until the time is over and all have ended.
+    fn supervise(&mut self) -> Result<Sums> {
+        let end = raw::now() + self.config.seconds * 1000;
+        let (mut watch, mut looks) = (Watch::new(self.arena), 0);
+        let mut sums = Sums::default();
+        let mut stopped = None;
+        while !self.members.is_empty() {
+            let now = raw::now();
+            if now >= end || self.arena.failed() {
+                self.arena.stop.store(1, Ordering::Relaxed);
+                stopped.get_or_insert(now);
+            }
+            sums.sample();
+            self.reap()?;
+            if now >= self.kill_at && stopped.is_none() {
+                self.kill_one();
+            }
+            let stuck = watch.look(self.arena, self.config.slow);
+            if !stuck.is_empty() {
+                for who in &stuck {
+                    raw::say(&format!("# STUCK: {who}\n"));
+                }
+                bail!("{} processes are stuck", stuck.len());
+            }
+            if stopped.is_some() {
+                looks += 1;
+            }
+            // At least ten minutes, and longer when this process does not get to it.
+            if looks > 24_000 * self.config.slow {
+                for pid in self.members.keys() {
+                    raw::say(&format!(
+                        "# STUCK at the end:\n{}",
+                        watch::whereabouts(*pid as u32)
+                    ));
+                }
+                bail!("{} processes do not end", self.members.len());
+            }
+            std::thread::sleep(Duration::from_millis(25));
+        }
+        Ok(sums)
+    }
+
+    fn kill_one(&mut self) {
+        let pause = self.rng.random_range(200..2500);
+        self.kill_at = raw::now() + pause;
+        let number = self.rng.random_range(0..self.config.players);
+        let pid = self.members.iter().find_map(|(&pid, m)| match m {
+            Member::Player { number: n, .. } if *n == number => Some(pid),
+            _ => None,
+        });
+        if let Some(pid) = pid.filter(|_| self.config.allowed.has(Op::Kill)) {
+            self.arena.blocks[number as usize]
+                .doomed
+                .store(1, Ordering::Relaxed);
+            if sys::kill(pid, libc::SIGKILL).is_ok() {
+                self.arena.count(Op::Kill, 0);
+            }
+        }
+    }
+
+    fn reap(&mut self) -> Result<()> {
+        while let Ok(Some((pid, ended))) = sys::try_wait(-1) {
+            match self.members.remove(&pid) {
+                Some(Member::Player { number, life }) => self.player_ended(number, life, ended)?,
+                Some(Member::Task(name)) => {
+                    if !matches!(ended, Ended::Exit(0 | STATUS_WRONG)) {
+                        self.fault(&format!("task {name} ended by {ended:?}"));
+                    }
+                }
+                None => self.orphan_ended(pid as u32, ended),
+            }
+        }
+        Ok(())
+    }
+
+    fn player_ended(&mut self, number: u32, life: u32, ended: Ended) -> Result<()> {
+        let block = &self.arena.blocks[number as usize];
+        let doomed = block.doomed.load(Ordering::Relaxed) != 0;
+        self.arena.mail_pid[number as usize].store(0, Ordering::Release);
+        match ended {
+            Ended::Exit(0 | STATUS_WRONG) => {}
+            Ended::Signal(libc::SIGKILL) if doomed => {}
+            _ => self.fault(&format!(
+                "process {number} life {life} ended by {ended:?}; its last steps: {}",
+                block.last_steps(24)
+            )),
+        }
+        self.arena.bury(number as u8);
+        if !self.arena.stopping() {
+            self.start_player(number, life + 1)?;
+        }
+        Ok(())
+    }
+
+    /// A child whose parent is gone.
+    fn orphan_ended(&self, pid: u32, ended: Ended) {
+        let id = self.arena.block_of(pid);
+        let (doomed, last) = id.map_or((false, String::new()), |id| {
+            let block = &self.arena.blocks[id as usize];
+            let doomed = block.doomed.load(Ordering::Relaxed) != 0;
+            (doomed, block.last_steps(24))
+        });
+        match ended {
+            Ended::Exit(0 | STATUS_WRONG) => {}
+            // Those without a ledger serve a userfaultfd, and die with their parent.
+            Ended::Signal(libc::SIGKILL) if doomed || id.is_none() => {}
+            _ => self.fault(&format!(
+                "orphan {pid} ended by {ended:?}; its last steps: {last}"
+            )),
+        }
+        if let Some(id) = id {
+            self.arena.bury(id);
+        }
+    }
+
+    fn fault(&self, what: &str) {
+        self.arena.fail();
+        raw::say(&format!("# FAULT: {what}\n"));
+    }
+
+    /// Whoever is left is killed, and orphans are waited for.
+    fn end_all(&mut self) {
+        self.arena.stop.store(1, Ordering::Relaxed);
+        for &pid in self.members.keys() {
+            let _ = sys::kill(pid, libc::SIGKILL);
+        }
+        for _ in 0..60_000 * self.config.slow {
+            match sys::try_wait(-1) {
+                Ok(Some((pid, ended))) => {
+                    if self.members.remove(&pid).is_none() {
+                        self.orphan_ended(pid as u32, ended);
+                    }
+                }
+                Ok(None) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) => return,
+            }
+        }
+        for pid in proc::children().unwrap_or_default() {
+            raw::say(&format!(
+                "# LEFT: {pid}\n{}# its last steps: {}\n",
+                watch::whereabouts(pid),
+                self.arena.block_of(pid).map_or(String::new(), |id| {
+                    self.arena.blocks[id as usize].last_steps(8)
+                })
+            ));
+        }
+        self.fault("processes are left that do not end");
+    }
+}

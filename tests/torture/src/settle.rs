@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What there is before a round, and that nothing is left after it.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use rksm_guest_tests::engine::{self, read_from, wait_for, RKSM};
+use rksm_guest_tests::swap::Zram;
+use rksm_guest_tests::{module, numa, proc};
+
+use crate::arena::Arena;
+use crate::control::{Task, TASKS};
+use crate::disk;
+use crate::plan::Op;
+use crate::raw::{self, uffd::Uffd};
+
+/// Size of the swap space, in MiB.
+const SWAP_MIB: usize = 256;
+
+/// What the guest has.
+pub struct Machine {
+    pub tasks: Vec<&'static Task>,
+    /// The operations that cannot be done, with why.
+    pub absent: Vec<(Op, &'static str)>,
+    _swap: Option<Zram>,
+}
+
+impl Machine {
+    /// Finds out what can be done here, and makes ready for it.
+    pub fn probe(arena: &Arena) -> Result<Self> {
+        let mut this = Self {
+            tasks: Vec::new(),
+            absent: Vec::new(),
+            _swap: Zram::new(SWAP_MIB)?,
+        };
+        for task in TASKS {
+            match (task.absent)() {
+                None => this.tasks.push(task),
+                Some(why) => this.absent.extend(task.ops.iter().map(|&op| (op, why))),
+            }
+        }
+        if !disk::prepare(arena)? {
+            this.absent.push((Op::Direct, "no disk to read from"));
+        }
+        if numa::two_nodes()?.is_none() {
+            this.absent.push((Op::MigratePages, "one NUMA node only"));
+        }
+        for (op, by_itself) in [(Op::Uffd, true), (Op::UffdServed, false)] {
+            if Uffd::new(by_itself).is_err() {
+                this.absent
+                    .push((op, "no userfaultfd that protects from writing"));
+            }
+        }
+        Ok(this)
+    }
+}
+
+/// Counters that are zero when nothing is registered and nothing merged.
+const ZERO: [&str; 6] = [
+    "pages_shared",
+    "pages_sharing",
+    "pages_unshared",
+    "pages_volatile",
+    "stable_node_chains",
+    "stable_node_dups",
+];
+
+/// All that took part are gone. Merged pages go with them; what the engine
+/// remembers of them goes at the latest when it is asked to unmerge.
+pub fn counters(slow: u64, forks: u64) -> Result<()> {
+    module::ensure_loaded(true)?;
+    let dir = Path::new(RKSM);
+    let left = || -> Result<Vec<(&str, u64)>> {
+        let all = ZERO.map(|name| Ok((name, read_from(dir, name)?)));
+        let all: Vec<(&str, u64)> = all.into_iter().collect::<Result<_>>()?;
+        Ok(all.into_iter().filter(|&(_, n)| n != 0).collect())
+    };
+    raw::say(&format!("# left when all are gone: {:?}\n", left()?));
+    engine::write("run", 0)?;
+    engine::write("run", 2)?;
+    let waited = wait_for("zero", Duration::from_secs(60 * slow), || {
+        Ok(left()?.is_empty())
+    });
+    let (left, profit) = (left()?, fs::read_to_string(dir.join("general_profit"))?);
+    raw::say(&format!("# general_profit {}\n", profit.trim()));
+    ensure!(waited.is_ok() && left.is_empty(), "not zero: {left:?}");
+    zero_pages(forks)
+}
+
+/// The kernel's own count of pages of zeroes. Its `ksm_fork()` adds what the parent had when its `mm_struct` was
+/// copied, which is before the fork has the mmap_lock: each fork during which another thread, or
+/// the engine, makes or splits such pages leaves the count off by as many for good, with in-tree KSM too; the
+/// engine makes up to 16 under one hold of that lock.
+fn zero_pages(forks: u64) -> Result<()> {
+    let text = fs::read_to_string(Path::new(RKSM).join("ksm_zero_pages"))?;
+    let off: i64 = text.trim().parse().context("ksm_zero_pages")?;
+    let may = 64 + forks / 20;
+    raw::say(&format!(
+        "# ksm_zero_pages {off} in the end; at most {may} off after {forks} forks\n"
+    ));
+    ensure!(
+        off.unsigned_abs() <= may,
+        "ksm_zero_pages is {off} in the end"
+    );
+    Ok(())
+}
+
+/// Unmerges, unloads, and has the kernel let go of what it can.
+pub fn settle(slow: u64) -> Result<()> {
+    if module::loaded() {
+        engine::reset()?;
+        module::unload_soon(Duration::from_secs(60 * slow))?;
+    }
+    // What was killed last is freed in the background.
+    for _ in 0..5 {
+        fs::write("/proc/sys/vm/drop_caches", "3").context("drop_caches")?;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+    Ok(())
+}
+
+/// Memory in KiB while the module is not loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    free: i64,
+    slab: i64,
+    page_tables: i64,
+    anon: i64,
+    swap: i64,
+}
+
+impl Memory {
+    pub fn now() -> Result<Self> {
+        let this = Self {
+            free: proc::free_kib()?,
+            slab: proc::meminfo("SUnreclaim")?,
+            page_tables: proc::meminfo("PageTables")?,
+            anon: proc::meminfo("AnonPages")?,
+            swap: proc::meminfo("SwapTotal")? - proc::meminfo("SwapFree")?,
+        };
+        raw::say(&format!("# memory: {this:?} KiB\n"));
+        Ok(this)
+    }
+
+    /// Compares with what two rounds of warming up left. What may be missing
+    /// is 8 MiB, and twice what differed between those two.
+    pub fn check(&self, first: Self, second: Self) -> Result<()> {
+        let mut slack = 8 << 10;
+        if has_quarantine() {
+            // KASAN keeps freed objects, up to so much, before they are used again.
+            slack += proc::meminfo("MemTotal")? / 32;
+        }
+        let compare = |what, now: i64, first: i64, second: i64| {
+            let may = slack + 2 * (first - second).abs();
+            raw::say(&format!(
+                "# {what}: {second} KiB, then {now} KiB; slack {may} KiB\n"
+            ));
+            ensure!(
+                now <= second + may,
+                "{what}: {second} KiB before, {now} KiB after"
+            );
+            Ok(())
+        };
+        compare("used", -self.free, -first.free, -second.free)?;
+        compare("slab", self.slab, first.slab, second.slab)?;
+        compare(
+            "page tables",
+            self.page_tables,
+            first.page_tables,
+            second.page_tables,
+        )?;
+        compare("anonymous", self.anon, first.anon, second.anon)?;
+        compare("swap", self.swap, first.swap, second.swap)
+    }
+}
+
+fn has_quarantine() -> bool {
+    fs::read_to_string("/proc/kallsyms").is_ok_and(|text| text.contains(" kasan_quarantine_put"))
+}
