@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 help:
 	@echo 'make demo         set up, build, and merge real memory in a guest'
 	@echo 'make test         set up, build, and run every test'
-	@echo 'make test-debug   the guest tests in a kernel full of checks'
+	@echo 'make test-debug   the guest tests and the torture test in a kernel full of checks'
 	@echo 'make torture      everything at random to memory that merges (SECONDS=60 SEED= OPS= NOT= PLAYERS=10)'
 	@echo 'make conformance  the kernel'"'"'s own KSM selftests, with in-tree KSM and with rksm'
 	@echo 'make bench        both engines side by side, in all respects (under an hour)'
