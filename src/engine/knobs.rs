@@ -251,7 +251,7 @@ impl Engine {
             }
         }
         drop(state);
-        // Also for what a failure left to be freed later.
+        // Also for the chores that unmerging has left.
         self.wake();
         result
     }

@@ -23,6 +23,7 @@ use kernel::{
     mm::{Mm, MmWithUser},
     page::PAGE_SIZE,
     prelude::*,
+    sync::atomic::Relaxed,
 };
 
 /// What came of looking for a merged page to join.
@@ -673,6 +674,7 @@ impl Engine {
         state.core.swept = None;
         state.core.sweep_limbo(usize::MAX, result.is_ok());
         state.core.unpin_if_empty();
+        self.left_chores.store(self.has_leftovers(state), Relaxed);
         // The scan starts again; as in-tree, so does counting when all is unmerged.
         state.cursor = Cursor::new();
         if result.is_ok() {

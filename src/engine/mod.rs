@@ -90,6 +90,8 @@ pub(crate) struct Engine {
     /// Told when that is over.
     #[pin]
     settled: CondVar,
+    /// Somebody else than the thread left it chores. Written with `state` locked.
+    left_chores: Atomic<bool>,
     run: Atomic<u32>,
     pages_to_scan: Atomic<u32>,
     sleep_millisecs: Atomic<u32>,
@@ -185,6 +187,7 @@ impl Engine {
                 advisor <- new_mutex!(Advisor::new(), "rksm_advisor"),
                 offlining: Atomic::new(false),
                 settled <- new_condvar!("rksm_settled"),
+                left_chores: Atomic::new(false),
                 run: Atomic::new(run::STOP),
                 pages_to_scan: Atomic::new(advisor::DEFAULT_PAGES_TO_SCAN),
                 sleep_millisecs: Atomic::new(knobs::DEFAULT_SLEEP_MILLISECS),
@@ -275,12 +278,13 @@ impl Engine {
 
     /// Whether something has to be done at once even when nothing is to be scanned.
     fn has_chores(&self) -> bool {
-        self.registry.lock().has_dead()
+        self.left_chores.load(Relaxed) || self.registry.lock().has_dead()
     }
 
     /// Forgets who is gone, finds who was missed, frees what can be freed. Returns whether something is left:
     /// nodes whose pages are about to be freed, or processes for which there was no memory.
     fn do_chores(&self, state: &mut State) -> bool {
+        self.left_chores.store(false, Relaxed);
         if self.registry.lock().has_missed() {
             // If that fails, the next round tries again.
             let _ = self.enter_registered();
@@ -377,6 +381,8 @@ impl kthread::Main for Engine {
             if self.should_scan() {
                 self.rest(current, backoff);
             } else {
+                // The last batch may have left some.
+                let retry = self.has_leftovers(&self.state.lock()).then_some(backoff);
                 // Who was missed is looked for again in a while, or as soon as somebody is.
                 current.sleep(retry, || {
                     self.should_scan()

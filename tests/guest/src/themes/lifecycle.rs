@@ -4,7 +4,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
@@ -39,6 +39,7 @@ pub const THEME: Theme = Theme {
         ("refused-unload-with-merged-pages", 60, refused_unload),
         ("unload-after-the-sharers-are-gone", 60, unload_after_exit),
         ("unload-while-resting", 60, unload_resting),
+        ("unload-after-a-scan-that-was-stopped", 120, unload_stopped),
         ("unload-while-scanning", 60, unload_scanning),
         ("unload-with-registered-processes", 60, unload_registered),
         ("100-cycles", 240, cycles),
@@ -308,6 +309,58 @@ fn unload_resting() -> Outcome {
         expect_gone()?;
         other.verify()?;
     }
+    PASS
+}
+
+/// Pages that are not merged any more for who was scanned, and still are for a child that was not: the scan is
+/// stopped in between, and so the thread sleeps when they are freed.
+fn unload_stopped() -> Outcome {
+    // What takes some time to be scanned.
+    const MANY: usize = 48 << 10;
+    module::load()?;
+    // Scanned in the order in which they register: this process does for the pass.
+    let mut other = Worker::mergeable(N, 100)?;
+    scan::passes(1)?;
+    let big = Worker::mergeable(MANY, 50_000)?;
+    let mut region = Region::new(N)?;
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+    for attempt in 1.. {
+        ensure!(attempt < 10, "the scan was never stopped in time");
+        region.fill(0, N, 100, 1);
+        other.fill(0, N, 100, 1)?;
+        scan::until_merged(N as u64, N as u64)?;
+        scan::stop()?;
+        let mut child = Worker::inheriting(&mut region)?;
+        (0..N).for_each(|i| region.poke(i, 1, 1));
+        other.poke(0, N, 1, 1)?;
+        engine::write("smart_scan", 0)?;
+        engine::write("pages_to_scan", 1_000_000)?;
+        let passes = engine::read("full_scans")?;
+        engine::write("run", 1)?;
+        let limit = Instant::now() + crate::patience::patient(Duration::from_secs(20));
+        let listed = |pid| proc::ksm_stat(pid, "ksm_merging_pages");
+        while listed(other.pid())? != 0 || listed(std::process::id())? != 0 {
+            ensure!(Instant::now() < limit, "nothing is taken off the list");
+        }
+        engine::write("run", 0)?;
+        if engine::read("full_scans")? != passes || child.merged()? != N {
+            // Too late. Ends the child.
+            child.exit()?;
+            continue;
+        }
+        expect_errno("unload", module::unload(), libc::EBUSY)?;
+        // It has its own pages now, and nobody has the merged ones.
+        child.poke(0, N, 2, 2)?;
+        wait_for("unload", Duration::from_secs(10), || {
+            Ok(module::unload().is_ok())
+        })?;
+        child.verify()?;
+        break;
+    }
+    expect_gone()?;
+    region.verify()?;
+    other.verify()?;
+    big.exit()?;
     PASS
 }
 

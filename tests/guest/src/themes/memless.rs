@@ -14,11 +14,11 @@ use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
-use crate::proc;
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys::Ended;
 use crate::worker::{verify_all, Worker};
+use crate::{module, proc};
 
 pub const THEME: Theme = Theme {
     name: "memless",
@@ -29,6 +29,7 @@ pub const THEME: Theme = Theme {
         ("group-full-and-the-writer-in-it", 120, writer_in_it),
         ("group-full-and-a-tenant-is-killed", 120, tenant_killed),
         ("signal-during-run-2", 120, signalled),
+        ("what-is-left-is-freed-later", 60, freed_later),
         ("no-memory-at-all", 180, whole_guest),
     ],
 };
@@ -226,6 +227,47 @@ fn signalled() -> Outcome {
     println!("{early} of 6 were ended in the middle");
     ensure!(early > 0, "no signal came in time");
     verify_all(&mut workers)?;
+    PASS
+}
+
+/// Of a child that was not scanned yet `run=2` cannot unmerge the pages, and nobody else has them: what is
+/// remembered of them goes when the child gives them up, although nothing is scanned.
+fn freed_later() -> Outcome {
+    const FEW: usize = 64;
+    let Some(group) = Group::new("oom")? else {
+        return skip(NO_GROUPS);
+    };
+    // Forked before there is anything to inherit.
+    let mut other = Worker::mergeable(FEW, 100)?;
+    let mut region = Region::new(FEW)?;
+    region.fill(0, FEW, 100, 1);
+    region.advise(0, FEW, libc::MADV_MERGEABLE)?;
+    scan::until_merged(FEW as u64, FEW as u64)?;
+    scan::stop()?;
+    let mut child = Worker::inheriting(&mut region)?;
+    child.verify()?;
+    group.enter(child.pid())?;
+    adjust(child.pid(), SPARED)?;
+    limit(&group, 0)?;
+    let errno = engine::refused("run", "2")?;
+    group.set("memory.max", "max")?;
+    ensure!(errno == Some(libc::ENOMEM), "run=2 gives {errno:?}");
+    let merged = child.merged()?;
+    ensure!(merged != 0, "there was memory for all");
+    if engine::is_in_tree() {
+        child.poke(0, FEW, 1, 1)?;
+    } else {
+        let refused = module::unload();
+        ensure!(refused.is_err(), "{merged} pages are not known");
+        child.poke(0, FEW, 1, 1)?;
+        engine::wait_for("unload", Duration::from_secs(10), || {
+            Ok(module::unload().is_ok())
+        })?;
+        module::load()?;
+    }
+    child.verify()?;
+    region.verify()?;
+    other.verify()?;
     PASS
 }
 
