@@ -403,8 +403,8 @@ impl Engine {
         let is_over = || self.sleep_millisecs.load(Relaxed) != sleep || self.run() != run::MERGE;
         let began = Instant::<Monotonic>::now();
         let mut left = sleep;
-        // The batch may have left some.
-        let mut unfinished = self.has_leftovers(&self.state.lock());
+        // The batch may have left some, to which the main loop comes at once if there is no rest.
+        let mut unfinished = sleep != 0 && self.has_leftovers(&self.state.lock());
         loop {
             let nap = if unfinished { left.min(backoff) } else { left };
             current.sleep(Some(nap), || is_over() || self.has_chores());
