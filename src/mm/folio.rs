@@ -8,7 +8,7 @@ use crate::engine::{
     index::StableKey,
 };
 use core::{cell::Cell, marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
-use kernel::{bindings, prelude::*};
+use kernel::{bindings, error::to_result, prelude::*};
 
 /// The low bits of `folio->mapping` that say what the rest of it points at.
 pub(super) const MAPPING_FLAGS: usize = 3;
@@ -337,31 +337,47 @@ impl LockedPage {
         let folio = unsafe { ffi::rksm_page_folio(self.as_ptr()) };
         // INVARIANT: looked up anew.
         self.folio.set(folio);
-        kernel::error::to_result(ret).map_err(|_| EBUSY)
+        to_result(ret).map_err(|_| EBUSY)
     }
 
-    /// Whether the page, which `vma` maps at `addr`, is shared over a fork with somebody by whom it could not
-    /// be found once it is merged: it is mapped, or may be swapped in, where nobody is looking for pages to
-    /// merge, or at another address; or the fork is still going on. Of a page that is not one of its own yet,
-    /// others of its folio count, too, and addresses do not. Takes the kernel's anon_vma lock, and
-    /// page-table locks.
-    pub(super) fn is_shared_with_strangers(&self, vma: &MergeableVma<'_>, addr: usize) -> bool {
+    /// Checks that nobody shares the page, which `vma` maps at `addr`, over a fork by whom it could not
+    /// be found once it is merged. Of a page that is not one of its own yet, others of its folio count, too,
+    /// and addresses do not. Takes the kernel's anon_vma lock, and page-table locks.
+    ///
+    /// Returns `EMLINK` if it is mapped, or may be swapped in, where nobody is looking for pages to merge,
+    /// or at another address; `EBUSY` if that, or the fork itself, may be over in a moment.
+    pub(super) fn refuse_strangers(&self, vma: &MergeableVma<'_>, addr: usize) -> Result {
         let (folio, mm) = (self.folio(), vma.mm().as_raw());
         // SAFETY: the folio is an anonymous one, locked and kept, by the type invariants and our caller,
         // and mapped by `vma`, whose mmap lock is held.
         unsafe {
             if self.is_large() {
-                return ffi::rksm_folio_maybe_mapped_shared(folio)
-                    && ffi::rksm_folio_mapped_by_strangers(folio, mm, addr, MAX_RELATIVES);
+                if !ffi::rksm_folio_maybe_mapped_shared(folio) {
+                    return Ok(());
+                }
+            } else {
+                if ffi::rksm_page_anon_exclusive(self.as_ptr()) {
+                    return Ok(());
+                }
+                // What nobody will swap in any more is there as a spare only.
+                to_result(ffi::rksm_folio_leave_swap(folio))?;
+                if self.is_mapped_once() {
+                    return Ok(());
+                }
             }
-            if ffi::rksm_page_anon_exclusive(self.as_ptr()) {
-                return false;
-            }
-            // What nobody will swap in any more is there as a spare only.
-            !ffi::rksm_folio_leave_swap(folio)
-                || (ffi::rksm_folio_mapcount(folio) != 1
-                    && ffi::rksm_folio_mapped_by_strangers(folio, mm, addr, MAX_RELATIVES))
+            to_result(ffi::rksm_folio_mapped_by_strangers(
+                folio,
+                mm,
+                addr,
+                MAX_RELATIVES,
+            ))
         }
+    }
+
+    /// Whether one page table maps the folio, and no more.
+    pub(super) fn is_mapped_once(&self) -> bool {
+        // SAFETY: by the type invariant the folio is valid.
+        unsafe { ffi::rksm_folio_mapcount(self.folio()) == 1 }
     }
 
     /// The key of the stable node that this page belongs to.

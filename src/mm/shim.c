@@ -180,10 +180,15 @@ bool rksm_folio_maybe_mapped_shared(struct folio *folio)
 	return folio_maybe_mapped_shared(folio);
 }
 
-/* Whether no swap entry, nor the swap cache, has the locked folio any more. */
-bool rksm_folio_leave_swap(struct folio *folio)
+/*
+ * 0 if no swap entry, nor the swap cache, has the locked folio any more; -EBUSY
+ * while it is being written.
+ */
+int rksm_folio_leave_swap(struct folio *folio)
 {
-	return !folio_test_swapcache(folio) || folio_free_swap(folio);
+	if (!folio_test_swapcache(folio) || folio_free_swap(folio))
+		return 0;
+	return folio_test_writeback(folio) ? -EBUSY : -EMLINK;
 }
 
 void rksm_folio_drop_swap(struct folio *folio)
@@ -492,56 +497,62 @@ struct rksm_strangers {
 	struct mm_struct *mm;
 	unsigned long addr;
 	int left;
-	bool found;
+	int relatives;
+	int result;
 };
 
 /*
- * Whether the engine lists what this VMA of another address space maps, sooner
- * or later, and rmap finds it by our item until then.  Their flags may change
+ * 0 if the engine lists what this VMA of another address space maps, sooner or
+ * later; rmap finds it by our item until then.  Their flags may change
  * meanwhile.
  *
- * And whether dup_mmap() is done: it lets others use the child before it
- * flushes what the parent's CPUs remember to be writable, and the lock of the
- * parent is held until after that.
+ * -EBUSY while dup_mmap() may be going on: it lets others use the child before
+ * it flushes what the parent's CPUs remember to be writable, and the lock of
+ * the parent is held until after that.
  */
-static bool rksm_is_relative(struct vm_area_struct *vma)
+static int rksm_relative(struct vm_area_struct *vma)
 {
 	struct mm_struct *mm = vma->vm_mm;
 
 	if (!(vma->vm_flags & VM_MERGEABLE) || !mm_flags_test(MMF_VM_MERGEABLE, mm))
-		return false;
+		return -EMLINK;
 	if (!mmap_read_trylock(mm))
-		return false;
+		return -EBUSY;
 	mmap_read_unlock(mm);
-	return true;
+	return 0;
 }
 
 static bool rksm_look_for_strangers(struct folio *folio, struct vm_area_struct *vma,
 				    unsigned long addr, void *arg)
 {
-	DEFINE_FOLIO_VMA_WALK(walk, folio, vma, addr, 0);
+	/* An entry that is empty for a moment, as in mprotect(), is one, too. */
+	DEFINE_FOLIO_VMA_WALK(walk, folio, vma, addr, PVMW_SYNC);
 	struct rksm_strangers *strangers = arg;
 
-	if (strangers->left-- > 0) {
-		if (vma->vm_mm == strangers->mm || !page_vma_mapped_walk(&walk))
-			return true;
-		page_vma_mapped_walk_done(&walk);
-		if ((folio_test_large(folio) || addr == strangers->addr) &&
-		    rksm_is_relative(vma))
-			return true;
+	if (strangers->left-- <= 0) {
+		strangers->result = -EMLINK;
+		return false;
 	}
-	strangers->found = true;
-	return false;
+	if (vma->vm_mm == strangers->mm || !page_vma_mapped_walk(&walk))
+		return true;
+	page_vma_mapped_walk_done(&walk);
+	strangers->relatives++;
+	if (folio_test_large(folio) || addr == strangers->addr)
+		strangers->result = rksm_relative(vma);
+	else
+		strangers->result = -EMLINK;
+	return !strangers->result;
 }
 
 /*
- * Whether an anonymous folio, which is locked and mapped at addr in mm (whose
- * mmap lock is held), is mapped elsewhere by somebody who did not ask for
- * merging, or where the item of a page at addr does not lead; or there are more
- * than so many VMAs to look at.
+ * 0 if an anonymous folio, which is locked and mapped at addr in mm (whose mmap
+ * lock is held), is mapped by nobody but relatives.  -EMLINK if it is mapped by
+ * somebody who did not ask for merging, or where the item of a page at addr
+ * does not lead; or if there are more than so many VMAs to look at.  -EBUSY if
+ * it may be otherwise in a moment.
  */
-bool rksm_folio_mapped_by_strangers(struct folio *folio, struct mm_struct *mm,
-				    unsigned long addr, int most)
+int rksm_folio_mapped_by_strangers(struct folio *folio, struct mm_struct *mm,
+				   unsigned long addr, int most)
 {
 	struct rksm_strangers strangers = { .mm = mm, .addr = addr, .left = most };
 	struct rmap_walk_control control = {
@@ -550,7 +561,11 @@ bool rksm_folio_mapped_by_strangers(struct folio *folio, struct mm_struct *mm,
 	};
 
 	rmap_walk(folio, &control);
-	return strangers.found;
+	/* Whoever the walk did not come by is none that is known. */
+	if (!strangers.result && !folio_test_large(folio) &&
+	    folio_mapcount(folio) > strangers.relatives + 1)
+		return -EBUSY;
+	return strangers.result;
 }
 
 unsigned long rksm_vma_page_index(struct vm_area_struct *vma, unsigned long addr)

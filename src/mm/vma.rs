@@ -152,13 +152,11 @@ impl<'a> MergeableVma<'a> {
     ) -> Result<PageRef> {
         let page = lock_plain(page)?;
         // Others who map a huge page shall not lose it in vain.
-        if page.is_large() && page.is_shared_with_strangers(self, addr) {
-            return Err(EMLINK);
+        if page.is_large() {
+            page.refuse_strangers(self, addr)?;
+            page.split()?;
         }
-        page.split()?;
-        if page.is_shared_with_strangers(self, addr) {
-            return Err(EMLINK);
-        }
+        page.refuse_strangers(self, addr)?;
         self.write_protect(addr, &page)?;
         // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
         // it is either mapped here only, or shared by a fork that is over, and so write-protected
