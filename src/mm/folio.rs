@@ -344,25 +344,28 @@ impl LockedPage {
     /// be found once it is merged. Of a page that is not one of its own yet, others of its folio count, too,
     /// and addresses do not. Takes the kernel's anon_vma lock, and page-table locks.
     ///
+    /// Returns whether relatives share it. If not, and `vma` still maps the page, nobody else does, nor will as
+    /// long as the mmap lock is held: who gave the page up cannot get it back.
+    ///
     /// Returns `EMLINK` if it is mapped, or may be swapped in, where nobody is looking for pages to merge,
     /// or at another address; `EBUSY` if that, or the fork itself, may be over in a moment.
-    pub(super) fn refuse_strangers(&self, vma: &MergeableVma<'_>, addr: usize) -> Result {
+    pub(super) fn refuse_strangers(&self, vma: &MergeableVma<'_>, addr: usize) -> Result<bool> {
         let (folio, mm) = (self.folio(), vma.mm().as_raw());
         // SAFETY: the folio is an anonymous one, locked and kept, by the type invariants and our caller,
         // and mapped by `vma`, whose mmap lock is held.
         unsafe {
             if self.is_large() {
                 if !ffi::rksm_folio_maybe_mapped_shared(folio) {
-                    return Ok(());
+                    return Ok(false);
                 }
             } else {
                 if ffi::rksm_page_anon_exclusive(self.as_ptr()) {
-                    return Ok(());
+                    return Ok(false);
                 }
                 // What nobody will swap in any more is there as a spare only.
                 to_result(ffi::rksm_folio_leave_swap(folio))?;
-                if self.is_mapped_once() {
-                    return Ok(());
+                if ffi::rksm_folio_mapcount(folio) == 1 {
+                    return Ok(false);
                 }
             }
             to_result(ffi::rksm_folio_mapped_by_strangers(
@@ -370,14 +373,9 @@ impl LockedPage {
                 mm,
                 addr,
                 MAX_RELATIVES,
-            ))
+            ))?;
         }
-    }
-
-    /// Whether one page table maps the folio, and no more.
-    pub(super) fn is_mapped_once(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
-        unsafe { ffi::rksm_folio_mapcount(self.folio()) == 1 }
+        Ok(true)
     }
 
     /// The key of the stable node that this page belongs to.

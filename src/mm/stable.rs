@@ -393,7 +393,7 @@ impl NodeBox {
     }
 
     /// Makes `page`, which is write-protected wherever it is mapped, the page of this node, and
-    /// `item` the first place that maps it.
+    /// `item` the first place that maps it. `shared`: whether relatives of `vma` may map it, too.
     ///
     /// # Safety
     ///
@@ -405,6 +405,7 @@ impl NodeBox {
         item: &mut ItemBox,
         vma: &MergeableVma<'_>,
         addr: usize,
+        shared: bool,
     ) {
         self.0.set_kpfn(page.pfn());
         self.0.home.set(page.memory_node());
@@ -412,9 +413,13 @@ impl NodeBox {
         // folio that will is held. It is an anonymous one that `vma` maps, so its anon_vma is among those of
         // `vma`, which the mmap lock keeps.
         unsafe {
-            // The page's own: its tree has all who got the page by a fork, and until they are listed,
-            // rmap finds them by this item.
-            let anon_vma = ffi::rksm_folio_get_anon_vma(page.folio());
+            // If others have the page by a fork, its own: they are all in that one's tree, and until they
+            // are listed, rmap finds them by this item. If nobody has, ours, in whose tree are fewer.
+            let anon_vma = if shared {
+                ffi::rksm_folio_get_anon_vma(page.folio())
+            } else {
+                ffi::rksm_vma_get_anon_vma(vma.as_ptr())
+            };
             self.0.link(&item.0, anon_vma, vma, addr);
         }
         // INVARIANT: published before the folio can point here.

@@ -156,12 +156,14 @@ impl<'a> MergeableVma<'a> {
             page.refuse_strangers(self, addr)?;
             page.split()?;
         }
-        page.refuse_strangers(self, addr)?;
+        // Asked before `write_protect` sees the page mapped here: at any time after that we may give it up, and
+        // the only mapping be a relative's.
+        let shared = page.refuse_strangers(self, addr)?;
         self.write_protect(addr, &page)?;
         // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
         // it is either mapped here only, or shared by a fork that is over, and so write-protected
         // everywhere, and known to be so by all CPUs.
-        unsafe { node.publish(&page, item, self, addr) };
+        unsafe { node.publish(&page, item, self, addr, shared) };
         Ok(page.unlock())
     }
 

@@ -29,6 +29,7 @@ pub const THEME: Theme = Theme {
         ("soft-offline-while-merging", 120, soft_offline_scanning),
         ("poisoned-page-kills-who-touches-it", 90, poison),
         ("poisoned-page-kills-early-if-asked", 90, kill_early),
+        ("who-has-it-no-more-lives", 90, relatives),
         ("poisoned-by-a-sharer", 90, madvise),
         ("poisoned-then-unmerged", 90, unmerged),
         ("poisoned-page-takes-no-other", 90, no_target),
@@ -240,6 +241,42 @@ fn kill_early() -> Outcome {
     }
     other.verify()?;
     scan::until_merged(0, 0)?;
+    PASS
+}
+
+/// Who passed pages on by a fork, and has others since, is not killed for what becomes of them there.
+fn relatives() -> Outcome {
+    let Some(mut injector) = Injector::new()? else {
+        return skip(NO_POISON);
+    };
+    let mut regions = [Region::new(N)?, Region::new(N)?];
+    for region in &mut regions {
+        region.fill(0, N, 100, 1);
+        region.advise(0, N, libc::MADV_DONTFORK)?;
+    }
+    let mut heirs = Vec::new();
+    for region in &mut regions {
+        region.advise(0, N, libc::MADV_DOFORK)?;
+        heirs.push(Worker::inheriting(region)?);
+        region.advise(0, N, libc::MADV_DONTFORK)?;
+        (0..N).for_each(|i| region.poke(i, 1, 7));
+    }
+    for heir in &mut heirs {
+        heir.advise(0, N, libc::MADV_MERGEABLE)?;
+    }
+    scan::until_merged(N as u64, N as u64)?;
+    scan::stop()?;
+    fs::write(EARLY_KILL, "1").context("early kill")?;
+    injector.poison(frame(&heirs[0], 3)?)?;
+    // This process would be gone, too.
+    for heir in heirs {
+        let how = heir.end()?;
+        ensure!(
+            how == Ended::Signal(libc::SIGBUS),
+            "a sharer ended by {how:?}"
+        );
+    }
+    regions.iter().try_for_each(Region::verify)?;
     PASS
 }
 

@@ -327,6 +327,8 @@ fn scan(model: &Protocol, s: &mut State) -> Scan {
             if shared && wrong != Mutation::PublishDuringFork && (0..PROCESSES).any(forking) {
                 return s.give_up(first, &[(page, true)], Scan::Done);
             }
+            // Nobody but `first` can get the page from here on, if nobody has it.
+            s.node.to_relatives = shared && wrong != Mutation::OwnRelativesOnly;
             Scan::Protect { page }
         }
         Scan::Protect { page } => {
@@ -365,6 +367,9 @@ fn scan(model: &Protocol, s: &mut State) -> Scan {
             s.node.alive = true;
             s.node.frame = page;
             s.node.listed[first] = true;
+            if wrong == Mutation::CountLate {
+                s.node.to_relatives = s.frames[page].maps != 1;
+            }
             s.frames[page].ksm = true;
             s.give_up(first, &[(page, true)], Scan::Find)
         }
@@ -719,7 +724,7 @@ fn migrate(model: &Protocol, s: &mut State) -> Migrate {
             }
         }
         Migrate::Unmap { page, process } => {
-            let known = !s.frames[page].ksm || s.node.leads_to(process, model.mutation);
+            let known = !s.frames[page].ksm || s.node.leads_to(process);
             if let (true, Some(writable)) = (known, s.maps(process, page)) {
                 let writable = writable && s.frames[page].exclusive;
                 s.processes[process].tlb = None;

@@ -11,7 +11,7 @@
 //!
 //! | step | in the module |
 //! | --- | --- |
-//! | `Scan::Relatives` | `LockedPage::is_shared_with_strangers` (src/mm/folio.rs) |
+//! | `Scan::Relatives` | `LockedPage::refuse_strangers` (src/mm/folio.rs) |
 //! | `Scan::Get` … `Scan::Publish` | `MergeableVma::publish` (src/mm/vma.rs), `NodeBox::publish` (src/mm/stable.rs) |
 //! | `Scan::Find`, `Scan::LockMerged` | `NodeBox::page`, `PageRef::lock` |
 //! | `Scan::Join…` | `MergeableVma::try_join`, `PteLock::clear_unless` (src/mm/pte.rs), `NodeBox::attach` |
@@ -91,14 +91,17 @@ pub(crate) struct Node {
     /// `kpfn`.
     pub(crate) frame: usize,
     pub(crate) listed: [bool; PROCESSES],
+    /// Whether the first item leads to all who got the page by a fork, and not to whom it is for and his
+    /// children only.
+    pub(crate) to_relatives: bool,
 }
 
 impl Node {
     /// Whether a walk finds the mapping of a process: an item leads to who is listed and his children, and
-    /// that of the page that became the merged one to all who got it by a fork.
-    pub(crate) fn leads_to(&self, process: usize, mutation: Mutation) -> bool {
+    /// the first one, perhaps, to all who got the page by a fork.
+    pub(crate) fn leads_to(&self, process: usize) -> bool {
         match process {
-            A => self.listed[A] || (self.listed[C] && mutation != Mutation::OwnRelativesOnly),
+            A => self.listed[A] || (self.listed[C] && self.to_relatives),
             C => self.listed[C] || self.listed[A],
             other => self.listed[other],
         }
@@ -157,6 +160,8 @@ pub(crate) enum Mutation {
     PublishDuringFork,
     /// The first item of a node leads to the process and its children only.
     OwnRelativesOnly,
+    /// It does so if one mapping is left when the page is published, whoever's that is.
+    CountLate,
     /// The page that a node names is taken for its page without asking whether it points back.
     TrustNode,
 }

@@ -184,3 +184,11 @@ fn not_finding_the_parent_is_found() {
         "a walk finds all mappings of a merged page",
     );
 }
+
+#[test]
+fn taking_a_relatives_mapping_for_ones_own_is_found() {
+    found(
+        Mutation::CountLate,
+        "a walk finds all mappings of a merged page",
+    );
+}
