@@ -411,7 +411,7 @@ impl MmState {
 }
 
 impl State {
-    /// The next leaf of an address space that this pass skips, see [`PageMap::next_skipped`].
+    /// The next leaves of an address space that this pass skips, see [`PageMap::next_skipped`].
     fn next_skipped(&mut self, slot: SlotId, from: usize) -> Result<(usize, usize), usize> {
         match self.mms.get_mut(&slot) {
             Some(known) if self.cursor.skipping => known.pages.next_skipped(from),

@@ -98,22 +98,28 @@ impl<W> PageMap<W> {
         pages
     }
 
-    /// The first leaf with an address at or behind `from` that this pass skips: its first and its last
-    /// address. `Err`: there is none before this address.
+    /// The first leaves side by side, with an address at or behind `from`, that this pass skips: their first
+    /// and their last address. `Err`: there are none before this address.
     pub(crate) fn next_skipped(&mut self, from: usize) -> Result<(usize, usize), usize> {
         let mut cursor = self.leaves.cursor_lower_bound_mut(&Slot::of(from).leaf);
+        let mut found: Option<(usize, usize)> = None;
         for _ in 0..SKIP_SEARCH {
             let Some(at) = cursor else {
-                return Err(usize::MAX);
+                return found.ok_or(usize::MAX);
             };
             let (&leaf, content) = at.current();
             let first = Slot { leaf, page: 0 }.addr();
-            if content.age.is_skipped {
-                return Ok((first, Self::leaf_end(first)));
-            }
+            found = match (found, content.age.is_skipped) {
+                (None, false) => None,
+                (None, true) => Some((first, Self::leaf_end(first))),
+                (Some((start, last)), true) if last.checked_add(1) == Some(first) => {
+                    Some((start, Self::leaf_end(first)))
+                }
+                (Some(all), _) => return Ok(all),
+            };
             cursor = at.move_next();
         }
-        Err(cursor.map_or(usize::MAX, |at| {
+        found.ok_or(cursor.map_or(usize::MAX, |at| {
             Slot {
                 leaf: *at.current().0,
                 page: 0,

@@ -674,3 +674,27 @@ fn search_for_skipped_leaves_is_bounded() {
     assert!((3..10).contains(&steps), "{steps}");
     pair.empty_by_dropping();
 }
+
+/// Neighbours are skipped together, and no more than are looked at.
+#[test]
+fn neighbours_are_skipped_together() {
+    const COUNT: usize = 100;
+    let mut pair = Pair::with((0..COUNT).map(|nth| nth * LEAF));
+    let kept = pair.model[&(80 * LEAF)];
+    for _ in 0..5 {
+        pair.map.begin_pass(false, |word| word.id() == kept);
+    }
+    let mut ends = Vec::new();
+    let mut from = 0;
+    while let Ok((first, last)) = pair.map.next_skipped(from) {
+        ends.push((first / LEAF, last / LEAF));
+        assert!(first % LEAF == 0 && last % LEAF == LEAF - 1);
+        from = last + 1;
+    }
+    assert_eq!(ends, [(0, 63), (64, 79), (81, COUNT - 1)]);
+    assert_eq!(
+        pair.map.next_skipped(99 * LEAF),
+        Ok((99 * LEAF, 100 * LEAF - 1))
+    );
+    pair.empty_by_dropping();
+}
