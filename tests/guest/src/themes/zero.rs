@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `use_zero_pages`: pages of zeroes and the kernel's zero page.
 
+use std::time::Duration;
+
 use anyhow::{ensure, Result};
 
 use super::tests;
-use crate::engine::{self, refused};
+use crate::engine::{self, refused, wait_for};
 use crate::harness::{Module, Outcome, Theme, PASS};
 use crate::pageflags::{merged, zeroes, Span};
 use crate::proc::ksm_stat;
@@ -222,6 +224,14 @@ fn run_2() -> Outcome {
     PASS
 }
 
+/// Waits until so many are left of those of a process that has exited: where the thread was looking at its
+/// address space, that is torn down a little later.
+fn until_count(count: usize) -> Result<()> {
+    wait_for("zero pages to go", Duration::from_secs(5), || {
+        Ok(engine::read("ksm_zero_pages")? == count as u64)
+    })
+}
+
 fn forked() -> Outcome {
     engine::write("use_zero_pages", 1)?;
     let mut region = Region::new(N)?;
@@ -237,8 +247,7 @@ fn forked() -> Outcome {
     scan::passes(2)?;
     ensure_count(2 * N - 4, &child, N - 4)?;
     child.exit()?;
-    let have = engine::read("ksm_zero_pages")?;
-    ensure!(have == N as u64, "{have} zero pages after the child's exit");
+    until_count(N)?;
     region.verify()?;
     PASS
 }
@@ -257,8 +266,7 @@ fn gone() -> Outcome {
     ensure_count(4, &worker, 4)?;
     worker.verify()?;
     worker.exit()?;
-    let have = engine::read("ksm_zero_pages")?;
-    ensure!(have == 0, "{have} zero pages after the exit");
+    until_count(0)?;
     PASS
 }
 
