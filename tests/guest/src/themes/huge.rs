@@ -50,6 +50,8 @@ fn filled(seed: u64, step: u64) -> Result<Option<Region>> {
         // Memory may be in pieces; ask for it to be put together.
         let _ = region.advise(0, PARTS, libc::MADV_COLLAPSE);
     }
+    // It stays as it is, and its parts are not put together again.
+    region.advise(0, PARTS, libc::MADV_NOHUGEPAGE)?;
     Ok((huge_kib(&region)? != 0).then_some(region))
 }
 

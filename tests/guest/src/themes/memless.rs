@@ -196,6 +196,10 @@ fn signalled() -> Outcome {
     // Many pages, as the signal is to come in the middle.
     const MANY: usize = 4 * N;
     let mut workers = [Worker::mergeable(MANY, 100)?, Worker::mergeable(MANY, 100)?];
+    for worker in &mut workers {
+        // Nobody else is to take merged pages away.
+        worker.advise(0, MANY, libc::MADV_NOHUGEPAGE)?;
+    }
     let mut early = 0;
     for round in 0..6u64 {
         scan::until_merged(MANY as u64, MANY as u64)?;

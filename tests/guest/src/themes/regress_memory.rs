@@ -204,6 +204,8 @@ fn huge_region(seed: u64, step: u64) -> Result<Option<Region>> {
     if huge_kib(&region)? == 0 {
         let _ = region.advise(0, PARTS, libc::MADV_COLLAPSE);
     }
+    // It stays as it is, and its parts are not put together again.
+    region.advise(0, PARTS, libc::MADV_NOHUGEPAGE)?;
     Ok((huge_kib(&region)? != 0).then_some(region))
 }
 
