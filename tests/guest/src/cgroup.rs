@@ -44,6 +44,12 @@ impl Group {
         fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
     }
 
+    /// Who is in it.
+    pub fn members(&self) -> Result<Vec<u32>> {
+        let text = fs::read_to_string(self.0.join("cgroup.procs")).context("cgroup.procs")?;
+        text.lines().map(|pid| Ok(pid.parse()?)).collect()
+    }
+
     /// Writes one of its files, such as `memory.max`.
     pub fn set(&self, file: &str, value: &str) -> Result<()> {
         fs::write(self.0.join(file), value).with_context(|| file.to_string())
