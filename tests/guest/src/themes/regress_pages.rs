@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 
@@ -234,6 +235,8 @@ fn stale_migrated() -> Outcome {
             if sys::die_with_parent().is_err() || compact().is_err() {
                 sys::exit_now(1);
             }
+            // A page that is being migrated all the time cannot join.
+            std::thread::sleep(Duration::from_millis(3));
         },
         Forked::Parent(pid) => pid,
     };

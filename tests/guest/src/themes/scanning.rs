@@ -208,12 +208,16 @@ fn exits() -> Outcome {
     let (before, born, start) = (engine::read("pages_scanned")?, forks()?, Instant::now());
     engine::write("run", 1)?;
     std::thread::sleep(Duration::from_millis(4000));
+    wait_for(
+        "exits",
+        Duration::from_secs(30),
+        || Ok(forks()? - born > 40),
+    )?;
     engine::write("run", 0)?;
     let (pages, born) = (engine::read("pages_scanned")? - before, forks()? - born);
     exiting.stop()?;
     let took = start.elapsed();
     println!("{pages} pages while {born} processes came and went");
-    ensure!(born > 40, "too few exits to tell: {born}");
     let most = (took.as_millis() as u64 / SLEEP + 2) * BATCH;
     ensure!(pages <= most, "{pages} pages in {took:?}, not {most}");
     worker.exit()?;
@@ -292,16 +296,22 @@ fn freezes() -> Outcome {
         std::thread::sleep(limit);
         Ok(engine::read("pages_scanned")? - before)
     };
-    let awake = rate(Duration::from_secs(SECONDS))?;
-    let (before, start) = (engine::read("pages_scanned")?, Instant::now());
-    if !freeze(SECONDS)? {
-        return skip("the kernel has no freezer test");
+    // A machine that is busy with other things may have had no time for it while it was awake.
+    for attempt in 1.. {
+        let awake = rate(Duration::from_secs(SECONDS))?;
+        let (before, start) = (engine::read("pages_scanned")?, Instant::now());
+        if !freeze(SECONDS)? {
+            return skip("the kernel has no freezer test");
+        }
+        let (frozen, took) = (engine::read("pages_scanned")? - before, start.elapsed());
+        println!("{awake} pages while awake, {frozen} around a freeze, which took {took:?}");
+        ensure!(took >= Duration::from_secs(SECONDS));
+        // It runs before and after, while other tasks are frozen and thawed.
+        if frozen < awake / 2 {
+            break;
+        }
+        ensure!(attempt < 3, "it went on scanning while frozen");
     }
-    let (frozen, took) = (engine::read("pages_scanned")? - before, start.elapsed());
-    println!("{awake} pages while awake, {frozen} around a freeze, which took {took:?}");
-    // It runs before and after, while other tasks are frozen and thawed.
-    ensure!(took >= Duration::from_secs(SECONDS));
-    ensure!(frozen < awake / 2, "it went on scanning while frozen");
     ensure!(rate(Duration::from_secs(1))? > 0, "it did not thaw");
     verify_all(&mut workers)?;
     PASS

@@ -151,7 +151,7 @@ fn behind() -> Outcome {
     engine::write("pages_to_scan", 1)?;
     engine::write("sleep_millisecs", 0)?;
     // Not so fast that passes go by between two looks at the counters, on a busy machine.
-    engine::write("pass_millisecs", 300)?;
+    engine::write("pass_millisecs", 1000)?;
     worker.fill(OLD, NEW, 9000, 1)?;
     let until = |what: &str, most: u64, probe: &dyn Fn() -> Result<bool>| -> Result<u64> {
         let begin = engine::read("full_scans")?;
