@@ -52,7 +52,7 @@ pub fn act(player: &mut Player, step: &Step) -> Act {
         Op::Unmergeable => advise_much(player, step, libc::MADV_UNMERGEABLE)?,
         Op::Huge => advise_much(player, step, libc::MADV_HUGEPAGE)?,
         Op::NoHuge => advise_much(player, step, libc::MADV_NOHUGEPAGE)?,
-        Op::Collapse => advise_much(player, step, libc::MADV_COLLAPSE)?,
+        Op::Collapse => collapse(player, step)?,
         Op::PageOut => player.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT)?,
         Op::Grow | Op::Shrink => return resize(player, step, slot),
         Op::Move => return relocate(player, slot),
@@ -168,6 +168,20 @@ fn advise_much(player: &mut Player, step: &Step, advice: libc::c_int) -> Act {
     };
     player.mem(slot)?.advise(i, n, advice)?;
     player.verify(slot, i, n)
+}
+
+/// Few slots have room for a huge page: one of those, if there is any.
+fn collapse(player: &mut Player, step: &Step) -> Act {
+    let first = usize::from(step.slot) % SLOTS;
+    let slot = (first..first + SLOTS)
+        .map(|slot| slot % SLOTS)
+        .find(|&slot| player.pages(slot) >= HUGE)
+        .unwrap_or(first);
+    let step = Step {
+        slot: slot as u8,
+        ..*step
+    };
+    advise_much(player, &step, libc::MADV_COLLAPSE)
 }
 
 fn resize(player: &mut Player, step: &Step, slot: usize) -> Act {
