@@ -114,6 +114,13 @@ pub fn die_with_parent() -> io::Result<()> {
     Ok(())
 }
 
+/// Sets how nice a task is.
+pub fn set_nice(pid: u32, nice: i32) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    let ret = unsafe { libc::setpriority(libc::PRIO_PROCESS, pid, nice) };
+    check(ret.into()).map(drop)
+}
+
 /// Makes orphaned descendants children of this process.
 pub fn become_subreaper() -> io::Result<()> {
     let on: libc::c_ulong = 1;

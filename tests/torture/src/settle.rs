@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{ensure, Context, Result};
 use rksm_guest_tests::engine::{self, read_from, wait_for, RKSM};
 use rksm_guest_tests::swap::Zram;
-use rksm_guest_tests::{module, numa, proc};
+use rksm_guest_tests::{module, numa, proc, sys};
 
 use crate::arena::Arena;
 use crate::control::{Task, TASKS};
@@ -30,6 +30,11 @@ pub struct Machine {
 impl Machine {
     /// Finds out what can be done here, and makes ready for it.
     pub fn probe(arena: &Arena) -> Result<Self> {
+        // It copies whole huge pages with page tables locked against being freed. At its nice 19, on one CPU
+        // with all these processes, that may take so long that RCU complains.
+        if let Some(pid) = proc::kernel_thread("khugepaged")? {
+            sys::set_nice(pid, 0).context("khugepaged")?;
+        }
         let mut this = Self {
             tasks: Vec::new(),
             absent: Vec::new(),
