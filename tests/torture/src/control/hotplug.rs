@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rand::Rng;
 use rksm_guest_tests::memblock::{offline_blocks, NO_DIMM};
+use rksm_guest_tests::patience::patient;
 use rksm_guest_tests::sys;
 
 use super::Control;
@@ -61,8 +62,8 @@ pub fn no_memory() -> Option<&'static str> {
 pub fn memory(control: &mut Control) -> Result<()> {
     let blocks = offline_blocks()?;
     raw::interrupt_by(libc::SIGALRM)?;
-    let set = |block: usize, state: &str| -> io::Result<()> {
-        sys::alarm(OFFLINE_LIMIT);
+    let set = |block: usize, state: &str, limit| -> io::Result<()> {
+        sys::alarm(limit);
         let result = fs::write(blocks[block].dir.join("state"), state);
         sys::alarm(Duration::ZERO);
         result
@@ -71,18 +72,21 @@ pub fn memory(control: &mut Control) -> Result<()> {
     while !control.stopping() {
         let block = control.rng.random_range(0..blocks.len());
         if online[block] {
-            if control.attempt(Op::MemOff, || set(block, "offline")) == Some(true) {
+            if control.attempt(Op::MemOff, || set(block, "offline", OFFLINE_LIMIT)) == Some(true) {
                 online[block] = false;
             }
-        } else if control.attempt(Op::MemOn, || set(block, "online_movable")) == Some(true) {
+        } else if control.attempt(Op::MemOn, || set(block, "online_movable", OFFLINE_LIMIT))
+            == Some(true)
+        {
             online[block] = true;
         }
         control.pause(300..2500);
     }
     // All others are about to end: what is in there goes with them.
     for block in (0..blocks.len()).filter(|&b| online[b]) {
-        let end = raw::now() + 10 * OFFLINE_LIMIT.as_millis() as u64;
-        while let Err(e) = set(block, "offline") {
+        let limit = patient(OFFLINE_LIMIT);
+        let end = raw::now() + 10 * limit.as_millis() as u64;
+        while let Err(e) = set(block, "offline", limit) {
             anyhow::ensure!(
                 raw::now() < end,
                 "memory does not go offline at the end: {e}"
