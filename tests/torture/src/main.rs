@@ -149,8 +149,10 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     let happened = |yes: bool, what: &str| yes.then_some(()).ok_or(what.to_string());
     ktap.result("pages-merged", &happened(sums.sharing > 100, "hardly any"));
     ktap.result("pages-split", &happened(split > 100, "hardly any"));
-    ktap.result("passes", &happened(sums.passes > 2, "hardly any"));
     let hurried = config.seconds < 60 * config.slow;
+    // Writing 2 to `run` has a pass begin anew, and goes by the clock.
+    let enough = sums.passes > 2 || (hurried && sums.scanned > 10_000);
+    ktap.result("passes", &happened(enough, "hardly any"));
     report::operations(&mut ktap, arena, config.allowed, &machine.absent, hurried);
 
     let told = |r: Result<()>| r.map_err(|e| format!("{e:#}"));

@@ -92,8 +92,14 @@ impl Sums {
             &mut self.scanned,
         ];
         for ((sum, now), last) in sums.into_iter().zip(now).zip(self.last) {
-            // Less than before: it was set back, so this is all new.
+            // Less than before: so many are given up, or it was set back.
             *sum += now.saturating_sub(last);
+        }
+        // These two only count up, so what there is after they were set back is all new.
+        for (sum, at) in [(&mut self.passes, 2), (&mut self.scanned, 3)] {
+            if now[at] < self.last[at] {
+                *sum += now[at];
+            }
         }
         self.most = self.most.max(now[0]);
         self.last = now;
