@@ -162,7 +162,7 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     );
     ktap.result("module-unloads", &told(settle::settle(config.slow)));
     let memory = match before[..] {
-        [first, second] => told(settle::Memory::now().and_then(|now| now.check(first, second))),
+        [first, second] => told(settle::memory_is_back(config.slow, first, second)),
         _ => Err("no warm-up to compare with".to_string()),
     };
     ktap.result("memory-back", &memory);

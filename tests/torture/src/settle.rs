@@ -182,6 +182,17 @@ impl Memory {
     }
 }
 
+/// [`Memory::check`] of what there is in the end; some time after, if not at once.
+pub fn memory_is_back(slow: u64, first: Memory, second: Memory) -> Result<()> {
+    for _ in 0..4 {
+        if Memory::now()?.check(first, second).is_ok() {
+            return Ok(());
+        }
+        settle(slow)?;
+    }
+    Memory::now()?.check(first, second)
+}
+
 fn has_quarantine() -> bool {
     fs::read_to_string("/proc/kallsyms").is_ok_and(|text| text.contains(" kasan_quarantine_put"))
 }
