@@ -327,6 +327,11 @@ impl Arena {
         self.counted(op, 0)
     }
 
+    /// How often it was done or refused.
+    pub fn tried(&self, op: Op) -> u64 {
+        (0..ERRNOS).map(|errno| self.counted(op, errno)).sum()
+    }
+
     pub fn clear_counts(&self) {
         for count in self.counts.iter().flatten() {
             count.store(0, Ordering::Relaxed);

@@ -124,9 +124,11 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
         ..config
     };
     let mut before = Vec::new();
+    let mut forks = 0;
     for _ in 0..2 {
         if !arena.failed() {
             round::run(warm, arena, &machine.tasks)?;
+            forks += arena.tried(Op::Fork);
             settle::settle(config.slow)?;
             before.push(settle::Memory::now()?);
         }
@@ -136,6 +138,7 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     } else {
         Some(round::run(config, arena, &machine.tasks)?)
     };
+    forks += arena.tried(Op::Fork);
     raw::say(&report::table(arena));
     let fault = arena.failed();
     let content = if fault {
@@ -158,7 +161,7 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     let told = |r: Result<()>| r.map_err(|e| format!("{e:#}"));
     ktap.result(
         "counters-back-to-zero",
-        &told(settle::counters(config.slow, arena.done(Op::Fork))),
+        &told(settle::counters(config.slow, forks)),
     );
     ktap.result("module-unloads", &told(settle::settle(config.slow)));
     let memory = match before[..] {

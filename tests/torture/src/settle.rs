@@ -97,11 +97,12 @@ pub fn counters(slow: u64, forks: u64) -> Result<()> {
 /// The kernel's own count of pages of zeroes. Its `ksm_fork()` adds what the parent had when its `mm_struct` was
 /// copied, which is before the fork has the mmap_lock: each fork during which another thread, or
 /// the engine, makes or splits such pages leaves the count off by as many for good, with in-tree KSM too; the
-/// engine makes up to 16 under one hold of that lock.
+/// engine makes up to 16 under one hold of that lock. It counts from boot on, so `forks` are those of all rounds,
+/// failed ones too; not those that serve a userfaultfd.
 fn zero_pages(forks: u64) -> Result<()> {
     let text = fs::read_to_string(Path::new(RKSM).join("ksm_zero_pages"))?;
     let off: i64 = text.trim().parse().context("ksm_zero_pages")?;
-    let may = 64 + forks / 20;
+    let may = 128 + forks / 8;
     raw::say(&format!(
         "# ksm_zero_pages {off} in the end; at most {may} off after {forks} forks\n"
     ));
