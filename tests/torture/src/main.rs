@@ -150,13 +150,14 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     let (sums, split) = outcome.map_or((watch::Sums::default(), 0), |o| (o.sums, o.split));
     raw::say(&sums.line(arena, split));
     let happened = |yes: bool, what: &str| yes.then_some(()).ok_or(what.to_string());
-    ktap.result("pages-merged", &happened(sums.sharing > 100, "hardly any"));
-    ktap.result("pages-split", &happened(split > 100, "hardly any"));
-    let hurried = config.seconds < 60 * config.slow;
+    let hurried = report::hurried(arena);
+    let few = if hurried { 10 } else { 100 };
+    ktap.result("pages-merged", &happened(sums.sharing > few, "hardly any"));
+    ktap.result("pages-split", &happened(split > few as i64, "hardly any"));
     // Writing 2 to `run` has a pass begin anew, and goes by the clock.
     let enough = sums.passes > 2 || (hurried && sums.scanned > 10_000);
     ktap.result("passes", &happened(enough, "hardly any"));
-    report::operations(&mut ktap, arena, config.allowed, &machine.absent, hurried);
+    report::operations(&mut ktap, arena, config.allowed, &machine.absent);
 
     let told = |r: Result<()>| r.map_err(|e| format!("{e:#}"));
     ktap.result(
