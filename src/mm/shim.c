@@ -4,7 +4,6 @@
  * forced by a macro belongs in Rust.
  */
 #include <linux/capability.h>
-#include <linux/delay.h>
 #include <linux/ksm.h>
 #include <linux/kprobes.h>
 #include <linux/kthread.h>
