@@ -85,8 +85,13 @@ fn serve(uffd: &Uffd) -> io::Result<libc::pid_t> {
         Forked::Child => {
             let _ = sys::die_with_parent();
             while let Ok(at) = uffd.next_fault() {
-                if uffd.protect(at & !(PAGE - 1), PAGE, false).is_err() {
-                    break;
+                match uffd.protect(at & !(PAGE - 1), PAGE, false) {
+                    Ok(()) => {}
+                    // Who wrote was killed, and this process is about to be.
+                    Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {
+                        std::thread::sleep(Duration::from_secs(3600));
+                    }
+                    Err(_) => break,
                 }
             }
             sys::exit_now(1)
