@@ -440,23 +440,26 @@ fn compaction() -> Outcome {
     let (mut workers, _holes) = pair_below_holes(&memory)?;
     scan::stop()?;
     let before = merged_frames(workers[0].span())?;
-    let migrated = proc::vmstat("pgmigrate_success")?;
-    memory.compact()?;
-    let migrated = proc::vmstat("pgmigrate_success")? - migrated;
-    let after = merged_frames(workers[0].span())?;
-    ensure!(
-        merged_frames(workers[1].span())? == after,
-        "the mappings of some pages parted"
-    );
-    let merged = after.iter().flatten().count();
-    ensure!(merged == MANY, "{merged} merged pages of {MANY}");
-    let moved = (0..MANY).filter(|&i| before[i] != after[i]).count();
-    println!("{moved} of {merged} merged pages moved; {migrated} pages in all");
-    // In the debug kernel they go there and back, with either engine.
-    ensure!(
-        moved > 0 || migrated >= 2 * MANY as i64,
-        "no merged page moved"
-    );
+    // Pages that a CPU has not put on its lists yet stay where they are: several times.
+    for attempt in 1.. {
+        let migrated = proc::vmstat("pgmigrate_success")?;
+        memory.compact()?;
+        let migrated = proc::vmstat("pgmigrate_success")? - migrated;
+        let after = merged_frames(workers[0].span())?;
+        ensure!(
+            merged_frames(workers[1].span())? == after,
+            "the mappings of some pages parted"
+        );
+        let merged = after.iter().flatten().count();
+        ensure!(merged == MANY, "{merged} merged pages of {MANY}");
+        let moved = (0..MANY).filter(|&i| before[i] != after[i]).count();
+        println!("{moved} of {merged} merged pages moved; {migrated} pages in all");
+        // In the debug kernel they go there and back, with either engine.
+        if moved > 0 || migrated >= 2 * MANY as i64 {
+            break;
+        }
+        ensure!(attempt < 5, "no merged page moved");
+    }
     verify_all(&mut workers)?;
     scan::passes(2)?;
     scan::until_merged(MANY as u64, MANY as u64)?;
