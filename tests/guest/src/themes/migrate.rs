@@ -116,6 +116,8 @@ fn migrate_pages() -> Outcome {
         let span = workers[1].span();
         let to = other_node(span, nodes)?;
         let from = if to == nodes.0 { nodes.1 } else { nodes.0 };
+        // Some may have been there from the beginning, and those do not move.
+        numa::migrate_process(span.pid, to, from)?;
         let before = merged_of(span)?;
         let left = numa::migrate_process(span.pid, from, to)?;
         let on: Vec<_> = numa::nodes_of(span)?;
