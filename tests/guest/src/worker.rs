@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
+use crate::cgroup::Group;
 use crate::inject::Nth;
 use crate::pageflags::Span;
 use crate::patience::patient;
@@ -69,6 +70,17 @@ impl Worker {
     /// A worker whose page `k` holds the content of `seed + k`, open to merging.
     pub fn mergeable(pages: usize, seed: u64) -> Result<Self> {
         let mut worker = Self::with_pages(pages)?;
+        worker.fill(0, pages, seed, 1)?;
+        worker.advise(0, pages, libc::MADV_MERGEABLE)?;
+        Ok(worker)
+    }
+
+    /// The same in a group from the beginning, and with small pages only, so that each is charged there.
+    pub fn mergeable_in(group: &Group, pages: usize, seed: u64) -> Result<Self> {
+        let mut worker = Self::new()?;
+        group.enter(worker.pid())?;
+        worker.map(pages)?;
+        worker.advise(0, pages, libc::MADV_NOHUGEPAGE)?;
         worker.fill(0, pages, seed, 1)?;
         worker.advise(0, pages, libc::MADV_MERGEABLE)?;
         Ok(worker)

@@ -155,16 +155,9 @@ fn swapped_in() -> Outcome {
     let (Some(_zram), Some(group)) = (Zram::new(64)?, Group::new("swapped")?) else {
         return skip("no zram or no memory cgroups");
     };
-    let mut workers = Vec::new();
-    for _ in 0..2 {
-        let mut worker = Worker::new()?;
-        group.enter(worker.pid())?;
-        worker.map(N)?;
-        worker.advise(0, N, libc::MADV_NOHUGEPAGE)?;
-        worker.fill(0, N, 100, 1)?;
-        worker.advise(0, N, libc::MADV_MERGEABLE)?;
-        workers.push(worker);
-    }
+    let mut workers = (0..2)
+        .map(|_| Worker::mergeable_in(&group, N, 100))
+        .collect::<Result<Vec<_>>>()?;
     scan::until_merged(N as u64, N as u64)?;
     scan::stop()?;
     let before = to_pages(group.stat("anon")?);

@@ -47,13 +47,8 @@ fn adjust(pid: u32, score: &str) -> Result<()> {
 fn tenants(group: &Group, pages: usize, score: &str) -> Result<Vec<Worker>> {
     let mut workers = Vec::new();
     for _ in 0..2 {
-        let mut worker = Worker::new()?;
-        group.enter(worker.pid())?;
+        let worker = Worker::mergeable_in(group, pages, 100)?;
         adjust(worker.pid(), score)?;
-        worker.map(pages)?;
-        worker.advise(0, pages, libc::MADV_NOHUGEPAGE)?;
-        worker.fill(0, pages, 100, 1)?;
-        worker.advise(0, pages, libc::MADV_MERGEABLE)?;
         workers.push(worker);
     }
     scan::until_merged(pages as u64, pages as u64)?;

@@ -84,15 +84,7 @@ fn failed_chain() -> Outcome {
 /// Workers with the same pages in a group of their own.
 fn in_group(group: &Group, pages: usize) -> Result<Vec<Worker>> {
     (0..2)
-        .map(|_| {
-            let mut worker = Worker::new()?;
-            group.enter(worker.pid())?;
-            worker.map(pages)?;
-            worker.advise(0, pages, libc::MADV_NOHUGEPAGE)?;
-            worker.fill(0, pages, 100, 1)?;
-            worker.advise(0, pages, libc::MADV_MERGEABLE)?;
-            Ok(worker)
-        })
+        .map(|_| Worker::mergeable_in(group, pages, 100))
         .collect()
 }
 
