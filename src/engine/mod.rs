@@ -360,12 +360,11 @@ impl kthread::Main for Engine {
             };
             // When to try the chores again.
             backoff = next_backoff(backoff, unfinished);
-            let retry = unfinished.then_some(backoff);
             let shortest = self.pass_millisecs.load(Relaxed);
             if self.should_scan() {
                 let rest = pace.rest(shortest);
                 if rest != 0 {
-                    let nap = retry.map_or(rest, |retry| rest.min(retry));
+                    let nap = if unfinished { rest.min(backoff) } else { rest };
                     current.sleep(Some(nap), || {
                         self.pass_millisecs.load(Relaxed) != shortest
                             || !self.should_scan()
