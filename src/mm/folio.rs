@@ -351,8 +351,8 @@ impl LockedPage {
     /// or at another address; `EBUSY` if that, or the fork itself, may be over in a moment.
     pub(super) fn refuse_strangers(&self, vma: &MergeableVma<'_>, addr: usize) -> Result<bool> {
         let (folio, mm) = (self.folio(), vma.mm().as_raw());
-        // SAFETY: the folio is an anonymous one, locked and kept, by the type invariants and our caller,
-        // and mapped by `vma`, whose mmap lock is held.
+        // SAFETY: the folio is an anonymous one, locked and kept, by the type invariants and our caller. `vma`
+        // mapped it under this hold of the mmap lock, so that its anon_vma, one of those of `vma`, stays.
         unsafe {
             if self.is_large() {
                 if !ffi::rksm_folio_maybe_mapped_shared(folio) {

@@ -127,9 +127,8 @@ impl<'a> MergeableVma<'a> {
     ///
     /// The page is split off its huge page if need be, write-protected, and left alone with
     /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
-    /// not there any more; with `EMLINK` if it is shared over a fork with processes that did not ask for
-    /// merging, which could neither be found by that page nor be given it back. Takes the folio lock and
-    /// a page-table lock.
+    /// not there any more. Of a page that is shared over a fork, see [`LockedPage::refuse_strangers`] for
+    /// `EMLINK` and `EBUSY`. Takes the folio lock and a page-table lock.
     pub(crate) fn publish(
         &self,
         addr: usize,
