@@ -62,8 +62,9 @@ impl NodeId {
     /// A folio points at the node, and cannot leave it while this runs: its lock is held. The node
     /// is one of this module: no in-tree node exists while the module is loaded, see `intree`.
     pub(super) unsafe fn key(self) -> StableKey {
-        // SAFETY: by the caller's promise the node is not freed.
-        unsafe { (*(self.0.get() as *const StableNode)).key.get() }
+        // SAFETY: By the caller's promise this is the address of a node of ours, which is not freed.
+        let node = unsafe { &*(self.0.get() as *const StableNode) };
+        node.key.get()
     }
 }
 
@@ -491,15 +492,18 @@ impl NodeBox {
             if first.is_null() {
                 break;
             }
-            let item = first
+            let entry = first
                 .cast::<u8>()
                 .wrapping_sub(KSM_RMAP_ITEM_HLIST)
                 .cast::<Item>();
-            // SAFETY: only items are put on the list, by `link`, and an item that is on a list is
-            // not freed (see `ItemBox::drop`).
+            // SAFETY: Only `link` puts entries on the list, and they are items. An item that is on a
+            // list is not freed (see `ItemBox::drop`).
+            let item = unsafe { &*entry };
+            // SAFETY: The event only shows what it is given. No folio points at the node, so nobody
+            // else uses its list, and `item` is on it.
             unsafe {
-                ffi::rksm_trace_remove_rmap_item(self.0.kpfn(), item.cast(), (*item).mm());
-                self.0.unlink(&*item);
+                ffi::rksm_trace_remove_rmap_item(self.0.kpfn(), entry.cast(), item.mm());
+                self.0.unlink(item);
             }
             // SAFETY: no precondition but being allowed to sleep.
             unsafe { ffi::rksm_cond_resched() };

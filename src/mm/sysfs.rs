@@ -171,7 +171,8 @@ pub(super) fn find_mm_attribute(
         let group = Node::find((*mm_kobj()).sd, group)?;
         let file = Node::find(group.0.as_ptr(), file)?;
         // A sysfs file's node points at its attribute, the first member of a kobj_attribute.
-        NonNull::new((*file.0.as_ptr()).priv_.cast())
+        let attribute = (*file.0.as_ptr()).priv_;
+        NonNull::new(attribute.cast())
     }
 }
 

@@ -142,7 +142,7 @@ impl<W> PageMap<W> {
 
     /// The last address of the leaf that `addr` is in.
     pub(crate) fn leaf_end(addr: usize) -> usize {
-        addr | (1 << (LEAF_SHIFT + PAGE_SHIFT)) - 1
+        addr | ((1 << (LEAF_SHIFT + PAGE_SHIFT)) - 1)
     }
 
     /// Takes the word of the page at `addr` out of the map.
