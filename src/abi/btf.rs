@@ -25,6 +25,8 @@ const HEADER_MIN: u32 = 24;
 const RECORD_LEN: u32 = 12;
 const MEMBER_LEN: u32 = 12;
 const PARAM_LEN: u32 = 8;
+const ENUMERATOR_LEN: u32 = 8;
+const ENUMERATOR64_LEN: u32 = 12;
 const POINTER_SIZE: u64 = 8;
 
 /// How many modifiers, typedefs and array dimensions are followed before giving up.
@@ -157,8 +159,9 @@ impl Kind {
             Kind::Int | Kind::Var | Kind::DeclTag => (4, 0),
             Kind::Array => (12, 0),
             Kind::Struct | Kind::Union => (0, MEMBER_LEN),
-            Kind::Datasec | Kind::Enum64 => (0, 12),
-            Kind::Enum => (0, 8),
+            Kind::Datasec => (0, 12),
+            Kind::Enum64 => (0, ENUMERATOR64_LEN),
+            Kind::Enum => (0, ENUMERATOR_LEN),
             Kind::FuncProto => (0, PARAM_LEN),
             _ => (0, 0),
         }
@@ -175,6 +178,11 @@ impl Kind {
     /// Whether the kind has members.
     pub fn is_aggregate(self) -> bool {
         matches!(self, Kind::Struct | Kind::Union)
+    }
+
+    /// Whether the kind has enumerators.
+    pub fn is_enumeration(self) -> bool {
+        matches!(self, Kind::Enum | Kind::Enum64)
     }
 }
 
@@ -312,6 +320,15 @@ pub struct Param {
     pub type_id: u32,
 }
 
+/// Named constant of an enumeration.
+#[derive(Clone, Copy, Debug)]
+pub struct Enumerator {
+    /// Offset of its name in the string section.
+    pub name_off: u32,
+    /// Its value. One of an unsigned 64-bit enumeration is given as its bits are.
+    pub value: i64,
+}
+
 impl Type<'_> {
     const VOID: Type<'static> = Type {
         kind: Kind::Void,
@@ -342,12 +359,12 @@ impl Type<'_> {
         self.flag
     }
 
-    /// Number of members or parameters.
+    /// Number of members, parameters or enumerators.
     pub fn len(&self) -> u32 {
         self.vlen
     }
 
-    /// Whether there is no member or parameter.
+    /// Whether there is no member, parameter or enumerator.
     pub fn is_empty(&self) -> bool {
         self.vlen == 0
     }
@@ -386,6 +403,36 @@ impl Type<'_> {
             name_off: read_u32(self.extra, off)?,
             type_id: read_u32(self.extra, second)?,
         })
+    }
+
+    /// Enumerator number `i` of an enumeration.
+    pub fn enumerator(&self, i: u32) -> Result<Enumerator> {
+        let word =
+            |off: u32, plus| read_u32(self.extra, off.checked_add(plus).ok_or(Error::Truncated)?);
+        match self.kind {
+            Kind::Enum => {
+                let off = i.checked_mul(ENUMERATOR_LEN).ok_or(Error::Truncated)?;
+                let bits = word(off, 4)?;
+                // The flag says that values are signed.
+                let value = match self.flag {
+                    true => i64::from(bits as i32),
+                    false => i64::from(bits),
+                };
+                Ok(Enumerator {
+                    name_off: word(off, 0)?,
+                    value,
+                })
+            }
+            Kind::Enum64 => {
+                let off = i.checked_mul(ENUMERATOR64_LEN).ok_or(Error::Truncated)?;
+                let (low, high) = (u64::from(word(off, 4)?), u64::from(word(off, 8)?));
+                Ok(Enumerator {
+                    name_off: word(off, 0)?,
+                    value: ((high << 32) | low) as i64,
+                })
+            }
+            _ => Err(Error::BadKind),
+        }
     }
 
     /// Element type and number of elements of an array.

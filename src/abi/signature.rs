@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Signatures of kernel interfaces, and the check of a running kernel against them.
 //!
-//! A signature is a 64-bit FNV-1a hash over a canonical text that describes a structure or a
-//! function as BTF knows it. The host tool `rksm-tools layout` makes the table of expected
+//! A signature is a 64-bit FNV-1a hash over a canonical text that describes a structure, a function
+//! or an enumeration as BTF knows it. The host tool `rksm-tools layout` makes the table of expected
 //! signatures from the kernel that the module is built for; [`check`] compares it with the BTF of
 //! the kernel that the module is being loaded into. Both run this very code.
 //!
 //! The text of a structure names its size and every member with offset, width, size and type. The
 //! text of a function names the types and sizes of what it takes and returns. Types are rendered by
 //! name only, one level deep: what a pointer points to is not looked into. A structure whose inner
-//! layout matters must be in the table itself.
+//! layout matters must be in the table itself. The text of an enumeration names every enumerator
+//! with its value; the enumerators of one without a name are interfaces of their own.
 //!
 //! Pure logic like [`super::btf`]: only `core`, no allocation, no panic.
 
 use core::fmt::{self, Write};
 
-use super::btf::{Btf, Budget, Error, Kind, Result, Type};
+use super::btf::{Btf, Budget, Enumerator, Error, Kind, Result, Type};
 
 /// How deep types may nest in one description: pointers, qualifiers, prototypes, nameless members.
 const DEPTH_MAX: u32 = 12;
@@ -77,6 +78,15 @@ impl Text<'_, '_> {
             ))?;
             self.sized_type(member.type_id, budget)
         })
+    }
+
+    fn enumerators(&mut self, ty: &Type<'_>, budget: &mut Budget) -> Result<()> {
+        for i in 0..ty.len() {
+            budget.spend()?;
+            let Enumerator { name_off, value } = ty.enumerator(i)?;
+            self.put(format_args!("\n {} = {value}", self.btf.text(name_off)?))?;
+        }
+        Ok(())
     }
 
     fn prototype(&mut self, ty: &Type<'_>, name: &str, budget: &mut Budget) -> Result<()> {
@@ -148,11 +158,25 @@ impl Text<'_, '_> {
     }
 }
 
-/// Write the canonical text of a structure, union or function.
-pub fn describe(btf: &Btf<'_>, ty: &Type<'_>, out: &mut dyn Write) -> Result<()> {
+/// Which part of a type an interface is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All of it.
+    Whole,
+    /// The enumerator of this number.
+    Enumerator(u32),
+}
+
+/// Write the canonical text of a structure, union, function or enumeration, or of an enumerator.
+pub fn describe(btf: &Btf<'_>, ty: &Type<'_>, part: Part, out: &mut dyn Write) -> Result<()> {
     let name = btf.name_text(ty)?;
     let mut budget = Budget::new(STEPS_MAX, DEPTH_MAX);
     let mut text = Text { btf, out };
+    if let Part::Enumerator(i) = part {
+        let Enumerator { name_off, value } = ty.enumerator(i)?;
+        let (name, size) = (btf.text(name_off)?, ty.own_size());
+        return text.put(format_args!("constant {name} [{size}] = {value}"));
+    }
     match ty.kind() {
         Kind::Struct | Kind::Union => {
             let keyword = if ty.kind() == Kind::Union {
@@ -170,14 +194,18 @@ pub fn describe(btf: &Btf<'_>, ty: &Type<'_>, out: &mut dyn Write) -> Result<()>
             }
             text.prototype(&proto, name, &mut budget)
         }
+        Kind::Enum | Kind::Enum64 => {
+            text.put(format_args!("enum {name} [{}]", ty.own_size()))?;
+            text.enumerators(ty, &mut budget)
+        }
         _ => Err(Error::BadKind),
     }
 }
 
-/// The signature of a structure, union or function.
-pub fn signature(btf: &Btf<'_>, ty: &Type<'_>) -> Result<u64> {
+/// The signature of what [`describe`] describes.
+pub fn signature(btf: &Btf<'_>, ty: &Type<'_>, part: Part) -> Result<u64> {
     let mut hash = Fnv1a::new();
-    describe(btf, ty, &mut hash)?;
+    describe(btf, ty, part, &mut hash)?;
     Ok(hash.finish())
 }
 
@@ -185,18 +213,38 @@ pub fn signature(btf: &Btf<'_>, ty: &Type<'_>) -> Result<u64> {
 pub const KIND_STRUCT: u8 = 1;
 /// [`Entry::kind`] of a function.
 pub const KIND_FUNC: u8 = 2;
+/// [`Entry::kind`] of an enumeration.
+pub const KIND_ENUM: u8 = 3;
+/// [`Entry::kind`] of an enumerator of an enumeration without a name.
+pub const KIND_CONSTANT: u8 = 4;
 /// The longest name that fits into an [`Entry`].
 pub const NAME_MAX: usize = 62;
 /// The most entries that a table may have.
 pub const ENTRIES_MAX: usize = WORDS * 64;
 const WORDS: usize = 8;
 
-/// Which kind of [`Entry`] a type would be checked against, if any.
-pub fn entry_kind(kind: Kind) -> Option<u8> {
-    match kind {
-        Kind::Struct | Kind::Union => Some(KIND_STRUCT),
-        Kind::Func => Some(KIND_FUNC),
-        _ => None,
+/// Call `f` with kind, name and part of every interface that a type is. Most types are none or one.
+pub fn for_each_interface<'a>(
+    btf: &Btf<'a>,
+    ty: &Type<'a>,
+    f: &mut dyn FnMut(u8, &'a [u8], Part) -> Result<()>,
+) -> Result<()> {
+    let name = btf.name(ty)?;
+    match ty.kind() {
+        Kind::Struct | Kind::Union => f(KIND_STRUCT, name, Part::Whole),
+        Kind::Func => f(KIND_FUNC, name, Part::Whole),
+        // Without enumerators it is a forward declaration, which says nothing.
+        Kind::Enum | Kind::Enum64 if !name.is_empty() && !ty.is_empty() => {
+            f(KIND_ENUM, name, Part::Whole)
+        }
+        Kind::Enum | Kind::Enum64 => {
+            for i in 0..ty.len() {
+                let name = btf.string(ty.enumerator(i)?.name_off)?;
+                f(KIND_CONSTANT, name, Part::Enumerator(i))?;
+            }
+            Ok(())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -209,7 +257,7 @@ pub fn entry_kind(kind: Kind) -> Option<u8> {
 pub struct Entry {
     /// Its signature.
     pub signature: u64,
-    /// [`KIND_STRUCT`] or [`KIND_FUNC`].
+    /// [`KIND_STRUCT`], [`KIND_FUNC`], [`KIND_ENUM`] or [`KIND_CONSTANT`].
     pub kind: u8,
     name_len: u8,
     name: [u8; NAME_MAX],
@@ -250,6 +298,8 @@ impl Entry {
         match self.kind {
             KIND_STRUCT => "struct",
             KIND_FUNC => "function",
+            KIND_ENUM => "enum",
+            KIND_CONSTANT => "constant",
             _ => "interface",
         }
     }
@@ -345,25 +395,25 @@ pub fn check(
     let mut matched = Bits([0; WORDS]);
     for id in 1..=btf.last_id() {
         let ty = btf.get(id)?;
-        let Some(kind) = entry_kind(ty.kind()) else {
-            continue;
-        };
-        let key = (kind, btf.name(&ty)?);
-        let first = expected.partition_point(|entry| entry.key() < key);
-        let mut actual = None;
-        for i in first..expected.len() {
-            let Some(entry) = expected.get(i).filter(|entry| entry.key() == key) else {
-                break;
-            };
-            let actual = match actual {
-                Some(actual) => actual,
-                None => *actual.insert(signature(btf, &ty)?),
-            };
-            found.set(i);
-            if entry.signature == actual {
-                matched.set(i);
+        for_each_interface(btf, &ty, &mut |kind, name, part| {
+            let key = (kind, name);
+            let first = expected.partition_point(|entry| entry.key() < key);
+            let mut actual = None;
+            for i in first..expected.len() {
+                let Some(entry) = expected.get(i).filter(|entry| entry.key() == key) else {
+                    break;
+                };
+                let actual = match actual {
+                    Some(actual) => actual,
+                    None => *actual.insert(signature(btf, &ty, part)?),
+                };
+                found.set(i);
+                if entry.signature == actual {
+                    matched.set(i);
+                }
             }
-        }
+            Ok(())
+        })?;
     }
 
     let mut mismatches: usize = 0;

@@ -35,7 +35,7 @@ pub(crate) fn check() -> Result {
     let btf = Btf::new(blob, &index);
     let mut report = |entry: &signature::Entry, mismatch: signature::Mismatch| {
         let (keyword, name, how) = (entry.keyword(), entry.name_text(), mismatch.as_str());
-        pr_err!("the layout of {keyword} {name} {how}\n");
+        pr_err!("{keyword} {name} {how}\n");
     };
     let mismatches =
         signature::check(&btf, layout::EXPECTED.entries(), &mut report).map_err(unreadable)?;

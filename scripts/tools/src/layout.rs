@@ -2,8 +2,10 @@
 //! Makes `ksm_layout.rs` from the BTF of the kernel that the module is built for.
 
 use crate::abi::btf::{self, Blob, Btf, Budget, Kind, Type};
-use crate::abi::signature::{self, ENTRIES_MAX, KIND_FUNC, KIND_STRUCT, NAME_MAX};
-use crate::list::{Interface, Symbol};
+use crate::abi::signature::{
+    self, Part, ENTRIES_MAX, KIND_CONSTANT, KIND_ENUM, KIND_FUNC, KIND_STRUCT, NAME_MAX,
+};
+use crate::list::{Interface, Sort, Symbol};
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use object::read::elf::{FileHeader, SectionHeader};
 use object::{elf, Endianness};
@@ -72,16 +74,17 @@ pub struct Generated {
     pub notes: Vec<String>,
 }
 
-/// All structures, unions and functions by kind and name.
-type ByName<'a> = BTreeMap<(u8, &'a [u8]), Vec<Type<'a>>>;
+/// All that can be listed, by kind and name.
+type ByName<'a> = BTreeMap<(u8, &'a [u8]), Vec<(Type<'a>, Part)>>;
 
 fn by_name<'a>(btf: &Btf<'a>) -> Result<ByName<'a>> {
     let mut types = ByName::new();
     for id in 1..=btf.last_id() {
         let ty = btf.get(id)?;
-        if let Some(kind) = signature::entry_kind(ty.kind()) {
-            types.entry((kind, btf.name(&ty)?)).or_default().push(ty);
-        }
+        signature::for_each_interface(btf, &ty, &mut |kind, name, part| {
+            types.entry((kind, name)).or_default().push((ty, part));
+            Ok(())
+        })?;
     }
     Ok(types)
 }
@@ -97,11 +100,9 @@ fn distinct<'a>(
     same_name
         .into_iter()
         .flatten()
-        .map(|ty| {
-            Ok((
-                signature::signature(btf, ty).context(name.to_string())?,
-                *ty,
-            ))
+        .map(|(ty, part)| {
+            let signature = signature::signature(btf, ty, *part).context(name.to_string())?;
+            Ok((signature, *ty))
         })
         .collect()
 }
@@ -115,7 +116,9 @@ pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], interfaces: &[Interface]) -> 
         "// SPDX-License-Identifier: GPL-2.0\n\
          // Made by rksm-tools layout from the kernel's BTF. Do not edit.\n\n\
          // Layouts and signatures of the kernel that the module was built for.\n\n\
-         use super::signature::{Entry, Table, KIND_FUNC, KIND_STRUCT, TABLE_MAGIC};\n",
+         use super::signature::{\n    \
+             Entry, Table, KIND_CONSTANT, KIND_ENUM, KIND_FUNC, KIND_STRUCT, TABLE_MAGIC,\n\
+         };\n",
     );
     for (name, needed) in SHARED {
         let found = distinct(btf, &types, KIND_STRUCT, name)?;
@@ -138,13 +141,17 @@ pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], interfaces: &[Interface]) -> 
         Ok(!found.is_empty())
     };
     for interface in interfaces {
-        let (kind, what, name) = match interface {
-            Interface::Struct(name) => (KIND_STRUCT, "struct", name),
-            Interface::Func(name) => (KIND_FUNC, "function", name),
+        let kind = match interface.sort {
+            Sort::Struct => KIND_STRUCT,
+            Sort::Func => KIND_FUNC,
+            Sort::Enum => KIND_ENUM,
+            Sort::Constant => KIND_CONSTANT,
         };
         ensure!(
-            add(kind, name)?,
-            "{what} {name} is listed, but not in the kernel's BTF"
+            add(kind, &interface.name)? || interface.optional,
+            "{} {} is listed, but not in the kernel's BTF",
+            interface.sort.keyword(),
+            interface.name
         );
     }
     let mut unchecked = Vec::new();
@@ -266,10 +273,11 @@ fn table(text: &mut String, entries: &BTreeSet<(u8, &str, u64)>, unchecked: &[&s
              entries: [\n"
     )?;
     for (kind, name, signature) in entries {
-        let kind = if *kind == KIND_FUNC {
-            "KIND_FUNC"
-        } else {
-            "KIND_STRUCT"
+        let kind = match *kind {
+            KIND_FUNC => "KIND_FUNC",
+            KIND_ENUM => "KIND_ENUM",
+            KIND_CONSTANT => "KIND_CONSTANT",
+            _ => "KIND_STRUCT",
         };
         writeln!(
             text,

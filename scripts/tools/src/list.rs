@@ -20,10 +20,7 @@ pub struct Symbol {
 /// Parse a list of symbols: `name[,sympos][?]` a line; `?`: the module need not use it.
 pub fn parse_symbols(text: &str) -> Result<Vec<Symbol>> {
     parse(text, |item| {
-        let (item, optional) = match item.strip_suffix('?') {
-            Some(item) => (item.trim(), true),
-            None => (item, false),
-        };
+        let (item, optional) = optional(item);
         let (name, sympos) = match item.split_once(',') {
             None => (item, 0),
             Some((name, sympos)) => {
@@ -44,24 +41,69 @@ pub fn parse_symbols(text: &str) -> Result<Vec<Symbol>> {
     })
 }
 
-/// A structure, union or function of the kernel whose signature is checked.
+/// A part of the kernel's interface whose signature is checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Interface {
-    /// Structure or union of this name.
-    Struct(String),
-    /// Function of this name, used otherwise than through a listed symbol.
-    Func(String),
+pub struct Interface {
+    /// What it is.
+    pub sort: Sort,
+    /// Its name.
+    pub name: String,
+    /// Whether only some configurations of the kernel have it.
+    pub optional: bool,
 }
 
-/// Parse a list of interfaces: `name` of a structure, or `func name`, a line.
+/// The sorts of interfaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sort {
+    /// Structure or union.
+    Struct,
+    /// Function that is used otherwise than through a listed symbol.
+    Func,
+    /// Enumeration.
+    Enum,
+    /// Enumerator of an enumeration without a name.
+    Constant,
+}
+
+impl Sort {
+    /// What stands before its name in C, or something like it.
+    pub fn keyword(self) -> &'static str {
+        match self {
+            Sort::Struct => "struct",
+            Sort::Func => "function",
+            Sort::Enum => "enum",
+            Sort::Constant => "constant",
+        }
+    }
+}
+
+/// Parse a list of interfaces: `name[?]` of a structure, or a keyword (`func`, `enum`, `constant`)
+/// and a name, a line; `?`: not every kernel has it.
 pub fn parse_interfaces(text: &str) -> Result<Vec<Interface>> {
     parse(text, |item| {
-        let interface = match item.split_once(char::is_whitespace) {
-            Some(("func", name)) => Interface::Func(identifier(name.trim())?),
-            _ => Interface::Struct(identifier(item)?),
+        let (item, optional) = optional(item);
+        let keyword = item.split_once(char::is_whitespace);
+        let (sort, name) = match keyword {
+            Some(("func", name)) => (Sort::Func, name.trim()),
+            Some(("enum", name)) => (Sort::Enum, name.trim()),
+            Some(("constant", name)) => (Sort::Constant, name.trim()),
+            _ => (Sort::Struct, item),
         };
-        Ok((format!("{interface:?}"), interface))
+        let interface = Interface {
+            sort,
+            name: identifier(name)?,
+            optional,
+        };
+        Ok((format!("{sort:?} {name}"), interface))
     })
+}
+
+/// Whether the item ends in `?`, and what stands before that.
+fn optional(item: &str) -> (&str, bool) {
+    match item.strip_suffix('?') {
+        Some(item) => (item.trim(), true),
+        None => (item, false),
+    }
 }
 
 fn identifier(name: &str) -> Result<String> {
@@ -118,13 +160,25 @@ mod tests {
 
     #[test]
     fn interfaces() {
-        let list = parse_interfaces("page # why\nfunc  walk\nfunc\nfunc page\n").unwrap();
+        let text = "page # why\nfunc  walk\nfunc\nfunc page\nenum page\nconstant PAGE ? #\npv?\n";
+        let list = parse_interfaces(text).unwrap();
         let expected = [
-            Interface::Struct("page".into()),
-            Interface::Func("walk".into()),
-            Interface::Struct("func".into()),
-            Interface::Func("page".into()),
+            (Sort::Struct, "page", false),
+            (Sort::Func, "walk", false),
+            (Sort::Struct, "func", false),
+            (Sort::Func, "page", false),
+            (Sort::Enum, "page", false),
+            (Sort::Constant, "PAGE", true),
+            (Sort::Struct, "pv", true),
         ];
+        let expected: Vec<_> = expected
+            .iter()
+            .map(|&(sort, name, optional)| Interface {
+                sort,
+                name: name.into(),
+                optional,
+            })
+            .collect();
         assert_eq!(list, expected);
         for (text, says) in [
             ("struct page\n", "line 1: 'struct page' is not a name"),

@@ -9,6 +9,7 @@ use rksm_tools::layout::{self, Types};
 use rksm_tools::postlink::{self, Kernel};
 use rksm_tools::symtab::KernelSymbols;
 use rksm_tools::{list, output};
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -77,24 +78,32 @@ fn layout(mut args: Arguments) -> Result<()> {
 
 fn describe(mut args: Arguments) -> Result<()> {
     let vmlinux = path(&mut args, "--vmlinux")?;
-    let names = args.finish();
+    let names = args
+        .finish()
+        .into_iter()
+        .map(|name| name.into_string().ok().context("not a name"))
+        .collect::<Result<Vec<_>>>()?;
     ensure!(!names.is_empty(), "no name given\n{USAGE}");
 
     let image = read(&vmlinux)?;
     let types = Types::parse(layout::find_btf(&image)?)?;
     let btf = types.btf();
-    let mut unknown = names;
-    let wanted = unknown.clone();
+    let mut unknown: BTreeSet<&str> = names.iter().map(String::as_str).collect();
     for id in 1..=btf.last_id() {
         let ty = btf.get(id)?;
-        let name = btf.name_text(&ty)?;
-        if signature::entry_kind(ty.kind()).is_none() || !wanted.iter().any(|want| want == name) {
-            continue;
+        let mut found = Vec::new();
+        signature::for_each_interface(&btf, &ty, &mut |_, name, part| {
+            if let Some(name) = names.iter().find(|wanted| wanted.as_bytes() == name) {
+                unknown.remove(name.as_str());
+                found.push(part);
+            }
+            Ok(())
+        })?;
+        for part in found {
+            let mut text = String::new();
+            signature::describe(&btf, &ty, part, &mut text)?;
+            println!("{:016x} {text}\n", signature::signature(&btf, &ty, part)?);
         }
-        unknown.retain(|want| want != name);
-        let mut text = String::new();
-        signature::describe(&btf, &ty, &mut text)?;
-        println!("{:016x} {text}\n", signature::signature(&btf, &ty)?);
     }
     ensure!(unknown.is_empty(), "not in BTF: {unknown:?}");
     Ok(())

@@ -7,32 +7,41 @@ use common::{small_kernel, Maker};
 use proptest::prelude::*;
 use rksm_tools::abi::btf::{Blob, Btf, Budget, Error, Type};
 use rksm_tools::abi::signature::{
-    self, check, Entry, Mismatch, ENTRIES_MAX, KIND_FUNC, KIND_STRUCT, NAME_MAX,
+    self, check, Entry, Mismatch, Part, ENTRIES_MAX, KIND_CONSTANT, KIND_ENUM, KIND_FUNC,
+    KIND_STRUCT, NAME_MAX,
 };
 use rksm_tools::layout::Types;
 use std::fmt::Write as _;
 
-/// Find a structure or function by its name.
-fn find<'a>(btf: &Btf<'a>, kind: u8, name: &str) -> Type<'a> {
-    (1..=btf.last_id())
-        .map(|id| btf.get(id).unwrap())
-        .find(|ty| {
-            signature::entry_kind(ty.kind()) == Some(kind) && btf.name_text(ty).unwrap() == name
+/// Find an interface by its name.
+fn find<'a>(btf: &Btf<'a>, kind: u8, name: &str) -> (Type<'a>, Part) {
+    let mut found = None;
+    for id in 1..=btf.last_id() {
+        let ty = btf.get(id).unwrap();
+        signature::for_each_interface(btf, &ty, &mut |its_kind, its_name, part| {
+            if (its_kind, its_name) == (kind, name.as_bytes()) {
+                found.get_or_insert((ty, part));
+            }
+            Ok(())
         })
-        .unwrap()
+        .unwrap();
+    }
+    found.unwrap()
 }
 
 fn signature_of(data: &[u8], kind: u8, name: &str) -> u64 {
     let types = Types::parse(data).unwrap();
     let btf = types.btf();
-    signature::signature(&btf, &find(&btf, kind, name)).unwrap()
+    let (ty, part) = find(&btf, kind, name);
+    signature::signature(&btf, &ty, part).unwrap()
 }
 
 fn describe(data: &[u8], kind: u8, name: &str) -> String {
     let types = Types::parse(data).unwrap();
     let btf = types.btf();
+    let (ty, part) = find(&btf, kind, name);
     let mut text = String::new();
-    signature::describe(&btf, &find(&btf, kind, name), &mut text).unwrap();
+    signature::describe(&btf, &ty, part, &mut text).unwrap();
     text
 }
 
@@ -56,6 +65,10 @@ fn expected_of_small_kernel() -> Vec<Entry> {
         entry(KIND_STRUCT, "mm_struct"),
         entry(KIND_FUNC, "drain"),
         entry(KIND_FUNC, "walk"),
+        entry(KIND_ENUM, "color"),
+        entry(KIND_ENUM, "wide"),
+        entry(KIND_CONSTANT, "EIGHT"),
+        entry(KIND_CONSTANT, "MINUS"),
     ]
 }
 
@@ -93,6 +106,22 @@ fn canonical_text() {
         "[4] int walk([8] const struct mm_struct *, [8] long unsigned int, [0] void, )"
     );
     assert_eq!(describe(&data, KIND_FUNC, "drain"), "[0] void drain()");
+    assert_eq!(
+        describe(&data, KIND_ENUM, "color"),
+        "enum color [4]\n ONE = 1"
+    );
+    assert_eq!(
+        describe(&data, KIND_ENUM, "wide"),
+        "enum wide [8]\n ONE = 4294967297"
+    );
+    assert_eq!(
+        describe(&data, KIND_CONSTANT, "EIGHT"),
+        "constant EIGHT [4] = 8"
+    );
+    assert_eq!(
+        describe(&data, KIND_CONSTANT, "MINUS"),
+        "constant MINUS [4] = -1"
+    );
 }
 
 #[test]
@@ -156,6 +185,9 @@ fn absent_names_are_reported() {
         // A function of that name there is, but no structure.
         Entry::new(KIND_STRUCT, "drain", 1),
         Entry::new(KIND_FUNC, "mm_struct", 1),
+        // A constant of a named enumeration, and a declaration of one.
+        Entry::new(KIND_ENUM, "declared", 1),
+        Entry::new(KIND_CONSTANT, "ONE", 1),
     ];
     let missing = |name: &str| (name.to_string(), Mismatch::Missing);
     assert_eq!(
@@ -163,7 +195,9 @@ fn absent_names_are_reported() {
         Ok(vec![
             missing("absent"),
             missing("drain"),
-            missing("mm_struct")
+            missing("mm_struct"),
+            missing("declared"),
+            missing("ONE")
         ])
     );
 }
@@ -193,6 +227,52 @@ fn changed_structures_are_noticed() {
     for (i, one) in all.iter().enumerate() {
         assert!(!all[i + 1..].contains(one), "{i}");
     }
+}
+
+/// Changes to an enumeration, each of which must change the signature.
+#[test]
+fn changed_enumerations_are_noticed() {
+    let make = |flag, size, enumerators: &[(&str, u32)]| {
+        let mut m = Maker::new();
+        m.enumeration("e", flag, size, enumerators);
+        signature_of(&m.finish(), KIND_ENUM, "e")
+    };
+    let all = [
+        make(false, 4, &[("A", 0), ("B", 1)]),
+        make(false, 8, &[("A", 0), ("B", 1)]),
+        make(false, 4, &[("A", 0), ("B", 2)]),
+        make(false, 4, &[("A", 0), ("C", 1)]),
+        make(false, 4, &[("B", 1), ("A", 0)]),
+        make(false, 4, &[("A", 0)]),
+        make(false, 4, &[("A", 0), ("B", 1), ("C", 2)]),
+        make(false, 4, &[("A", u32::MAX)]),
+        make(true, 4, &[("A", u32::MAX)]),
+    ];
+    for (i, one) in all.iter().enumerate() {
+        assert!(!all[i + 1..].contains(one), "{i}");
+    }
+}
+
+/// One enumerator of a nameless enumeration may be listed, whatever becomes of the others.
+#[test]
+fn constants_of_nameless_enumerations() {
+    let make = |enumerators: &[(&str, u32)]| {
+        let mut m = Maker::new();
+        m.enumeration("", false, 4, enumerators);
+        m.finish()
+    };
+    let old = make(&[("A", 0), ("B", 1)]);
+    let expected = [Entry::new(
+        KIND_CONSTANT,
+        "B",
+        signature_of(&old, KIND_CONSTANT, "B"),
+    )];
+    let outcome = |enumerators: &[(&str, u32)]| mismatches(&make(enumerators), &expected).unwrap();
+    assert_eq!(outcome(&[("A", 0), ("B", 1)]), []);
+    assert_eq!(outcome(&[("B", 1), ("C", 7)]), []);
+    let differs = |how| vec![("B".to_string(), how)];
+    assert_eq!(outcome(&[("A", 0), ("B", 2)]), differs(Mismatch::Different));
+    assert_eq!(outcome(&[("A", 1)]), differs(Mismatch::Missing));
 }
 
 /// A typedef keeps its name while what is behind it grows.
@@ -383,9 +463,12 @@ fn read_all(btf: &Btf<'_>) {
         for i in [0, 1, ty.len().wrapping_sub(1), ty.len(), u32::MAX] {
             let _ = ty.member(i);
             let _ = ty.param(i);
+            let _ = ty.enumerator(i);
         }
         let _ = btf.for_each_member(&ty, &mut Budget::new(1000, 8), &mut |_, _| Ok(()));
-        let _ = signature::signature(btf, &ty);
+        for part in [Part::Whole, Part::Enumerator(0), Part::Enumerator(u32::MAX)] {
+            let _ = signature::signature(btf, &ty, part);
+        }
     }
 }
 
@@ -460,21 +543,25 @@ fn running_kernel() {
     };
     let types = Types::parse(&data).unwrap();
     let btf = types.btf();
-    let mut structs = 0;
-    let mut functions = 0;
+    let (mut structs, mut functions, mut enumerations, mut constants) = (0, 0, 0, 0);
     for id in 1..=btf.last_id() {
         let ty = btf.get(id).unwrap();
-        let Some(kind) = signature::entry_kind(ty.kind()) else {
-            continue;
-        };
-        if let Err(error) = signature::signature(&btf, &ty) {
-            panic!("{}: {error}", btf.name_text(&ty).unwrap());
-        }
-        match kind {
-            KIND_STRUCT => structs += 1,
-            _ => functions += 1,
-        }
+        signature::for_each_interface(&btf, &ty, &mut |kind, name, part| {
+            if let Err(error) = signature::signature(&btf, &ty, part) {
+                panic!("{}: {error}", String::from_utf8_lossy(name));
+            }
+            match kind {
+                KIND_STRUCT => structs += 1,
+                KIND_FUNC => functions += 1,
+                KIND_ENUM => enumerations += 1,
+                _ => constants += 1,
+            }
+            Ok(())
+        })
+        .unwrap();
     }
     assert!(structs > 1000, "{structs} structures");
     assert!(functions > 1000, "{functions} functions");
+    assert!(enumerations > 100, "{enumerations} enumerations");
+    assert!(constants > 100, "{constants} constants");
 }

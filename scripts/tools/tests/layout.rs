@@ -33,7 +33,7 @@ fn constants_and_table() {
     let made = run(
         &small_kernel().finish(),
         &["walk", "jiffies", "drain"],
-        &["mm_struct"],
+        &["constant EIGHT", "enum color", "mm_struct"],
     )
     .unwrap();
     for line in [
@@ -50,7 +50,7 @@ fn constants_and_table() {
         "pub const KSM_RMAP_ITEM_LINEAR_PAGE_INDEX: usize = 24;",
         "pub const KSM_RMAP_ITEM_HLIST: usize = 32;",
         "pub const KSM_MM_SLOT_SLOT: usize = 0;",
-        "pub static EXPECTED: Table<3> = Table {",
+        "pub static EXPECTED: Table<5> = Table {",
         "// Not checked, no function in BTF: jiffies",
     ] {
         assert!(
@@ -70,10 +70,12 @@ fn constants_and_table() {
         [
             "KIND_STRUCT, \"mm_struct\"",
             "KIND_FUNC, \"drain\"",
-            "KIND_FUNC, \"walk\""
+            "KIND_FUNC, \"walk\"",
+            "KIND_ENUM, \"color\"",
+            "KIND_CONSTANT, \"EIGHT\""
         ]
     );
-    assert_eq!(made.signatures, 3);
+    assert_eq!(made.signatures, 5);
     assert_eq!(made.notes.len(), 1);
     assert!(made.notes[0].ends_with(": jiffies"), "{:?}", made.notes);
 }
@@ -111,6 +113,16 @@ fn what_is_missing_is_told() {
         "{says}"
     );
 
+    for (listed, says) in [
+        ("enum mm_struct", "enum mm_struct is listed, but not in"),
+        ("constant ONE", "constant ONE is listed, but not in"),
+    ] {
+        let error = error(&data, &[], &[listed]);
+        assert!(error.contains(says), "{error}");
+    }
+    // Unless it may be missing.
+    assert_eq!(run(&data, &[], &["no_such_struct?"]).unwrap().signatures, 0);
+
     let empty = Maker::new().finish();
     let says = error(&empty, &[], &[]);
     assert!(says.contains("struct ksm_stable_node is not in"), "{says}");
@@ -138,21 +150,25 @@ fn what_is_missing_is_told() {
     assert!(says.contains("longer than 62"), "{says}");
 }
 
-#[test]
-fn btf_is_found_in_elf() {
+/// An ELF file with one section.
+fn elf_with(section: &str, content: &[u8]) -> Vec<u8> {
     use object::write::Object;
     use object::{Architecture, BinaryFormat, Endianness, SectionKind};
 
+    let mut elf = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
+    let section = elf.add_section(Vec::new(), section.into(), SectionKind::ReadOnlyData);
+    elf.append_section_data(section, content, 8);
+    elf.write().unwrap()
+}
+
+#[test]
+fn btf_is_found_in_elf() {
     let btf = small_kernel().finish();
     assert_eq!(find_btf(&btf).unwrap(), btf);
 
-    let elf = |name: &str| {
-        let mut elf = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
-        let section = elf.add_section(Vec::new(), name.into(), SectionKind::ReadOnlyData);
-        elf.append_section_data(section, &btf, 8);
-        elf.write().unwrap()
-    };
-    assert_eq!(find_btf(&elf(".BTF")).unwrap(), btf);
-    let says = find_btf(&elf(".not.BTF")).unwrap_err().to_string();
+    assert_eq!(find_btf(&elf_with(".BTF", &btf)).unwrap(), btf);
+    let says = find_btf(&elf_with(".not.BTF", &btf))
+        .unwrap_err()
+        .to_string();
     assert!(says.contains("no .BTF section"), "{says}");
 }

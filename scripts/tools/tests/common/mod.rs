@@ -111,6 +111,23 @@ impl Maker {
         self.record(name, STRUCT, vlen | FLAG, size, &extra)
     }
 
+    /// An enumeration of up to 32 bits (name, bits of the value).
+    pub fn enumeration(
+        &mut self,
+        name: &str,
+        signed: bool,
+        size: u32,
+        enumerators: &[(&str, u32)],
+    ) -> u32 {
+        let mut extra = Vec::new();
+        for (name, value) in enumerators {
+            extra.extend([self.string(name), *value]);
+        }
+        let flag = if signed { FLAG } else { 0 };
+        let vlen = enumerators.len() as u32;
+        self.record(name, ENUM, vlen | flag, size, &extra)
+    }
+
     pub fn proto(&mut self, ret: u32, params: &[u32]) -> u32 {
         let mut extra = Vec::new();
         for ty in params {
@@ -234,6 +251,9 @@ pub fn small_kernel() -> Maker {
         ("callback", callback_ptr, 512),
     ];
     m.aggregate(STRUCT, "all", 72, &all);
+    m.enumeration("", false, 4, &[("SEVEN", 7), ("EIGHT", 8)]);
+    m.enumeration("", true, 4, &[("MINUS", u32::MAX)]);
+    m.enumeration("declared", false, 4, &[]);
     m.bitfields(
         "bits",
         8,

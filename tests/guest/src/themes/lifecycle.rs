@@ -471,25 +471,46 @@ fn places(hay: &[u8], needle: &[u8]) -> Vec<usize> {
         .collect()
 }
 
+/// The one place of `magic` in the module.
+fn only_place(image: &[u8], magic: &[u8]) -> Result<usize> {
+    match places(image, magic)[..] {
+        [place] => Ok(place),
+        ref places => bail!(
+            "{} places of {} in the module",
+            places.len(),
+            String::from_utf8_lossy(magic)
+        ),
+    }
+}
+
+fn word_at(image: &[u8], at: usize) -> Result<u64> {
+    let bytes = image.get(at..at + 8).context("the module ends too soon")?;
+    Ok(u64::from_le_bytes(bytes.try_into()?))
+}
+
+/// The table of expected interfaces (scripts/tools/README.md): magic and number, then entries of
+/// signature, kind, length of the name, and name. One of each kind is changed.
 fn other_layout() -> Outcome {
-    // The table of expected interfaces (scripts/tools/README.md): magic and
-    // number, then entries of signature, kind, length of the name, and name.
-    let mut name = String::new();
-    let patched = Patched::new(|image| {
-        let found = places(image, b"RKSMABI1");
-        ensure!(found.len() == 1, "{} tables in the module", found.len());
-        let entry = found[0] + 16;
-        image[entry] ^= 1;
-        let (text, len) = (entry + 10, usize::from(image[entry + 9]));
-        name = String::from_utf8_lossy(&image[text..text + len]).into_owned();
-        Ok(())
-    })?;
-    let mut log = Log::from_now()?;
-    let result = module::load_file(&patched.0);
-    ensure!(result.is_err(), "loaded on a kernel that it does not fit");
-    expect_gone()?;
-    println!("changed the signature of {name}");
-    log.expect(&["rksm", "struct", &name])?;
+    for (kind, keyword) in [(1, "struct"), (2, "function"), (3, "enum"), (4, "constant")] {
+        let mut name = String::new();
+        let patched = Patched::new(|image| {
+            let table = only_place(image, b"RKSMABI1")?;
+            let entries = usize::try_from(word_at(image, table + 8)?)?;
+            let entry = (0..entries)
+                .map(|i| table + 16 + 72 * i)
+                .find(|&entry| image[entry + 8] == kind)
+                .with_context(|| format!("no {keyword} in the table"))?;
+            image[entry] ^= 1;
+            let (text, len) = (entry + 10, usize::from(image[entry + 9]));
+            name = String::from_utf8_lossy(&image[text..text + len]).into_owned();
+            Ok(())
+        })?;
+        let mut log = Log::from_now()?;
+        println!("changing the signature of {keyword} {name}");
+        expect_errno(keyword, module::load_file(&patched.0), libc::ENOEXEC)?;
+        expect_gone()?;
+        log.expect(&["rksm", &format!("{keyword} {name} differs in this kernel")])?;
+    }
     // The module as built is fine.
     module::load()?;
     PASS
