@@ -35,6 +35,7 @@ struct Rksm {
 impl kernel::Module for Rksm {
     fn init(module: &'static ThisModule) -> Result<Self> {
         mm::abi::check()?;
+        mm::check_writable(module)?;
         let blocked = intree::Blocked::new()?;
         let engine = Engine::new(module)?;
         let hotplug = hotplug::Registration::new(engine.clone())?;

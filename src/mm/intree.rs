@@ -3,7 +3,7 @@
 //! Living beside in-tree KSM: its registrations are ours too, and its engine stays off while we are
 //! loaded, because each engine would take the other's stable nodes for its own.
 
-use super::{ffi, sysfs};
+use super::{ffi, patch, sysfs};
 use core::ptr::{self, NonNull};
 use kernel::{
     bindings,
@@ -231,6 +231,38 @@ fn check_idle() -> Result {
     Ok(())
 }
 
+/// The attribute behind `/sys/kernel/mm/ksm/run`.
+fn run_attribute() -> Result<NonNull<bindings::kobj_attribute>> {
+    sysfs::find_mm_attribute(GROUP, c"run")
+        .ok_or(ENOENT)
+        .inspect_err(|_| {
+            pr_err!("/sys/kernel/mm/ksm/run is not there\n");
+        })
+}
+
+/// Checks that what keeps the in-tree engine off can be written. What cannot is named in the log.
+///
+/// Fails with `ENOEXEC`, and `ENOENT` without in-tree KSM.
+pub(super) fn check_writable() -> Result {
+    let attr = run_attribute()?;
+    // SAFETY: The attribute is static data of the kernel, and nobody but `Blocked` changes its handlers.
+    let handler = unsafe { patch::is_writable(store_word(attr)) };
+    let run = {
+        let _lock = EngineLock::lock();
+        // SAFETY: The variable is static data of the kernel, and changed under the lock only.
+        unsafe { patch::is_writable(ffi::rksm_intree_run_ptr()) }
+    };
+    for (what, writable) in [
+        ("the handler of /sys/kernel/mm/ksm/run", handler),
+        ("ksm_run", run),
+    ] {
+        if !writable {
+            pr_err!("this kernel keeps {what} read-only, so in-tree KSM could not be kept off\n");
+        }
+    }
+    (handler && run).then_some(()).ok_or(ENOEXEC)
+}
+
 /// Whether the in-tree engine's `run` is 0.
 fn is_stopped() -> bool {
     let _lock = EngineLock::lock();
@@ -297,6 +329,14 @@ unsafe impl Sync for Blocked {}
 
 const GROUP: &CStr = c"ksm";
 
+/// Where the store function of an attribute is, as a word.
+fn store_word(attr: NonNull<bindings::kobj_attribute>) -> *mut usize {
+    // A function pointer is a word.
+    const _: () = assert!(size_of::<Option<StoreFn>>() == size_of::<usize>());
+    // SAFETY: The pointer is only computed, within the attribute.
+    unsafe { (&raw mut (*attr.as_ptr()).__bindgen_anon_2).cast() }
+}
+
 /// How often, and after how long each time, to try again to put the file back.
 const PUT_BACK_ATTEMPTS: u32 = 100;
 const PUT_BACK_MS: i64 = 10;
@@ -305,12 +345,8 @@ impl Blocked {
     /// Blocks the in-tree engine, or fails with `EBUSY` and a line in the log if it is in use.
     pub(crate) fn new() -> Result<Self> {
         check_idle()?;
-        let attr = sysfs::find_mm_attribute(GROUP, c"run")
-            .ok_or(ENOENT)
-            .inspect_err(|_| {
-                pr_err!("/sys/kernel/mm/ksm/run is not there\n");
-            })?;
-        // SAFETY: the attribute is valid; a kobj_attribute of KSM is writable static data.
+        let attr = run_attribute()?;
+        // SAFETY: The attribute is static data of the kernel, and nobody changes its handlers.
         let store = unsafe { (*attr.as_ptr()).__bindgen_anon_2.store }.ok_or(ENOENT)?;
         // INVARIANT: exchanged here, or the whole fails. From here on nobody else can write, and `drop` puts
         // the old handler back.
@@ -344,12 +380,21 @@ impl Blocked {
 
     fn exchange(&self, store: StoreFn) -> Result {
         let attr = self.attr.as_ptr();
-        // SAFETY: the attribute is in the directory, and nobody else takes it out. When it is out,
-        // nobody uses its handlers.
+        // SAFETY: The attribute is in the directory, and nobody else takes it out.
         unsafe {
             let file = &raw const (*attr).attr;
             bindings::sysfs_remove_file_from_group(sysfs::mm_kobj(), file, GROUP.as_char_ptr());
-            (*attr).__bindgen_anon_2.store = Some(store);
+        }
+        // SAFETY: With the file out of the directory nobody uses its handlers.
+        let written = unsafe { patch::write(store_word(self.attr), store as usize) };
+        if written.is_err() {
+            // SAFETY: The attribute is static data of the kernel.
+            let there = unsafe { store_word(self.attr).read() };
+            if there != self.store as usize {
+                // The handler would be called after this module is gone. Better no file.
+                pr_err!("/sys/kernel/mm/ksm/run became read-only and is taken away\n");
+                return written;
+            }
         }
         let mut result = self.put_back();
         // Without memory for it the file would be gone for good: wait for some.
@@ -360,7 +405,8 @@ impl Blocked {
             fsleep(Delta::from_millis(PUT_BACK_MS));
             result = self.put_back();
         }
-        result.inspect_err(|_| pr_err!("/sys/kernel/mm/ksm/run could not be put back\n"))
+        result.inspect_err(|_| pr_err!("/sys/kernel/mm/ksm/run could not be put back\n"))?;
+        written
     }
 
     /// Puts the file into the directory, out of which it was taken. May sleep.

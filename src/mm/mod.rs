@@ -21,6 +21,7 @@ pub(crate) mod hotplug;
 pub(crate) mod intree;
 pub(crate) mod kthread;
 pub(crate) mod oom;
+mod patch;
 mod pte;
 pub(crate) mod stable;
 pub(crate) mod sysfs;
@@ -30,7 +31,16 @@ pub(crate) mod vma;
 pub(crate) mod walk;
 pub(crate) mod word;
 
-use kernel::{bindings, mm::Mm, page::PAGE_SIZE};
+use kernel::{bindings, mm::Mm, page::PAGE_SIZE, prelude::*};
+
+/// Checks, while the module is being initialised, that the static data that it will change is not
+/// read-only. What is gets named in the log.
+///
+/// Fails with `ENOEXEC`.
+pub(crate) fn check_writable(module: &'static ThisModule) -> Result {
+    let (intree, unload) = (intree::check_writable(), unload::check_writable(module));
+    intree.and(unload)
+}
 
 /// Words that nobody can know.
 pub(crate) fn random_words<const N: usize>() -> [u64; N] {

@@ -693,6 +693,12 @@ const void *rksm_btf(unsigned long *len)
 	return __start_BTF;
 }
 
+/* As one word, like WRITE_ONCE(), but -EFAULT where that would be an oops. */
+int rksm_store_word(unsigned long *at, unsigned long value)
+{
+	return copy_to_kernel_nofault(at, &value, sizeof(value));
+}
+
 /* Tracepoints. */
 
 void rksm_tracepoint_synchronize_unregister(void)
@@ -789,6 +795,11 @@ unsigned long rksm_intree_run(void)
 	return READ_ONCE(ksm_run);
 }
 
+unsigned long *rksm_intree_run_ptr(void)
+{
+	return &ksm_run;
+}
+
 /* KSM_RUN_UNMERGE of mm/ksm.c. */
 void rksm_intree_set_unmerge(bool on)
 {
@@ -839,26 +850,54 @@ extern struct mutex module_mutex;
 /* Written and read under module_mutex. */
 static void (*rksm_module_exit)(void);
 
-/* A live module without an exit function is refused by delete_module(2) with EBUSY. */
-bool rksm_module_pin(struct module *mod)
+static int rksm_module_set_exit(struct module *mod, void (*exit)(void))
 {
-	bool live;
-
-	mutex_lock(&module_mutex);
-	live = mod->state == MODULE_STATE_LIVE;
-	if (live && mod->exit) {
-		rksm_module_exit = mod->exit;
-		mod->exit = NULL;
-	}
-	mutex_unlock(&module_mutex);
-	return live;
+	return rksm_store_word((unsigned long *)&mod->exit, (unsigned long)exit);
 }
 
-void rksm_module_unpin(struct module *mod)
+/*
+ * Called while the module is being initialised: what becomes read-only only
+ * after that counts as read-only.
+ */
+bool rksm_module_can_pin(struct module *mod)
 {
+	const unsigned long at = (unsigned long)&mod->exit;
+	bool writable;
+
+	if (within_module_mem_type(at, mod, MOD_RODATA) ||
+	    within_module_mem_type(at, mod, MOD_RO_AFTER_INIT))
+		return false;
 	mutex_lock(&module_mutex);
-	mod->exit = rksm_module_exit;
+	writable = !rksm_module_set_exit(mod, mod->exit);
 	mutex_unlock(&module_mutex);
+	return writable;
+}
+
+/* A live module without an exit function is refused by delete_module(2) with EBUSY. */
+int rksm_module_pin(struct module *mod)
+{
+	int ret = -EBUSY;
+
+	mutex_lock(&module_mutex);
+	if (mod->state == MODULE_STATE_LIVE) {
+		ret = 0;
+		if (mod->exit) {
+			rksm_module_exit = mod->exit;
+			ret = rksm_module_set_exit(mod, NULL);
+		}
+	}
+	mutex_unlock(&module_mutex);
+	return ret;
+}
+
+int rksm_module_unpin(struct module *mod)
+{
+	int ret;
+
+	mutex_lock(&module_mutex);
+	ret = rksm_module_set_exit(mod, rksm_module_exit);
+	mutex_unlock(&module_mutex);
+	return ret;
 }
 
 bool rksm_module_pinned(struct module *mod)

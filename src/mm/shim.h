@@ -139,6 +139,7 @@ void rksm_set_oom_origin(bool on);
 struct kobject *rksm_mm_kobj(void);
 void rksm_attribute_init(struct attribute *attr);
 const void *rksm_btf(unsigned long *len);
+int rksm_store_word(unsigned long *at, unsigned long value);
 
 /* Tracepoints. */
 void rksm_tracepoint_synchronize_unregister(void);
@@ -160,6 +161,7 @@ typedef void (*rksm_mm_fn)(void *data, struct mm_struct *mm);
 void rksm_intree_lock(void);
 void rksm_intree_unlock(void);
 unsigned long rksm_intree_run(void);
+unsigned long *rksm_intree_run_ptr(void);
 void rksm_intree_set_unmerge(bool on);
 unsigned long rksm_intree_pages_shared(void);
 unsigned long rksm_intree_rmap_items(void);
@@ -167,8 +169,9 @@ bool rksm_intree_has_nodes(void);
 void rksm_intree_for_each_mm(rksm_mm_fn fn, void *data);
 
 /* The module itself. */
-bool rksm_module_pin(struct module *mod);
-void rksm_module_unpin(struct module *mod);
+bool rksm_module_can_pin(struct module *mod);
+int rksm_module_pin(struct module *mod);
+int rksm_module_unpin(struct module *mod);
 bool rksm_module_pinned(struct module *mod);
 int rksm_watch_unload(void);
 void rksm_unwatch_unload(void);

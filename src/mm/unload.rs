@@ -3,7 +3,19 @@
 //! Refusing to be unloaded while merged pages exist.
 
 use super::ffi;
-use kernel::prelude::*;
+use kernel::{error::to_result, pr_err_once, prelude::*};
+
+/// Checks that the module will be able to refuse to be unloaded. Called while it is being initialised.
+///
+/// Fails with `ENOEXEC` and a line in the log.
+pub(super) fn check_writable(module: &'static ThisModule) -> Result {
+    // SAFETY: The module is ours, and is being initialised.
+    if unsafe { ffi::rksm_module_can_pin(module.as_ptr()) } {
+        return Ok(());
+    }
+    pr_err!("this kernel keeps a module's exit function read-only, so unloading could not be refused while pages are merged\n");
+    Err(ENOEXEC)
+}
 
 /// Keeps the module from being unloaded.
 ///
@@ -27,10 +39,8 @@ impl Pin {
     /// Pins the module. Fails with `EBUSY` when it is being unloaded already. May sleep.
     pub(crate) fn pin(&mut self) -> Result {
         if !self.pinned {
-            // SAFETY: the module is ours.
-            if !unsafe { ffi::rksm_module_pin(self.module.as_ptr()) } {
-                return Err(EBUSY);
-            }
+            // SAFETY: The module is ours.
+            to_result(unsafe { ffi::rksm_module_pin(self.module.as_ptr()) })?;
             self.pinned = true;
         }
         Ok(())
@@ -38,9 +48,14 @@ impl Pin {
 
     /// Allows unloading again. May sleep.
     pub(crate) fn unpin(&mut self) {
-        if core::mem::take(&mut self.pinned) {
-            // SAFETY: the module is ours, and was pinned.
-            unsafe { ffi::rksm_module_unpin(self.module.as_ptr()) };
+        if !self.pinned {
+            return;
+        }
+        // SAFETY: The module is ours, and was pinned.
+        match to_result(unsafe { ffi::rksm_module_unpin(self.module.as_ptr()) }) {
+            Ok(()) => self.pinned = false,
+            // It was writable when the module was pinned.
+            Err(_) => pr_err_once!("the module cannot be unloaded any more\n"),
         }
     }
 }

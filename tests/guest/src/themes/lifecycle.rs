@@ -45,6 +45,8 @@ pub const THEME: Theme = Theme {
         ("100-cycles", 240, cycles),
         ("refused-on-another-layout", 60, other_layout),
         ("refused-on-a-missing-symbol", 60, missing_symbol),
+        ("refused-where-data-is-read-only", 60, read_only),
+        ("refused-where-nothing-can-be-written", 60, nothing_writable),
     ],
 };
 
@@ -512,6 +514,62 @@ fn other_layout() -> Outcome {
         log.expect(&["rksm", &format!("{keyword} {name} differs in this kernel")])?;
     }
     // The module as built is fine.
+    module::load()?;
+    PASS
+}
+
+/// Has the module take one symbol of the kernel, whose name must not be longer, for another.
+fn other_symbol(symbol: &str, instead: &str) -> Result<Patched> {
+    let livepatch = |name: &str| format!(".klp.sym.vmlinux.{name},0\0").into_bytes();
+    let (old, mut new) = (livepatch(symbol), livepatch(instead));
+    ensure!(new.len() <= old.len(), "{instead} is longer than {symbol}");
+    new.resize(old.len(), 0);
+    Patched::new(|image| {
+        let at = only_place(image, &old)?;
+        image[at..at + new.len()].copy_from_slice(&new);
+        Ok(())
+    })
+}
+
+/// Checks that loading is refused, that the log has one line with each of `words`, and that the in-tree
+/// engine is as it was.
+fn expect_read_only(patched: &Patched, words: &[&str]) -> Result<()> {
+    let mut log = Log::from_now()?;
+    expect_errno("load", module::load_file(&patched.0), libc::ENOEXEC)?;
+    expect_gone()?;
+    let lines = log.lines()?;
+    for word in words {
+        let says = |line: &&String| {
+            line.starts_with("rksm: this kernel keeps ")
+                && line.contains(word)
+                && line.contains("read-only")
+        };
+        let n = lines.iter().filter(says).count();
+        ensure!(n == 1, "{n} lines about {word}: {lines:?}");
+    }
+    for value in ["2", "0"] {
+        write_to(in_tree(), "run", value.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The module is given a pointer that is read-only since boot for the in-tree engine's `run`, as if this
+/// kernel had sealed that: the write that is tried faults.
+fn read_only() -> Outcome {
+    expect_read_only(&other_symbol("ksm_run", "fs_kobj")?, &["ksm_run"])?;
+    module::load()?;
+    PASS
+}
+
+/// Every write fails, as it is left to a system call that does not exist.
+fn nothing_writable() -> Outcome {
+    let patched = other_symbol("copy_to_kernel_nofault", "sys_ni_syscall")?;
+    let words = [
+        "the handler of /sys/kernel/mm/ksm/run",
+        "ksm_run",
+        "exit function",
+    ];
+    expect_read_only(&patched, &words)?;
     module::load()?;
     PASS
 }
