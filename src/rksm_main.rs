@@ -34,6 +34,7 @@ struct Rksm {
 
 impl kernel::Module for Rksm {
     fn init(module: &'static ThisModule) -> Result<Self> {
+        mm::abi::check_build()?;
         mm::abi::check()?;
         mm::check_writable(module)?;
         let blocked = intree::Blocked::new()?;

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The load-time check: compares the interfaces that are used with the running kernel's own BTF.
+//! The load-time check: whether this kernel is the build that the module was made for, and whether the
+//! interfaces that are used look in its own BTF as they did there.
 
 use super::ffi;
 use crate::abi::{
     btf::{Blob, Btf},
-    layout, signature,
+    buildid, layout, signature,
 };
-use kernel::{alloc::KVVec, prelude::*};
+use kernel::{alloc::KVVec, fmt, prelude::*};
 
 /// The running kernel's BTF.
 fn kernel_btf() -> &'static [u8] {
@@ -17,6 +18,49 @@ fn kernel_btf() -> &'static [u8] {
         let start = ffi::rksm_btf(&raw mut len);
         core::slice::from_raw_parts(start.cast(), len)
     }
+}
+
+/// The running kernel's ELF notes.
+fn kernel_notes() -> &'static [u8] {
+    let mut len = 0;
+    // SAFETY: The section is part of the kernel image: read-only, and there for ever.
+    unsafe {
+        let start = ffi::rksm_notes(&raw mut len);
+        core::slice::from_raw_parts(start.cast(), len)
+    }
+}
+
+/// A build id for a log line.
+struct Id<'a>(&'a [u8]);
+
+impl fmt::Display for Id<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("none");
+        }
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// Checks that the running kernel is the very build that the module was made for. Both are named in
+/// the log when it is not.
+///
+/// An image without a build id takes only modules that were built for one without.
+///
+/// Fails with `ENOEXEC`.
+pub(crate) fn check_build() -> Result {
+    let (wanted, running) = (
+        layout::BUILD_ID.id(),
+        buildid::find(kernel_notes()).unwrap_or_default(),
+    );
+    if wanted == running {
+        return Ok(());
+    }
+    let (wanted, running) = (Id(wanted), Id(running));
+    pr_err!(
+        "built for the kernel with build id {wanted}, but build id {running} is running: build rksm again, for the running kernel\n"
+    );
+    Err(ENOEXEC)
 }
 
 /// Checks all interfaces that the module relies on. Each one that is missing or differs is named in

@@ -676,6 +676,10 @@ void rksm_set_oom_origin(bool on)
 extern char __start_BTF[];
 extern char __stop_BTF[];
 
+/* Bounds of the .notes section, see kernel/ksysfs.c. */
+extern const char __start_notes[];
+extern const char __stop_notes[];
+
 struct kobject *rksm_mm_kobj(void)
 {
 	return mm_kobj;
@@ -691,6 +695,12 @@ const void *rksm_btf(unsigned long *len)
 {
 	*len = __stop_BTF - __start_BTF;
 	return __start_BTF;
+}
+
+const void *rksm_notes(unsigned long *len)
+{
+	*len = __stop_notes - __start_notes;
+	return __start_notes;
 }
 
 /* As one word, like WRITE_ONCE(), but -EFAULT where that would be an oops. */

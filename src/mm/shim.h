@@ -139,6 +139,7 @@ void rksm_set_oom_origin(bool on);
 struct kobject *rksm_mm_kobj(void);
 void rksm_attribute_init(struct attribute *attr);
 const void *rksm_btf(unsigned long *len);
+const void *rksm_notes(unsigned long *len);
 int rksm_store_word(unsigned long *at, unsigned long value);
 
 /* Tracepoints. */

@@ -3,5 +3,7 @@
 
 #[path = "../../../src/abi/btf.rs"]
 pub mod btf;
+#[path = "../../../src/abi/buildid.rs"]
+pub mod buildid;
 #[path = "../../../src/abi/signature.rs"]
 pub mod signature;

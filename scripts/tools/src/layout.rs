@@ -2,6 +2,7 @@
 //! Makes `ksm_layout.rs` from the BTF of the kernel that the module is built for.
 
 use crate::abi::btf::{self, Blob, Btf, Budget, Kind, Type};
+use crate::abi::buildid;
 use crate::abi::signature::{
     self, Part, ENTRIES_MAX, KIND_CONSTANT, KIND_ENUM, KIND_FUNC, KIND_STRUCT, NAME_MAX,
 };
@@ -41,6 +42,41 @@ pub fn find_btf(data: &[u8]) -> Result<&[u8]> {
         .section_by_name(endian, b".BTF")
         .context("no .BTF section: was this kernel built with CONFIG_DEBUG_INFO_BTF?")?;
     Ok(section.data(endian, data)?)
+}
+
+/// The build id of an ELF image, if it has one.
+pub fn find_build_id(image: &[u8]) -> Result<Option<&[u8]>> {
+    ensure!(
+        image.starts_with(&elf::ELFMAG),
+        "raw BTF does not say which image it is from: give the image itself"
+    );
+    let header = elf::FileHeader64::<Endianness>::parse(image).context("not a 64-bit ELF file")?;
+    let endian = header.endian()?;
+    // The section that the kernel keeps in memory. Its linker script collects all notes there.
+    let sections = header.sections(endian, image)?;
+    let Some((_, section)) = sections.section_by_name(endian, b".notes") else {
+        return Ok(None);
+    };
+    let id = buildid::find(section.data(endian, image)?);
+    if let Some(id) = id {
+        ensure!(
+            id.len() <= buildid::ID_MAX,
+            "the build id has {} bytes, more than {}",
+            id.len(),
+            buildid::ID_MAX
+        );
+    }
+    Ok(id)
+}
+
+/// A build id as it is usually written.
+pub fn hex(id: &[u8]) -> String {
+    let mut text = String::new();
+    for byte in id {
+        // A string takes everything.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 /// BTF and its index.
@@ -107,15 +143,21 @@ fn distinct<'a>(
         .collect()
 }
 
-/// Make the file from BTF, the listed symbols and the listed interfaces.
-pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], interfaces: &[Interface]) -> Result<Generated> {
+/// Make the file from BTF and build id of the image, the listed symbols and the listed interfaces.
+pub fn generate(
+    btf: &Btf<'_>,
+    build_id: Option<&[u8]>,
+    symbols: &[Symbol],
+    interfaces: &[Interface],
+) -> Result<Generated> {
     let types = by_name(btf)?;
     let mut notes = Vec::new();
 
     let mut text = String::from(
         "// SPDX-License-Identifier: GPL-2.0\n\
          // Made by rksm-tools layout from the kernel's BTF. Do not edit.\n\n\
-         // Layouts and signatures of the kernel that the module was built for.\n\n\
+         // Layouts, signatures and build id of the kernel that the module was built for.\n\n\
+         use super::buildid::Record;\n\
          use super::signature::{\n    \
              Entry, Table, KIND_CONSTANT, KIND_ENUM, KIND_FUNC, KIND_STRUCT, TABLE_MAGIC,\n\
          };\n",
@@ -172,6 +214,20 @@ pub fn generate(btf: &Btf<'_>, symbols: &[Symbol], interfaces: &[Interface]) -> 
         entries.len()
     );
     table(&mut text, &entries, &unchecked)?;
+    let id = build_id.unwrap_or_default();
+    let bytes: Vec<_> = id.iter().map(|byte| format!("0x{byte:02x}")).collect();
+    write!(
+        text,
+        "\n/// Build id of the image: {}.\n\
+         #[used]\n\
+         pub static BUILD_ID: Record = Record::new(&[{}]);\n",
+        if id.is_empty() {
+            "none".to_string()
+        } else {
+            hex(id)
+        },
+        bytes.join(", ")
+    )?;
     Ok(Generated {
         text,
         signatures: entries.len(),

@@ -57,10 +57,19 @@ fn layout(mut args: Arguments) -> Result<()> {
     let symbols = parsed(&symbols, list::parse_symbols)?;
     let structs = parsed(&structs, list::parse_interfaces)?;
     let image = read(&vmlinux)?;
+    let build_id = layout::find_build_id(&image).with_context(|| vmlinux.display().to_string())?;
     let generated = layout::find_btf(&image)
         .and_then(|btf| Ok(Types::parse(btf)?))
-        .and_then(|types| layout::generate(&types.btf(), &symbols, &structs))
+        .and_then(|types| layout::generate(&types.btf(), build_id, &symbols, &structs))
         .with_context(|| vmlinux.display().to_string())?;
+    let build_id = build_id.map(layout::hex);
+    if build_id.is_none() {
+        eprintln!(
+            "rksm-tools: warning: {} has no build id: the module will load on any kernel without one \
+             that has the same interfaces, and on no other",
+            vmlinux.display()
+        );
+    }
     for note in &generated.notes {
         eprintln!("rksm-tools: note: {note}");
     }
@@ -69,9 +78,10 @@ fn layout(mut args: Arguments) -> Result<()> {
         false => "is current",
     };
     eprintln!(
-        "rksm-tools: {} {state}: {} signatures",
+        "rksm-tools: {} {state}: {} signatures, build id {}",
         out.display(),
-        generated.signatures
+        generated.signatures,
+        build_id.as_deref().unwrap_or("none")
     );
     Ok(())
 }

@@ -2,9 +2,12 @@
 //! The generated file.
 
 mod common;
+#[path = "common/notes.rs"]
+mod notes;
 
 use common::{small_kernel, Maker, STRUCT};
-use rksm_tools::layout::{find_btf, generate, Generated, Types};
+use notes::note;
+use rksm_tools::layout::{find_btf, find_build_id, generate, Generated, Types};
 use rksm_tools::list::{parse_interfaces, Symbol};
 
 fn run(data: &[u8], symbols: &[&str], interfaces: &[&str]) -> anyhow::Result<Generated> {
@@ -18,7 +21,7 @@ fn run(data: &[u8], symbols: &[&str], interfaces: &[&str]) -> anyhow::Result<Gen
         })
         .collect();
     let interfaces = parse_interfaces(&interfaces.join("\n"))?;
-    generate(&types.btf(), &symbols, &interfaces)
+    generate(&types.btf(), Some(&[0xab, 0x0c]), &symbols, &interfaces)
 }
 
 fn error(data: &[u8], symbols: &[&str], structs: &[&str]) -> String {
@@ -52,6 +55,8 @@ fn constants_and_table() {
         "pub const KSM_MM_SLOT_SLOT: usize = 0;",
         "pub static EXPECTED: Table<5> = Table {",
         "// Not checked, no function in BTF: jiffies",
+        "/// Build id of the image: ab0c.",
+        "pub static BUILD_ID: Record = Record::new(&[0xab, 0x0c]);",
     ] {
         assert!(
             made.text.lines().any(|l| l == line),
@@ -159,6 +164,30 @@ fn elf_with(section: &str, content: &[u8]) -> Vec<u8> {
     let section = elf.add_section(Vec::new(), section.into(), SectionKind::ReadOnlyData);
     elf.append_section_data(section, content, 8);
     elf.write().unwrap()
+}
+
+#[test]
+fn image_without_build_id() {
+    let types = small_kernel().finish();
+    let types = Types::parse(&types).unwrap();
+    let made = generate(&types.btf(), None, &[], &[]).unwrap();
+    let line = "pub static BUILD_ID: Record = Record::new(&[]);";
+    assert!(made.text.lines().any(|l| l == line), "{}", made.text);
+}
+
+#[test]
+fn build_id_is_found_in_elf() {
+    let notes = [note("Linux", 0x101, b"x"), note("GNU", 3, &[7; 20])].concat();
+    let image = elf_with(".notes", &notes);
+    assert_eq!(find_build_id(&image).unwrap(), Some(&[7; 20][..]));
+    assert_eq!(find_build_id(&elf_with(".other", &notes)).unwrap(), None);
+    let others = elf_with(".notes", &note("Linux", 3, &[7; 20]));
+    assert_eq!(find_build_id(&others).unwrap(), None);
+
+    let says = |image: &[u8]| find_build_id(image).unwrap_err().to_string();
+    assert!(says(&small_kernel().finish()).starts_with("raw BTF does not say"));
+    let long = says(&elf_with(".notes", &note("GNU", 3, &[7; 65])));
+    assert_eq!(long, "the build id has 65 bytes, more than 64");
 }
 
 #[test]

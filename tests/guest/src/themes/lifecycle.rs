@@ -43,6 +43,7 @@ pub const THEME: Theme = Theme {
         ("unload-while-scanning", 60, unload_scanning),
         ("unload-with-registered-processes", 60, unload_registered),
         ("100-cycles", 240, cycles),
+        ("refused-on-another-build", 60, other_build),
         ("refused-on-another-layout", 60, other_layout),
         ("refused-on-a-missing-symbol", 60, missing_symbol),
         ("refused-where-data-is-read-only", 60, read_only),
@@ -488,6 +489,55 @@ fn only_place(image: &[u8], magic: &[u8]) -> Result<usize> {
 fn word_at(image: &[u8], at: usize) -> Result<u64> {
     let bytes = image.get(at..at + 8).context("the module ends too soon")?;
     Ok(u64::from_le_bytes(bytes.try_into()?))
+}
+
+/// The record of the build id (scripts/tools/README.md): magic, length, id.
+fn other_build() -> Outcome {
+    let hex = |id: &[u8]| {
+        let digits = id.iter().map(|byte| format!("{byte:02x}"));
+        digits.collect::<Vec<_>>().concat()
+    };
+    let mut right = Vec::new();
+    for (what, len, flip) in [
+        ("the first bit differs", None, Some(0)),
+        ("the last bit differs", None, Some(usize::MAX)),
+        ("shorter", Some(16), None),
+        ("none", Some(0), None),
+    ] {
+        let mut wrong = Vec::new();
+        let patched = Patched::new(|image| {
+            let at = only_place(image, b"RKSMBID1")?;
+            let own_len = usize::try_from(word_at(image, at + 8)?)?;
+            ensure!(own_len == 20, "the id has {own_len} bytes");
+            right = image[at + 16..][..own_len].to_vec();
+            let len = len.unwrap_or(own_len);
+            image[at + 8] = len as u8;
+            match flip {
+                None => {}
+                Some(0) => image[at + 16] ^= 0x80,
+                Some(_) => image[at + 16 + own_len - 1] ^= 1,
+            }
+            wrong = image[at + 16..][..len].to_vec();
+            Ok(())
+        })?;
+        let notes = fs::read("/sys/kernel/notes")?;
+        ensure!(
+            notes.windows(right.len()).any(|id| id == right),
+            "the module was not built for this kernel"
+        );
+        let mut log = Log::from_now()?;
+        expect_errno(what, module::load_file(&patched.0), libc::ENOEXEC)?;
+        expect_gone()?;
+        let named = match wrong.is_empty() {
+            true => "build id none,".to_string(),
+            false => format!("build id {},", hex(&wrong)),
+        };
+        let running = format!("build id {} is running", hex(&right));
+        log.expect(&["rksm: built for", &named, &running, "build rksm again"])?;
+    }
+    // The module as built is fine.
+    module::load()?;
+    PASS
 }
 
 /// The table of expected interfaces (scripts/tools/README.md): magic and number, then entries of
