@@ -963,3 +963,11 @@ long rksm_copy_user_nofault(void *to, unsigned long from, unsigned long len)
 {
 	return copy_from_user_nofault(to, (void __user *)from, len);
 }
+
+/*
+ * Rust uses the values of these enumerations as plain constants, of which its
+ * debug information has no trace.  Here they leave one, for rksm-tools to
+ * compare with the image's.
+ */
+static const enum vm_fault_reason rksm_fault_reason __used;
+static const enum memory_block_state rksm_memory_block_state __used;

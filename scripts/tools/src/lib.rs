@@ -2,9 +2,12 @@
 //! Build tools of rksm. See README.md for the command lines.
 
 pub mod abi;
+pub mod compare;
+pub mod dwarf;
 pub mod exports;
 pub mod layout;
 pub mod list;
 pub mod output;
 pub mod postlink;
+pub mod shape;
 pub mod symtab;

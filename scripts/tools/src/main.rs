@@ -8,7 +8,7 @@ use rksm_tools::exports::Exports;
 use rksm_tools::layout::{self, Types};
 use rksm_tools::postlink::{self, Kernel};
 use rksm_tools::symtab::KernelSymbols;
-use rksm_tools::{list, output};
+use rksm_tools::{compare, dwarf, list, output};
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 usage: rksm-tools layout --vmlinux FILE --list FILE --structs FILE --out FILE
+       rksm-tools compare --vmlinux FILE --structs FILE MODULE.ko
        rksm-tools describe --vmlinux FILE NAME...
        rksm-tools postlink --list FILE --symvers FILE [--vmlinux FILE] [--system-map FILE] IN.ko OUT.ko
 ";
@@ -40,6 +41,7 @@ fn run(mut args: Arguments) -> Result<()> {
     }
     match args.subcommand()?.as_deref() {
         Some("layout") => layout(args),
+        Some("compare") => compare(args),
         Some("describe") => describe(args),
         Some("postlink") => postlink(args),
         Some(other) => bail!("no command '{other}'\n{USAGE}"),
@@ -82,6 +84,34 @@ fn layout(mut args: Arguments) -> Result<()> {
         out.display(),
         generated.signatures,
         build_id.as_deref().unwrap_or("none")
+    );
+    Ok(())
+}
+
+fn compare(mut args: Arguments) -> Result<()> {
+    let vmlinux = path(&mut args, "--vmlinux")?;
+    let structs = path(&mut args, "--structs")?;
+    let [module] = rest(args, ["MODULE.ko"])?;
+
+    let structs = parsed(&structs, list::parse_interfaces)?;
+    let known = dwarf::types(&read(&module)?).with_context(|| module.display().to_string())?;
+    let image = read(&vmlinux)?;
+    let types = layout::find_btf(&image)
+        .and_then(|btf| Ok(Types::parse(btf)?))
+        .with_context(|| vmlinux.display().to_string())?;
+    let compared = compare::compare(&types.btf(), &known, &structs)
+        .with_context(|| format!("{} and {}", module.display(), vmlinux.display()))?;
+    if !compared.unknown.is_empty() {
+        eprintln!(
+            "rksm-tools: note: not in the module's debug information, so not compared: {}",
+            compared.unknown.join(" ")
+        );
+    }
+    eprintln!(
+        "rksm-tools: note: {}: {} types from C and {} from Rust are as in the image",
+        module.display(),
+        compared.c,
+        compared.rust
     );
     Ok(())
 }
