@@ -23,6 +23,7 @@ const SKIP_MARK: &str = "SKIP: ";
 const RESET_LIMIT: Duration = Duration::from_secs(30);
 
 /// What a test that did not fail says.
+#[derive(Debug)]
 pub enum Verdict {
     Pass,
     Skip(String),
@@ -59,6 +60,27 @@ pub struct Theme {
     pub about: &'static str,
     pub module: Module,
     pub tests: &'static [Test],
+}
+
+/// Tests of one theme that are to be run.
+pub struct Selection {
+    theme: &'static Theme,
+    tests: &'static [Test],
+}
+
+impl Selection {
+    /// All of them.
+    pub fn all(theme: &'static Theme) -> Self {
+        let tests = theme.tests;
+        Self { theme, tests }
+    }
+
+    /// The one with this name.
+    pub fn one(theme: &'static Theme, name: &str) -> Option<Self> {
+        let test = theme.tests.iter().find(|test| test.name == name)?;
+        let tests = std::slice::from_ref(test);
+        Some(Self { theme, tests })
+    }
 }
 
 /// How a guarded piece of work came out.
@@ -100,20 +122,20 @@ impl Tally {
     }
 }
 
-/// Runs `themes` and says whether all tests passed.
-pub fn run(themes: &[&Theme]) -> Result<bool> {
+/// Runs what is `selected` and says whether all tests passed.
+pub fn run(selected: &[Selection]) -> Result<bool> {
     sys::become_subreaper().context("subreaper")?;
     // Each theme ends with one more test, about the in-tree engine, and the
     // whole with one about unloading and one about what is left after it.
-    let plan: usize = themes.iter().map(|t| t.tests.len() + 1).sum::<usize>()
+    let plan: usize = selected.iter().map(|s| s.tests.len() + 1).sum::<usize>()
         + 1
         + usize::from(kmemleak::present());
     println!("KTAP version 1");
     println!("1..{plan}");
     let mut tally = Tally::default();
-    for theme in themes {
+    for Selection { theme, tests } in selected {
         println!("# {}: {}", theme.name, theme.about);
-        run_theme(theme, &mut tally);
+        run_theme(theme, tests, &mut tally);
     }
     tally.guard("unloads-after-all-tests", unloads);
     if kmemleak::present() {
@@ -122,9 +144,9 @@ pub fn run(themes: &[&Theme]) -> Result<bool> {
     Ok(tally.failed == 0)
 }
 
-fn run_theme(theme: &Theme, tally: &mut Tally) {
+fn run_theme(theme: &Theme, tests: &[Test], tally: &mut Tally) {
     let name = |test: &str| format!("{}.{test}", theme.name);
-    for test in theme.tests {
+    for test in tests {
         let begin = Instant::now();
         let report = run_test(theme, test);
         tally.report(&name(test.name), &report, begin.elapsed());

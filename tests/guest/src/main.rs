@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! `rksm-guest-tests run [THEME…]`: run the tests as root in a guest.
+//! `rksm-guest-tests run [THEME[.TEST]…]`: run the tests as root in a guest.
 
 use std::process::ExitCode;
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 
-use rksm_guest_tests::harness::{self, Theme};
+use rksm_guest_tests::harness::{self, Selection};
 use rksm_guest_tests::themes::ALL;
 use rksm_guest_tests::worker;
 
@@ -31,17 +31,30 @@ fn command(args: &[&str]) -> Result<u8> {
         ["run", names @ ..] => Ok(u8::from(!harness::run(&select(names)?)?)),
         // What a test's worker becomes when it execs itself.
         ["worker", fd] => Ok(worker::serve_inherited(fd.parse()?) as u8),
-        _ => bail!("usage: rksm-guest-tests list | run [THEME…]"),
+        _ => bail!("usage: rksm-guest-tests list | run [THEME[.TEST]…]"),
     }
 }
 
-fn select(names: &[&str]) -> Result<Vec<&'static Theme>> {
-    if let Some(unknown) = names.iter().find(|n| ALL.iter().all(|t| t.name != **n)) {
-        bail!("no theme {unknown}; see rksm-guest-tests list");
+/// What the names say to run: themes, or `THEME.TEST` for a single test; everything without a name.
+fn select(names: &[&str]) -> Result<Vec<Selection>> {
+    if names.is_empty() {
+        return Ok(ALL.iter().map(|theme| Selection::all(theme)).collect());
     }
-    Ok(ALL
-        .iter()
-        .copied()
-        .filter(|t| names.is_empty() || names.contains(&t.name))
-        .collect())
+    names.iter().map(|name| select_one(name)).collect()
+}
+
+fn select_one(name: &str) -> Result<Selection> {
+    let (theme, test) = match name.split_once('.') {
+        Some((theme, test)) => (theme, Some(test)),
+        None => (name, None),
+    };
+    let found = ALL.iter().find(|known| known.name == theme);
+    let Some(theme) = found else {
+        bail!("no theme {theme}; see rksm-guest-tests list");
+    };
+    match test {
+        None => Ok(Selection::all(theme)),
+        Some(test) => Selection::one(theme, test)
+            .with_context(|| format!("theme {} has no test {test}", theme.name)),
+    }
 }
