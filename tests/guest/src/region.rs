@@ -2,10 +2,12 @@
 //! Anonymous memory whose every byte is known.
 
 use std::io;
+use std::os::fd::AsRawFd;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use io_uring::IoUring;
 
+use crate::pageflags::Span;
 use crate::prng;
 
 pub const PAGE: usize = 4096;
@@ -93,6 +95,15 @@ impl Region {
         self.addr
     }
 
+    /// Where it lies, in this process.
+    pub fn span(&self) -> Span {
+        Span {
+            pid: std::process::id(),
+            addr: self.addr,
+            pages: self.pages(),
+        }
+    }
+
     pub fn pages(&self) -> usize {
         self.content.len()
     }
@@ -144,6 +155,18 @@ impl Region {
             seed,
             pokes: Vec::new(),
         };
+    }
+
+    /// Puts the first `n` pages into a pipe, which holds them until they are read or it is closed.
+    pub fn splice(&self, n: usize, pipe: &impl AsRawFd) -> Result<()> {
+        let range = libc::iovec {
+            iov_base: self.addr() as *mut libc::c_void,
+            iov_len: n * PAGE,
+        };
+        // SAFETY: the range is our own mapping; the kernel only takes references.
+        let bytes = unsafe { libc::vmsplice(pipe.as_raw_fd(), &range, 1, 0) };
+        ensure!(bytes == (n * PAGE) as isize, "vmsplice gave {bytes}");
+        Ok(())
     }
 
     /// Compares every byte of pages `i..i + n` with what it must be.

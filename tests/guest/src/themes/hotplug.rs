@@ -14,7 +14,7 @@ use crate::background::Background;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::memblock::{Plugged, NO_DIMM};
-use crate::pageflags::{frames, merged_frames, Span};
+use crate::pageflags::{frames, merged_frames};
 use crate::patience::patient;
 use crate::proc;
 use crate::region::{Region, PAGE};
@@ -210,11 +210,7 @@ fn given_up() -> Outcome {
     let mut workers = pair_in(&memory)?;
     let mut region = Region::new(1)?;
     region.fill(0, 1, 900, 0);
-    let pfn = frames(Span {
-        pid: std::process::id(),
-        addr: region.addr(),
-        pages: 1,
-    })?[0];
+    let pfn = frames(region.span())?[0];
     let pfn = pfn.context("a page that is there")?;
     let block = memory
         .blocks

@@ -184,11 +184,7 @@ fn halves() -> Result<Region> {
 }
 
 fn frame_here(region: &Region, i: usize) -> Result<u64> {
-    let here = Span {
-        pid: std::process::id(),
-        addr: region.addr(),
-        pages: region.pages(),
-    };
+    let here = region.span();
     merged_frames(here)?[i].with_context(|| format!("page {i} is not merged"))
 }
 

@@ -40,15 +40,6 @@ pub const THEME: Theme = Theme {
 
 const N: usize = 32;
 
-/// The pages of `region`, which lies in this process.
-fn here(region: &Region) -> Span {
-    Span {
-        pid: std::process::id(),
-        addr: region.addr(),
-        pages: region.pages(),
-    }
-}
-
 fn within_a_process() -> Outcome {
     let mut region = Region::new(2 * N)?;
     // N equal pages, and N pages of which each two are equal.
@@ -57,7 +48,7 @@ fn within_a_process() -> Outcome {
     region.fill(N + N / 2, N / 2, 200, 1);
     region.advise(0, 2 * N, libc::MADV_MERGEABLE)?;
     scan::until_merged(1 + N as u64 / 2, N as u64 - 1 + N as u64 / 2)?;
-    ensure!(merged(here(&region))? == 2 * N);
+    ensure!(merged(region.span())? == 2 * N);
     region.verify()?;
     PASS
 }
@@ -81,7 +72,7 @@ fn across_a_fork() -> Outcome {
     child.fill(0, N, 7, 1)?;
     child.fill(0, N, 100, 1)?;
     scan::until_merged(N as u64, N as u64)?;
-    ensure!(merged(here(&region))? == N && child.merged()? == N);
+    ensure!(merged(region.span())? == N && child.merged()? == N);
     child.verify()?;
     region.verify()?;
     PASS
@@ -100,7 +91,7 @@ fn inherited_by_fork() -> Outcome {
     child.verify()?;
     region.verify()?;
     ensure!(
-        merged(here(&region))? == N,
+        merged(region.span())? == N,
         "the child's write split its parent's"
     );
     child.exit()?;
@@ -161,7 +152,7 @@ fn one_byte() -> Outcome {
     scan::passes(4)?;
     let c = engine::counters()?;
     ensure!(c.shared == 0 && c.sharing == 0, "{c:?}");
-    ensure!(merged(here(&region))? == 0);
+    ensure!(merged(region.span())? == 0);
     region.verify()?;
     PASS
 }
@@ -275,7 +266,7 @@ fn shared_mapping() -> Outcome {
     let mut region = map_file(&scratch_file(N)?, N, libc::MAP_SHARED)?;
     region.fill(0, N, 100, 0);
     scan::passes(4)?;
-    ensure!(merged(here(&region))? == 0);
+    ensure!(merged(region.span())? == 0);
     region.verify()?;
     PASS
 }
@@ -287,7 +278,7 @@ fn private_file_pages() -> Outcome {
     region.fill(0, N / 2, 100, 0);
     region.verify()?;
     scan::until_merged(1, N as u64 / 2 - 1)?;
-    let span = here(&region);
+    let span = region.span();
     ensure!(
         merged(Span {
             pages: N / 2,
@@ -321,11 +312,7 @@ fn strangers() -> Outcome {
     let mut region = Region::new(N)?;
     region.advise(0, N, libc::MADV_NOHUGEPAGE)?;
     region.fill(0, N, 100, 1);
-    let here = Span {
-        pid: std::process::id(),
-        addr: region.addr(),
-        pages: N,
-    };
+    let here = region.span();
     let mut child = Worker::inheriting(&mut region)?;
     let mut partner = Worker::mergeable(N, 100)?;
     scan::passes(2)?;

@@ -13,7 +13,7 @@ use super::tests;
 use crate::disk::Disk;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
-use crate::pageflags::{merged, Span};
+use crate::pageflags::merged;
 use crate::patience::patient;
 use crate::region::{Region, PAGE};
 use crate::scan;
@@ -34,20 +34,12 @@ const N: usize = 8;
 /// How long to watch pages that somebody holds.
 const PASSES: u64 = 6;
 
-fn here(region: &Region) -> Span {
-    Span {
-        pid: std::process::id(),
-        addr: region.addr(),
-        pages: region.pages(),
-    }
-}
-
 /// Scans for several passes and checks at each that nothing of `region`,
 /// which is held by somebody, is merged.
 fn expect_left_alone(region: &Region) -> Result<()> {
     for _ in 0..PASSES {
         scan::passes(1)?;
-        let n = merged(here(region))?;
+        let n = merged(region.span())?;
         ensure!(n == 0, "{n} pages were merged while held");
     }
     Ok(())
@@ -55,7 +47,11 @@ fn expect_left_alone(region: &Region) -> Result<()> {
 
 /// Scans until `n` pages of `region`, which nobody holds any more, are merged.
 fn expect_merge(region: &Region, n: usize) -> Result<()> {
-    scan::until("merge after release", 12, || Ok(merged(here(region))? == n))?;
+    scan::until(
+        "merge after release",
+        12,
+        || Ok(merged(region.span())? == n),
+    )?;
     region.verify()
 }
 
@@ -175,7 +171,7 @@ fn left_alone_during(read: &AsyncRead, region: &Region) -> Result<bool> {
     let mut result = None;
     for _ in 0..PASSES {
         scan::passes(1)?;
-        let n = merged(here(region))?;
+        let n = merged(region.span())?;
         result = read.result(Duration::ZERO)?;
         if result.is_some() {
             break;
@@ -236,13 +232,7 @@ fn vmspliced() -> Outcome {
     let mut region = Region::new(N)?;
     region.fill(0, N, 100, 1);
     let (output, input) = crate::sys::pipe()?;
-    let pages = libc::iovec {
-        iov_base: region.addr() as *mut libc::c_void,
-        iov_len: N * PAGE,
-    };
-    // SAFETY: the range is our own mapping; the kernel only takes references.
-    let n = unsafe { libc::vmsplice(input.as_raw_fd(), &pages, 1, 0) };
-    ensure!(n == (N * PAGE) as isize, "vmsplice gave {n}");
+    region.splice(N, &input)?;
     region.advise(0, N, libc::MADV_MERGEABLE)?;
     expect_left_alone(&region)?;
 

@@ -134,11 +134,7 @@ fn child_off() -> Outcome {
     crate::sys::set_memory_merge(true)?;
     parent.fill(0, N, 100, 1);
     let mut partner = partner()?;
-    let span = crate::pageflags::Span {
-        pid: std::process::id(),
-        addr: parent.addr(),
-        pages: N,
-    };
+    let span = parent.span();
     scan::until("merged", 12, || Ok(crate::pageflags::merged(span)? == N))?;
     let mut child = Worker::inheriting(&mut parent)?;
     child.set_memory_merge(false)?;

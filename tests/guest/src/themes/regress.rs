@@ -126,7 +126,6 @@ fn vma_iteration() -> Outcome {
         child.kill()?;
         region.verify()?;
     }
-    drop(region);
     PASS
 }
 

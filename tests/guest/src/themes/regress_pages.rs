@@ -12,7 +12,7 @@ use super::tests;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
 use crate::numa;
-use crate::pageflags::{merged, merged_frames, Span};
+use crate::pageflags::{merged, merged_frames};
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys::{self, Forked};
@@ -145,7 +145,7 @@ fn unmerge_uffd_wp() -> Outcome {
         } else {
             region.advise(0, 2 * N, libc::MADV_UNMERGEABLE)?;
         }
-        let left = merged(own(&region))?;
+        let left = merged(region.span())?;
         ensure!(
             left == 0,
             "{left} pages are still merged (run=2: {by_run_2})"
@@ -155,14 +155,6 @@ fn unmerge_uffd_wp() -> Outcome {
         region.advise(0, 2 * N, libc::MADV_UNMERGEABLE)?;
     }
     PASS
-}
-
-fn own(region: &Region) -> Span {
-    Span {
-        pid: std::process::id(),
-        addr: region.addr(),
-        pages: region.pages(),
-    }
 }
 
 /// After mremap, the item of a merged page named the old address, and the rmap
@@ -179,7 +171,7 @@ fn mremap_rmap() -> Outcome {
         region.relocate()?;
         if round % 2 == 0 {
             scan::until("merge in the new place", 12, || {
-                Ok(merged(own(&region))? == N)
+                Ok(merged(region.span())? == N)
             })?;
         }
         let mut child = Worker::inheriting(&mut region)?;
@@ -192,7 +184,7 @@ fn mremap_rmap() -> Outcome {
         child.exit()?;
     }
     engine::write("run", 2)?;
-    ensure!(merged(own(&region))? == 0 && other.merged()? == 0);
+    ensure!(merged(region.span())? == 0 && other.merged()? == 0);
     region.verify()?;
     PASS
 }
@@ -209,9 +201,9 @@ fn sharing_limit() -> Outcome {
     let mut region = Region::new(PAGES)?;
     region.fill(0, PAGES, 100, 0);
     region.advise(0, PAGES, libc::MADV_MERGEABLE)?;
-    scan::until("merge of all", 12, || Ok(merged(own(&region))? == PAGES))?;
+    scan::until("merge of all", 12, || Ok(merged(region.span())? == PAGES))?;
     let mut mappings = BTreeMap::<u64, u32>::new();
-    for frame in merged_frames(own(&region))?.into_iter().flatten() {
+    for frame in merged_frames(region.span())?.into_iter().flatten() {
         *mappings.entry(frame).or_default() += 1;
     }
     let most = mappings.values().max().copied().unwrap_or(0);

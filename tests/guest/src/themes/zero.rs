@@ -8,7 +8,7 @@ use anyhow::{ensure, Result};
 use super::tests;
 use crate::engine::{self, refused, wait_for};
 use crate::harness::{Module, Outcome, Theme, PASS};
-use crate::pageflags::{merged, zeroes, Span};
+use crate::pageflags::{merged, zeroes};
 use crate::proc::ksm_stat;
 use crate::region::{Region, PAGE};
 use crate::scan;
@@ -276,11 +276,7 @@ fn read_fault() -> Outcome {
     region.advise(0, N, libc::MADV_MERGEABLE)?;
     // Reads, which maps the zero page without anybody's doing.
     region.verify()?;
-    let span = Span {
-        pid: std::process::id(),
-        addr: region.addr(),
-        pages: N,
-    };
+    let span = region.span();
     ensure!(zeroes(span)? == N);
     scan::passes(3)?;
     ensure!(engine::read("ksm_zero_pages")? == 0);
