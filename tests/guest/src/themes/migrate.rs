@@ -52,13 +52,19 @@ fn merged_of(span: Span) -> Result<BTreeSet<u64>> {
     Ok(merged_frames(span)?.into_iter().flatten().collect())
 }
 
-/// The one of `a` and `b` that most pages of `span` are not on.
+/// The one of `a` and `b` that no page of `span` is on. Those that are go to where the most are.
 fn other_node(span: Span, (a, b): (u32, u32)) -> Result<u32> {
     let on_a = numa::nodes_of(span)?
         .into_iter()
         .filter(|&n| n == a as i32)
         .count();
-    Ok(if on_a * 2 > span.pages { b } else { a })
+    let (most, other) = if on_a * 2 > span.pages {
+        (a, b)
+    } else {
+        (b, a)
+    };
+    numa::move_all_to(span, most)?;
+    Ok(other)
 }
 
 /// Checks that pages are still merged, each in one frame for all of `spans`,
@@ -86,10 +92,13 @@ fn move_pages() -> Outcome {
     let mut workers = Vec::from(pair()?);
     scan::stop()?;
     let counters = engine::counters()?;
+    let span = workers[0].span();
+    // All of them are to move, so they begin on one node.
+    numa::move_all_to(span, nodes.0)?;
     for _ in 0..3 {
-        let span = workers[0].span();
+        let to = other_node(span, nodes)?;
         let before = merged_of(span)?;
-        numa::move_all_to(span, other_node(span, nodes)?)?;
+        numa::move_all_to(span, to)?;
         moved_together(&[span, workers[1].span()], &before)?;
         verify_all(&mut workers)?;
     }
@@ -166,9 +175,10 @@ fn move_with_children(region: &mut Region, nodes: (u32, u32)) -> Outcome {
     ];
     for _ in 0..2 {
         for span in spans {
+            let to = other_node(span, nodes)?;
             let before = merged_of(span)?;
             ensure!(before.len() == N, "{} frames", before.len());
-            numa::move_all_to(span, other_node(span, nodes)?)?;
+            numa::move_all_to(span, to)?;
             moved_together(&spans, &before)?;
             region.verify()?;
             verify_all(&mut children)?;
@@ -229,9 +239,10 @@ fn child_first() -> Outcome {
     engine::write("run", 0)?;
     let listed = proc::ksm_stat(here.pid, "ksm_merging_pages")?;
     ensure!(listed == 0, "{listed} pages of the parent are listed");
+    let to = other_node(there, nodes)?;
     let before = merged_of(there)?;
     ensure!(merged_of(here)? == before, "the parent maps others");
-    numa::move_all_to(there, other_node(there, nodes)?)?;
+    numa::move_all_to(there, to)?;
     let after = merged_of(there)?;
     ensure!(after.len() == before.len() && after.is_disjoint(&before));
     ensure!(merged_of(here)? == after, "not moved for the parent");
