@@ -419,10 +419,16 @@ bool rksm_is_ksm_zero_pte(pte_t pte)
 	return is_ksm_zero_pte(pte);
 }
 
-/* The dirty bit tells it from a zero page that was there by a read fault. */
-pte_t rksm_mk_zero_pte(struct vm_area_struct *vma, unsigned long addr)
+/*
+ * The dirty bit tells it from a zero page that was there by a read fault.  It is
+ * no sign of a write: pte_mkdirty() sets the soft-dirty bit as well, which has
+ * to stay as it was.
+ */
+pte_t rksm_mk_zero_pte(struct vm_area_struct *vma, unsigned long addr, pte_t old)
 {
-	return pte_mkdirty(pte_mkspecial(pfn_pte(zero_pfn(addr), vma->vm_page_prot)));
+	pte_t pte = pte_mkdirty(pte_mkspecial(pfn_pte(zero_pfn(addr), vma->vm_page_prot)));
+
+	return pte_soft_dirty(old) ? pte : pte_clear_soft_dirty(pte);
 }
 
 /* Address spaces and VMAs. */

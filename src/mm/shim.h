@@ -93,7 +93,7 @@ struct page *rksm_normal_page(struct vm_area_struct *vma, unsigned long addr, pt
 struct page *rksm_normal_page_pmd(struct vm_area_struct *vma, unsigned long addr, pmd_t pmd);
 struct folio *rksm_migration_folio(pte_t pte);
 bool rksm_is_ksm_zero_pte(pte_t pte);
-pte_t rksm_mk_zero_pte(struct vm_area_struct *vma, unsigned long addr);
+pte_t rksm_mk_zero_pte(struct vm_area_struct *vma, unsigned long addr, pte_t old);
 
 /* Address spaces and VMAs. */
 int rksm_mm_users(struct mm_struct *mm);

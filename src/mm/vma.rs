@@ -243,13 +243,13 @@ impl<'a> MergeableVma<'a> {
         }
         let _range = NotifierRange::start(self.mm(), addr);
         let mut pte = PteLock::new(self, addr).ok_or(EBUSY)?;
-        pte.clear_unless(&page, || !page.is_zero())?;
+        let entry = pte.clear_unless(&page, || !page.is_zero())?;
         // SAFETY: the folio is locked and kept by a reference of ours. The entry mapped `page` until we
         // cleared it under the lock that is held, so the mapping's reference and rmap of `page` are
         // ours to drop. The zero page is neither counted nor ever freed. That the address space has
         // it is counted before the lock is given up, and so before anybody can unmap it.
         unsafe {
-            pte.set(ffi::rksm_mk_zero_pte(self.as_ptr(), addr));
+            pte.set(ffi::rksm_mk_zero_pte(self.as_ptr(), addr, entry));
             ffi::rksm_mm_count_zero_page(self.mm().as_raw());
             ffi::rksm_page_remove_rmap(page.as_ptr(), self.as_ptr());
             ffi::rksm_folio_drop_swap(page.folio());

@@ -11,6 +11,8 @@ use crate::region::PAGE;
 
 const PM_PRESENT: u64 = 1 << 63;
 const PM_SWAP: u64 = 1 << 62;
+const PM_UFFD_WP: u64 = 1 << 57;
+const PM_SOFT_DIRTY: u64 = 1 << 55;
 const PM_PFN: u64 = (1 << 55) - 1;
 const KPF_SWAPCACHE: u64 = 1 << 13;
 const KPF_KSM: u64 = 1 << 21;
@@ -22,6 +24,18 @@ pub struct Span {
     pub pid: u32,
     pub addr: usize,
     pub pages: usize,
+}
+
+impl Span {
+    /// How many bytes it has.
+    pub fn len(self) -> usize {
+        self.pages * PAGE
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(self) -> bool {
+        self.pages == 0
+    }
 }
 
 /// The entry of each page of `span` in /proc/<pid>/pagemap.
@@ -50,6 +64,29 @@ pub fn swapped(span: Span) -> Result<usize> {
         .into_iter()
         .filter(|e| e & PM_SWAP != 0)
         .count())
+}
+
+/// Of each page of `span`: whether it was written to since soft-dirty tracking began.
+pub fn soft_dirty(span: Span) -> Result<Vec<bool>> {
+    marked(span, Mark::SoftDirty)
+}
+
+/// What an entry says besides where the page is.
+#[derive(Clone, Copy)]
+pub enum Mark {
+    /// Written to since the marks were cleared.
+    SoftDirty,
+    /// Write-protected by a userfaultfd.
+    Protected,
+}
+
+/// Which entries of `span` have the mark, whether the page is in memory or swapped out.
+pub fn marked(span: Span, mark: Mark) -> Result<Vec<bool>> {
+    let bit = match mark {
+        Mark::SoftDirty => PM_SOFT_DIRTY,
+        Mark::Protected => PM_UFFD_WP,
+    };
+    Ok(entries(span)?.into_iter().map(|e| e & bit != 0).collect())
 }
 
 /// For each page of `span`: the page behind it, if that has the flag.

@@ -33,11 +33,11 @@ pub const THEME: Theme = Theme {
     ],
 };
 
-const PARTS: usize = HUGE / PAGE;
+pub(super) const PARTS: usize = HUGE / PAGE;
 
 /// A region of one huge page whose part `k` holds the content of `seed + k`,
 /// or `None` when the kernel gives no huge page.
-fn huge_region(seed: u64) -> Result<Option<Region>> {
+pub(super) fn huge_region(seed: u64) -> Result<Option<Region>> {
     filled(seed, 1)
 }
 
@@ -67,7 +67,7 @@ fn part(region: &Region, i: usize) -> Span {
     }
 }
 
-const NONE: &str = "the kernel gives no huge page";
+pub(super) const NONE: &str = "the kernel gives no huge page";
 
 fn one_part() -> Outcome {
     let Some(mut region) = huge_region(1000)? else {

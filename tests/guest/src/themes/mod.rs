@@ -33,6 +33,7 @@ mod scanning;
 mod secrets;
 mod smart;
 mod soak;
+mod softdirty;
 mod swap;
 mod trace;
 mod unmerge;
@@ -66,6 +67,7 @@ pub const ALL: &[&Theme] = &[
     &vmops::THEME,
     &huge::THEME,
     &zero::THEME,
+    &softdirty::THEME,
     &chains::THEME,
     &numa::THEME,
     &pin::THEME,
