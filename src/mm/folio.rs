@@ -341,8 +341,8 @@ impl LockedPage {
     }
 
     /// Checks that nobody shares the page, which `vma` maps at `addr`, over a fork by whom it could not
-    /// be found once it is merged. Of a page that is not one of its own yet, others of its folio count, too,
-    /// and addresses do not. Takes the kernel's anon_vma lock, and page-table locks.
+    /// be found once it is merged. Of a page that is not one of its own yet, a process that maps any part of
+    /// the folio counts: it would lose its huge page. Takes the kernel's anon_vma lock, and page-table locks.
     ///
     /// Returns whether relatives share it. If not, and `vma` still maps the page, nobody else does, nor will as
     /// long as the mmap lock is held: who gave the page up cannot get it back.
@@ -355,6 +355,9 @@ impl LockedPage {
         // mapped it under this hold of the mmap lock, so that its anon_vma, one of those of `vma`, stays.
         unsafe {
             if self.is_large() {
+                if self.is_swapcache() {
+                    to_result(ffi::rksm_folio_leave_swap(folio))?;
+                }
                 if !ffi::rksm_folio_maybe_mapped_shared(folio) {
                     return Ok(false);
                 }
@@ -368,8 +371,8 @@ impl LockedPage {
                     return Ok(false);
                 }
             }
-            to_result(ffi::rksm_folio_mapped_by_strangers(
-                folio,
+            to_result(ffi::rksm_page_mapped_by_strangers(
+                self.as_ptr(),
                 mm,
                 addr,
                 MAX_RELATIVES,

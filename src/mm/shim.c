@@ -499,6 +499,7 @@ bool rksm_vma_mergeable(struct vm_area_struct *vma)
 }
 
 struct rksm_strangers {
+	struct page *page;
 	struct mm_struct *mm;
 	unsigned long addr;
 	int left;
@@ -527,6 +528,25 @@ static int rksm_relative(struct vm_area_struct *vma)
 	return 0;
 }
 
+/* Whether the VMA maps the page, which may be part of a large folio, at another address. */
+static bool rksm_page_elsewhere(struct page *page, struct vm_area_struct *vma, unsigned long addr)
+{
+	struct page_vma_mapped_walk walk = {
+		.pfn = page_to_pfn(page),
+		.nr_pages = 1,
+		.pgoff = page_pgoff(page_folio(page), page),
+		.vma = vma,
+		.flags = PVMW_SYNC,
+		.pgoff_is_anon = true,
+	};
+
+	walk.address = vma_anon_address(vma, walk.pgoff, 1);
+	if (walk.address == -EFAULT || walk.address == addr || !page_vma_mapped_walk(&walk))
+		return false;
+	page_vma_mapped_walk_done(&walk);
+	return true;
+}
+
 static bool rksm_look_for_strangers(struct folio *folio, struct vm_area_struct *vma,
 				    unsigned long addr, void *arg)
 {
@@ -542,24 +562,25 @@ static bool rksm_look_for_strangers(struct folio *folio, struct vm_area_struct *
 		return true;
 	page_vma_mapped_walk_done(&walk);
 	strangers->relatives++;
-	if (folio_test_large(folio) || addr == strangers->addr)
-		strangers->result = rksm_relative(vma);
-	else
+	if (rksm_page_elsewhere(strangers->page, vma, strangers->addr))
 		strangers->result = -EMLINK;
+	else
+		strangers->result = rksm_relative(vma);
 	return !strangers->result;
 }
 
 /*
- * 0 if an anonymous folio, which is locked and mapped at addr in mm (whose mmap
- * lock is held), is mapped by nobody but relatives.  -EMLINK if it is mapped by
- * somebody who did not ask for merging, or where the item of a page at addr
- * does not lead; or if there are more than so many VMAs to look at.  -EBUSY if
- * it may be otherwise in a moment.
+ * 0 if the folio of an anonymous page, which is locked and mapped at addr in mm
+ * (whose mmap lock is held), is mapped by nobody but relatives.  -EMLINK if it
+ * is mapped by somebody who did not ask for merging, or the page where the item
+ * of a page at addr does not lead; or if there are more than so many VMAs to
+ * look at.  -EBUSY if it may be otherwise in a moment.
  */
-int rksm_folio_mapped_by_strangers(struct folio *folio, struct mm_struct *mm,
-				   unsigned long addr, int most)
+int rksm_page_mapped_by_strangers(struct page *page, struct mm_struct *mm,
+				  unsigned long addr, int most)
 {
-	struct rksm_strangers strangers = { .mm = mm, .addr = addr, .left = most };
+	struct folio *folio = page_folio(page);
+	struct rksm_strangers strangers = { .page = page, .mm = mm, .addr = addr, .left = most };
 	struct rmap_walk_control control = {
 		.rmap_one = rksm_look_for_strangers,
 		.arg = &strangers,

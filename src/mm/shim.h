@@ -107,8 +107,8 @@ void rksm_notify_end(struct mmu_notifier_range *range);
 struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma);
 struct anon_vma *rksm_folio_get_anon_vma(struct folio *folio);
 void rksm_put_anon_vma(struct anon_vma *anon_vma);
-int rksm_folio_mapped_by_strangers(struct folio *folio, struct mm_struct *mm,
-				   unsigned long addr, int most);
+int rksm_page_mapped_by_strangers(struct page *page, struct mm_struct *mm,
+				  unsigned long addr, int most);
 bool rksm_vma_mergeable(struct vm_area_struct *vma);
 unsigned long rksm_vma_page_index(struct vm_area_struct *vma, unsigned long addr);
 void rksm_mm_add_merging(struct mm_struct *mm, long n);
