@@ -178,12 +178,10 @@ struct Core {
 impl Engine {
     /// An engine that is stopped.
     pub(crate) fn new(module: &'static ThisModule) -> Result<Arc<Self>> {
-        let mut registry = Registry::new();
-        registry.reserve_spares(ENTER_SPARES)?;
         Arc::pin_init(
             try_pin_init!(Self {
                 state <- new_mutex!(State::new(module)?, "rksm_state"),
-                registry <- new_spinlock!(registry, "rksm_registry"),
+                registry <- new_spinlock!(Registry::new(), "rksm_registry"),
                 advisor <- new_mutex!(Advisor::new(), "rksm_advisor"),
                 offlining: Atomic::new(false),
                 settled <- new_condvar!("rksm_settled"),
@@ -238,29 +236,29 @@ impl Engine {
     /// Enters all address spaces that in-tree KSM has registered. `ENOMEM`: some were missed.
     ///
     /// Who exits meanwhile is reported through [`intree::Listener::exit`] afterwards, if the
-    /// listener was set before.
+    /// listener was set before. May sleep.
     pub(crate) fn enter_registered(&self) -> Result {
+        let mut count = ENTER_SPARES;
         for _ in 0..ENTER_ATTEMPTS {
             self.registry.lock().take_missed();
-            intree::for_each_registered(|mm| self.enter_one(mm));
+            // In-tree KSM's lock is held all the time, so nothing is allocated meanwhile.
+            intree::for_each_registered(|mm| self.registry.lock().enter_with_spare(mm));
             self.wake();
             if !self.registry.lock().has_missed() {
                 return Ok(());
             }
-            // Allocate where waiting is allowed, for the next attempt.
-            for _ in 0..ENTER_SPARES {
-                let spare = Reservation::new(GFP_KERNEL)?;
-                // Freed without the lock, if there was no room for it.
-                let unused = self.registry.lock().add_spare(spare);
-                if unused.is_some() {
-                    break;
-                }
+            let mut spares = KVec::with_capacity(count, GFP_KERNEL)?;
+            for _ in 0..count {
+                spares.push_within_capacity(Reservation::new(GFP_KERNEL)?)?;
             }
+            // What was left of the old ones is freed without the lock.
+            drop(self.registry.lock().replace_spares(spares));
+            count = count.saturating_mul(4);
         }
         Err(ENOMEM)
     }
 
-    /// Enters an address space, unless it is known.
+    /// Enters an address space, unless it is known. Does not sleep.
     fn enter_one(&self, mm: ARef<Mm>) {
         if self.registry.lock().knows(&mm) {
             return;
@@ -453,7 +451,8 @@ const RETRY_MAX_MS: u32 = 1000;
 const LIMBO_SWEEP: usize = 1024;
 /// The same for nodes whose pages are mapped as often as they may be.
 const PRUNE_SWEEP: usize = 256;
-/// How often to try to enter everybody, and how many entries to allocate in between.
+/// How often to try to enter everybody, and how many entries to allocate in between: at first, then four
+/// times as many each time.
 const ENTER_ATTEMPTS: usize = 8;
 const ENTER_SPARES: usize = 64;
 

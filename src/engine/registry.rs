@@ -55,17 +55,23 @@ impl Registry {
         }
     }
 
-    /// Makes room for `count` spare reservations.
-    pub(crate) fn reserve_spares(&mut self, count: usize) -> Result {
-        Ok(self.spares.reserve(count, GFP_KERNEL)?)
+    /// Has other reservations to fall back on. Gives back those that it had.
+    #[must_use]
+    pub(crate) fn replace_spares(&mut self, spares: KVec<Reservation>) -> KVec<Reservation> {
+        core::mem::replace(&mut self.spares, spares)
     }
 
-    /// Adds a reservation to fall back on, or gives it back if there is no room.
-    pub(crate) fn add_spare(&mut self, spare: Reservation) -> Option<Reservation> {
-        self.spares
-            .push_within_capacity(spare)
-            .map_err(|err| err.0)
-            .err()
+    /// Enters `mm`, unless it is known, with a spare reservation. Without one it only remembers that somebody
+    /// was missed. Neither allocates nor frees anything.
+    pub(crate) fn enter_with_spare(&mut self, mm: &Mm) {
+        if self.knows(mm) {
+            return;
+        }
+        match self.spares.pop() {
+            // It is given back nothing: the spare is used.
+            Some(spare) => drop(self.enter(mm.into(), Some(spare))),
+            None => self.missed = true,
+        }
     }
 
     /// Whether `mm` is registered.

@@ -35,18 +35,18 @@ pub(crate) trait Listener: Send + Sync {
 // shim.c walks the in-tree registrations as a list of their first member.
 const _: () = assert!(crate::abi::layout::KSM_MM_SLOT_SLOT == 0);
 
-/// Calls `enter` for every address space that in-tree KSM has registered.
+/// Calls `enter` for every address space that in-tree KSM has registered. It must not sleep.
 ///
 /// One that `enter` was called for goes through the `ksm_exit` tracepoint later, as in-tree KSM takes
 /// it off its list first, under the lock that is held here.
-pub(crate) fn for_each_registered<F: Fn(ARef<Mm>)>(enter: F) {
+pub(crate) fn for_each_registered<F: Fn(&Mm)>(enter: F) {
     /// # Safety
     ///
     /// `data` is an `F`, `mm` is kept by the in-tree registration.
-    unsafe extern "C" fn call<F: Fn(ARef<Mm>)>(data: *mut c_void, mm: *mut bindings::mm_struct) {
+    unsafe extern "C" fn call<F: Fn(&Mm)>(data: *mut c_void, mm: *mut bindings::mm_struct) {
         // SAFETY: the caller's promise.
         let (enter, mm) = unsafe { (&*data.cast::<F>(), Mm::from_raw(mm)) };
-        enter(mm.into());
+        enter(mm);
     }
     // SAFETY: `call` takes what it is given; `enter` lives until the call returns.
     unsafe {

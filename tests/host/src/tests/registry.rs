@@ -23,9 +23,9 @@ struct Pair {
     live: BTreeMap<u64, usize>,
     dead: BTreeMap<u64, usize>,
     missed: bool,
-    /// Reservations to fall back on, and for how many there is room.
+    /// Reservations to fall back on, and whether there ever was room for some.
     spares: usize,
-    room: usize,
+    room: bool,
     /// The highest number given so far.
     last: u64,
 }
@@ -40,7 +40,7 @@ impl Pair {
             dead: BTreeMap::new(),
             missed: false,
             spares: 0,
-            room: 0,
+            room: false,
             last: 0,
         }
     }
@@ -97,26 +97,34 @@ impl Pair {
         }
     }
 
-    fn reserve_spares(&mut self, count: usize, plan: Plan) {
-        let (result, events) = watch(|| failing(plan, || self.registry.reserve_spares(count)));
-        assert_eq!(result.is_err(), events.failed > 0);
-        match result {
-            // There may be more room than was asked for.
-            Ok(()) => self.room = self.room.max(self.spares + count),
-            Err(err) => assert_eq!(err, ENOMEM),
+    fn replace_spares(&mut self, count: usize) {
+        let mut spares = kernel::alloc::KVec::with_capacity(count, GFP_NOWAIT).unwrap();
+        for _ in 0..count {
+            spares
+                .push_within_capacity(Reservation::new(GFP_NOWAIT).unwrap())
+                .unwrap();
         }
+        let (back, events) = watch(|| self.registry.replace_spares(spares));
+        assert_eq!(events, Events::default(), "happened under the lock");
+        assert_eq!(back.len(), self.spares);
+        self.spares = count;
+        self.room = count != 0;
     }
 
-    fn add_spare(&mut self) {
-        let spare = Reservation::new(GFP_NOWAIT).unwrap();
-        let (back, events) = watch(|| self.registry.add_spare(spare));
-        assert_eq!(events, Events::default(), "happened under the lock");
-        match back {
-            None => self.spares += 1,
-            Some(_) => assert!(
-                self.spares >= self.room,
-                "gave it back though there was room"
-            ),
+    fn enter_with_spare(&mut self, mm: usize) {
+        let known = self.live.values().any(|&live| live == mm);
+        let ((), events) = watch(|| self.registry.enter_with_spare(self.mms[mm].mm()));
+        assert_eq!(events.allocs + events.frees + events.mm_drops, 0);
+        if known {
+            assert_eq!(events.mm_gets, 0);
+        } else if self.spares == 0 {
+            self.missed = true;
+        } else {
+            self.spares -= 1;
+            let id = self.registry.last_id();
+            assert!(id > self.last, "a number was used twice, or is 0");
+            self.last = id;
+            self.live.insert(id, mm);
         }
     }
 
@@ -181,7 +189,7 @@ impl Pair {
         }
         // Two nodes for each that lives or may, one for each that is dead, and the room for spares.
         let nodes = 2 * (self.live.len() + self.spares) + self.dead.len();
-        assert_eq!(live().allocations, nodes + usize::from(self.room > 0));
+        assert_eq!(live().allocations, nodes + usize::from(self.room));
     }
 
     fn walk(&self) {
@@ -206,8 +214,8 @@ impl Pair {
 #[derive(Clone, Debug)]
 enum Op {
     Enter(usize, Plan),
-    ReserveSpares(usize, Plan),
-    AddSpare,
+    ReplaceSpares(usize),
+    EnterWithSpare(usize),
     Exit(usize),
     TakeDead,
     TakeAllDead,
@@ -222,11 +230,10 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Plan::Always),
         1 => Just(Plan::Nth(1)),
     ];
-    let few = prop_oneof![3 => Just(Plan::Never), 1 => Just(Plan::Always)];
     prop_oneof![
         10 => (0..MMS, plan).prop_map(|(mm, plan)| Op::Enter(mm, plan)),
-        1 => (0..5usize, few).prop_map(|(count, plan)| Op::ReserveSpares(count, plan)),
-        3 => Just(Op::AddSpare),
+        1 => (0..5usize).prop_map(Op::ReplaceSpares),
+        5 => (0..MMS).prop_map(Op::EnterWithSpare),
         8 => (0..MMS).prop_map(Op::Exit),
         3 => Just(Op::TakeDead),
         1 => Just(Op::TakeAllDead),
@@ -245,8 +252,8 @@ proptest! {
         for op in ops {
             match op {
                 Op::Enter(mm, plan) => pair.enter(mm, plan),
-                Op::ReserveSpares(count, plan) => pair.reserve_spares(count, plan),
-                Op::AddSpare => pair.add_spare(),
+                Op::ReplaceSpares(count) => pair.replace_spares(count),
+                Op::EnterWithSpare(mm) => pair.enter_with_spare(mm),
                 Op::Exit(mm) => pair.exit(mm),
                 Op::TakeDead => {
                     pair.take_dead();
@@ -355,15 +362,10 @@ fn missed() {
 #[test]
 fn spares() {
     let mut pair = Pair::new();
-    // No room, no spares.
-    pair.add_spare();
-    assert_eq!(pair.spares, 0);
-    pair.reserve_spares(2, Plan::Always);
-    pair.add_spare();
-    assert_eq!(pair.spares, 0);
-    pair.reserve_spares(2, Plan::Never);
-    (0..3).for_each(|_| pair.add_spare());
-    assert_eq!(pair.spares, 2);
+    pair.enter_with_spare(0);
+    assert!(pair.registry.has_missed());
+    pair.take_missed();
+    pair.replace_spares(2);
     pair.check();
     // Who brings one uses that, and who is known needs none.
     pair.enter(0, Plan::Never);
@@ -378,9 +380,9 @@ fn spares() {
     assert!(pair.registry.has_missed());
     assert!(!pair.registry.knows(pair.mms[3].mm()));
     // Made good for, as after a round of allocations.
-    pair.add_spare();
+    pair.replace_spares(1);
     pair.take_missed();
-    pair.enter(3, Plan::Always);
+    pair.enter_with_spare(3);
     assert!(pair.registry.knows(pair.mms[3].mm()));
     assert!(!pair.registry.has_missed());
     pair.finish();
@@ -390,8 +392,7 @@ fn spares() {
 #[test]
 fn unused_spares() {
     let mut pair = Pair::new();
-    pair.reserve_spares(64, Plan::Never);
-    (0..64).for_each(|_| pair.add_spare());
+    pair.replace_spares(64);
     assert_eq!(pair.spares, 64);
     pair.enter(0, Plan::Always);
     assert_eq!(pair.spares, 63);
