@@ -2,16 +2,16 @@
 
 //! What the engine does when memory is taken offline.
 //!
-//! From "going offline" until it is known how that ended, nothing is scanned, merged or unmerged.
-//! (Faults, and whatever else the kernel does with merged pages, go on.) Looking at nodes would be safe:
-//! their pages have a `struct page` at least until [`Listener::offline`] returns, and that waits for
-//! whoever is at it. But each look takes a reference or the lock of a page, either of which makes the
+//! From "going offline" until it is known how that ended, nothing is scanned or merged, and `run=2` is not begun.
+//! (Faults, and whatever else the kernel does with merged pages, go on.) Looking at nodes would be safe,
+//! see [`crate::mm::hotplug`]. But each look takes a reference or the lock of a page, either of which makes the
 //! page's migration fail, and offlining starts over as long as pages are left.
 //!
 //! The mutex is not held all that time, since it is the kernel that has to go on; a flag stands for it
-//! meanwhile.
+//! meanwhile. Nor does the kernel wait for a `run=2` that is under way, which holds the mutex only now and then: that
+//! one goes on to its end, and pages that it was looking at are moved at the next attempt.
 
-use super::{Core, Engine, State};
+use super::{Engine, Released, State};
 use crate::mm::hotplug::Listener;
 use core::ops::Range;
 use kernel::{
@@ -28,11 +28,11 @@ impl Engine {
         self.offlining.load(Relaxed)
     }
 
-    /// Locks `state` at a time when no memory is going offline, for those who look at nodes or pages
-    /// because somebody asked for it. `ERESTARTSYS`: a signal came first.
-    pub(super) fn lock_settled(&self) -> Result<Guard<'_, State, MutexBackend>> {
+    /// Locks `state` at a time when no memory is going offline, and pages are not being unmerged, for those who look at
+    /// nodes or pages because somebody asked for it. `ERESTARTSYS`: a signal came first.
+    pub(super) fn lock_idle(&self) -> Result<Guard<'_, State, MutexBackend>> {
         let mut state = self.state.lock();
-        while self.is_offlining() {
+        while self.is_offlining() || self.unmerging.load(Relaxed) {
             if self.settled.wait_interruptible(&mut state) {
                 return Err(ERESTARTSYS);
             }
@@ -56,47 +56,16 @@ impl Listener for Engine {
         self.offlining.store(true, Relaxed);
     }
 
-    fn offline(&self, frames: Range<usize>) {
+    fn offline(&self, _frames: Range<usize>) {
+        // Whoever looked at a frame of these has done with it when the lock is had. Nodes that were left there
+        // are stale, and freed in a while.
         let mut state = self.state.lock();
-        state.core.release_frames(&frames);
-        self.publish_stats(&state);
+        state.core.releasing = Some(Released::nothing());
+        self.left_chores.store(true, Relaxed);
         self.go_on(state);
     }
 
     fn stays_online(&self, _frames: Range<usize>) {
         self.go_on(self.state.lock());
-    }
-}
-
-impl Core {
-    /// Frees all nodes whose pages were in `frames`, which are offline. All pages in use were migrated away,
-    /// and their nodes with them, so what is left is stale.
-    fn release_frames(&mut self, frames: &Range<usize>) {
-        let mut next = self.index.next_node(None);
-        while let Some(key) = next {
-            next = self.index.next_node(Some(key));
-            self.release_in(key, frames);
-        }
-        let mut next = self.index.next_full(None);
-        while let Some(key) = next {
-            next = self.index.next_full(Some(key));
-            self.release_in(key, frames);
-        }
-        let mut next = self.index.next_limbo(None);
-        while let Some(key) = next {
-            next = self.index.next_limbo(Some(key));
-            self.release_in(key, frames);
-        }
-    }
-
-    fn release_in(&mut self, key: super::StableKey, frames: &Range<usize>) {
-        if self
-            .index
-            .node(key)
-            .is_some_and(|node| frames.contains(&node.frame()))
-        {
-            self.release(key);
-        }
-        crate::mm::cond_resched();
     }
 }

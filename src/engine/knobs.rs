@@ -234,7 +234,7 @@ impl Engine {
         if to > run::UNMERGE {
             return Err(EINVAL);
         }
-        let mut state = self.lock_settled()?;
+        let state = self.lock_idle()?;
         // Unmerging again makes sense as long as something is left.
         let again = to == run::UNMERGE && !state.core.index.has_no_nodes();
         if self.run() == to && !again {
@@ -243,14 +243,20 @@ impl Engine {
         self.run.store(to, Relaxed);
         let mut result = Ok(());
         if to == run::UNMERGE {
+            self.unmerging.store(true, Relaxed);
+            drop(state);
             // Copies are about to be made: if memory runs out, blame the one who asked.
-            let _origin = OomOrigin::current();
-            result = self.unmerge_all(&mut state);
+            let origin = OomOrigin::current();
+            result = self.unmerge_all();
+            drop(origin);
+            let state = self.state.lock();
             if result.is_err() {
                 self.run.store(run::STOP, Relaxed);
             }
+            self.unmerging.store(false, Relaxed);
+            drop(state);
+            self.settled.notify_all();
         }
-        drop(state);
         // Also for the chores that unmerging has left.
         self.wake();
         result

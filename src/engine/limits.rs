@@ -2,8 +2,15 @@
 
 //! What can be changed only while nothing is merged.
 
-use super::{Core, Engine};
-use kernel::{prelude::*, sync::atomic::Relaxed};
+use super::{Core, Engine, State, LIMBO_SWEEP};
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::Relaxed,
+        lock::{mutex::MutexBackend, Guard},
+    },
+    time::{delay::fsleep, Delta},
+};
 
 /// The smallest `max_page_sharing`: a page that is mapped once is not merged.
 const MIN_SHARING: u32 = 2;
@@ -15,12 +22,8 @@ impl Engine {
         if most < MIN_SHARING {
             return Err(EINVAL);
         }
-        let mut state = self.lock_settled()?;
         let sharing = most as usize;
-        if state.core.max_sharing == sharing {
-            return Ok(());
-        }
-        state.core.release_unused()?;
+        let mut state = self.lock_without_nodes(|core| core.max_sharing != sharing)?;
         state.core.max_sharing = sharing;
         self.max_page_sharing.store(most, Relaxed);
         Ok(())
@@ -28,11 +31,10 @@ impl Engine {
 
     /// Sets whether pages on different memory nodes are merged. `EBUSY` while pages are merged. May sleep.
     pub(super) fn set_merge_across_nodes(&self, across: bool) -> Result {
-        let mut state = self.lock_settled()?;
+        let mut state = self.lock_without_nodes(|core| core.by_node == across)?;
         if state.core.by_node != across {
             return Ok(());
         }
-        state.core.release_unused()?;
         // The next step takes it up again with the samples that count then. Pages whose samples are other
         // ones now are taken for changed when they are looked at.
         let hasher = self.hasher(&state.core);
@@ -43,25 +45,50 @@ impl Engine {
     }
 }
 
-impl Core {
-    /// Frees all nodes, if no page is merged. `EBUSY` if one is: known to be, or mapped by somebody nobody
-    /// knows of.
-    fn release_unused(&mut self) -> Result {
-        if self.index.stable_len() != 0 {
-            return Err(EBUSY);
+/// How often, and after how long each time, to try again to free nodes whose pages are locked.
+const RELEASE_ATTEMPTS: u32 = 50;
+const RELEASE_MS: i64 = 2;
+
+impl Engine {
+    /// Locks `state`, and frees all nodes if something `differs`. `EBUSY` if a page is merged: known to be, or
+    /// mapped by a process that is not registered. May sleep.
+    fn lock_without_nodes(
+        &self,
+        differs: impl Fn(&Core) -> bool,
+    ) -> Result<Guard<'_, State, MutexBackend>> {
+        for _ in 0..RELEASE_ATTEMPTS {
+            let mut state = self.lock_idle()?;
+            if !differs(&state.core) {
+                return Ok(state);
+            }
+            if state.core.index.stable_len() != 0 {
+                return Err(EBUSY);
+            }
+            if state.core.release_unused() {
+                return Ok(state);
+            }
+            drop(state);
+            fsleep(Delta::from_millis(RELEASE_MS));
         }
-        let mut result = Ok(());
+        Err(EBUSY)
+    }
+}
+
+impl Core {
+    /// Frees nodes without known mappings, some each time. Returns whether none is left.
+    fn release_unused(&mut self) -> bool {
         let mut next = self.index.next_limbo(None);
-        while let Some(key) = next {
+        for _ in 0..LIMBO_SWEEP {
+            let Some(key) = next else {
+                break;
+            };
             next = self.index.next_limbo(Some(key));
             if self.index.node(key).is_some_and(|node| node.abandon(false)) {
                 self.release(key);
-            } else {
-                result = Err(EBUSY);
             }
             crate::mm::cond_resched();
         }
         self.swept = None;
-        result
+        self.index.has_no_nodes()
     }
 }

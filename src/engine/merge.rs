@@ -7,23 +7,25 @@
 
 use super::{
     checksum::{Checksum, Hasher, Sample},
-    index::{Index, Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
+    index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
     pagemap::Found,
-    scan::{known_mm, use_mm, Candidate, CandidateKind, Cursor},
-    Core, Engine, State, GFP_SCAN,
+    scan::{known_mm, Candidate, CandidateKind, Cursor},
+    Core, Engine, Forget, Released, State, GFP_SCAN, LIMBO_SWEEP,
 };
 use crate::mm::{
     folio::{LockedPage, PageRef},
     intree,
-    stable::{ItemBox, NodeBox, NodeId},
-    vma::{MergeableVma, Next, HOLD_VMAS},
-    word::PageWord,
+    mmap_lock::{MmapLock, NotLocked},
+    stable::{ItemBox, NodeBox, NodeId, NodePage},
+    vma::{is_abandoned, MergeableVma, Next, Unmerged, HOLD_VMAS},
+    word::{PageState, PageWord},
 };
 use kernel::{
-    mm::{Mm, MmWithUser},
+    mm::{Mm, MmWithUser, MmWithUserAsync},
     page::PAGE_SIZE,
     prelude::*,
-    sync::atomic::Relaxed,
+    sync::{aref::ARef, atomic::Relaxed},
+    time::{delay::fsleep, Delta},
 };
 
 /// What came of looking for a merged page to join.
@@ -48,11 +50,11 @@ impl State {
     pub(super) fn join_all(
         &mut self,
         hasher: &Hasher,
-        mm: &MmWithUser,
+        mm: &Mm,
         slot: SlotId,
         candidates: &mut [Option<Candidate>],
     ) {
-        let guard = mm.mmap_read_lock();
+        let lock = MmapLock::try_new(mm);
         let mut vma: Option<MergeableVma<'_>> = None;
         for candidate in candidates.iter_mut().flatten() {
             let CandidateKind::Steady(sample, joined) = &mut candidate.kind else {
@@ -61,9 +63,10 @@ impl State {
             let addr = candidate.addr;
             vma = vma
                 .filter(|vma| vma.start() <= addr && addr < vma.end())
-                .or_else(|| MergeableVma::at(&guard, addr));
+                .or_else(|| MergeableVma::at(lock.as_ref().ok()?, addr));
+            let place = Place { slot, addr };
             *joined = match &vma {
-                Some(vma) => self.join_stable(hasher, vma, Place { slot, addr }, *sample),
+                Some(vma) => self.join_stable(hasher, vma, place, *sample),
                 None => Joined::Hopeless,
             };
             if let Joined::Hopeless = joined {
@@ -77,7 +80,7 @@ impl State {
     pub(super) fn merge_or_wait(
         &mut self,
         hasher: &Hasher,
-        mm: &MmWithUser,
+        mm: &Mm,
         place: Place,
         sum: Checksum,
         may_be_shared: bool,
@@ -88,10 +91,12 @@ impl State {
             // One of the same batch may have been merged since.
             None => match self.core.index.nodes_with(sum) {
                 Some(nodes) => {
-                    let guard = mm.mmap_read_lock();
-                    let joined = MergeableVma::at(&guard, place.addr)
+                    let Ok(lock) = MmapLock::try_new(mm) else {
+                        return self.core.try_again();
+                    };
+                    let joined = MergeableVma::at(&lock, place.addr)
                         .and_then(|vma| self.join_one_of(&vma, place, nodes, None));
-                    drop(guard);
+                    drop(lock);
                     // None of them takes any more.
                     if joined.is_none() {
                         self.wait(place, sum);
@@ -118,8 +123,23 @@ impl State {
                 core.try_again();
                 core.relabel(word, PageWord::waiting(sum));
             }
-            // Every candidate is remembered.
             (None, core) => core.index.stop_waiting(sum, place),
+        }
+    }
+
+    /// Notes that a page has changed since its sample was taken, and has this one now.
+    fn changed(&mut self, place: Place, sample: Sample) -> Joined {
+        if let (Some(word), core) = self.word(place) {
+            core.renew(place, word, sample);
+        }
+        self.note_change(place);
+        Joined::Hopeless
+    }
+
+    /// Notes that something happened to a page whose area has been accounted for already.
+    fn note_change(&mut self, place: Place) {
+        if let Some(known) = self.mms.get_mut(&place.slot) {
+            known.pages.note_change(place.addr);
         }
     }
 
@@ -171,14 +191,7 @@ impl State {
         let may_be_shared = page.may_be_shared();
         drop(page);
         if sum.sample() != sample {
-            if let (Some(word), core) = self.word(place) {
-                core.renew(place, word, sum.sample());
-            }
-            // The area has been accounted for already.
-            if let Some(known) = self.mms.get_mut(&place.slot) {
-                known.pages.note_change(place.addr);
-            }
-            return Joined::Hopeless;
+            return self.changed(place, sum.sample());
         }
         let joined = match self.core.index.nodes_with(sum) {
             Some(nodes) => self.join_one_of(vma, place, nodes, None),
@@ -209,9 +222,11 @@ impl State {
 
     /// Merges a page that waits, and whose sample is that of a page of zeroes, with the zero page, if it is
     /// one.
-    pub(super) fn merge_zero(&mut self, mm: &MmWithUser, place: Place) {
-        let guard = mm.mmap_read_lock();
-        if let Some(vma) = MergeableVma::at(&guard, place.addr) {
+    pub(super) fn merge_zero(&mut self, mm: &Mm, place: Place) {
+        let Ok(lock) = MmapLock::try_new(mm) else {
+            return;
+        };
+        if let Some(vma) = MergeableVma::at(&lock, place.addr) {
             // If it is not, or cannot be merged now, the next pass tries again.
             let _ = self.join_zero(&vma, place);
         }
@@ -265,13 +280,17 @@ impl State {
         if item.mappings() >= self.core.max_sharing {
             self.core.index.set_full(key);
         }
-        match self.word(place) {
-            (Some(word), core) => {
+        // What is merged is looked at in the next pass, which may have been going to skip the area.
+        let State { mms, core, .. } = self;
+        let known = mms.get_mut(&place.slot);
+        let word = known.and_then(|known| known.pages.get_changed(place.addr));
+        match word {
+            Some(word) => {
                 let old = core::mem::replace(word, PageWord::merged(item));
-                core.retire(place, old);
+                core.retire(place, old.state());
             }
             // Every candidate is remembered.
-            (None, core) => core.detach(item),
+            None => drop(item),
         }
     }
 
@@ -279,24 +298,50 @@ impl State {
     fn merge_with_waiting(
         &mut self,
         hasher: &Hasher,
-        mm: &MmWithUser,
+        mm: &Mm,
         place: Place,
         other: Place,
         sum: Checksum,
         may_be_shared: bool,
     ) {
         let other_mm = self.mms.get(&other.slot).map(|known| known.mm.clone());
-        let Some(other_mm) = other_mm.and_then(|mm| use_mm(&mm)) else {
+        let Some(other_mm) = other_mm else {
             return self.wait(place, sum);
         };
+        // From here on the module may not be unloaded.
+        if self.core.pin.pin().is_err() {
+            return self.core.try_again();
+        }
+        let Ok(lock) = MmapLock::try_new(mm) else {
+            return self.core.try_again();
+        };
+        let mut second = None;
+        if other.slot != place.slot {
+            match MmapLock::try_new(&other_mm) {
+                Ok(lock) => second = Some(lock),
+                Err(NotLocked::Exiting) => return self.wait(place, sum),
+                Err(NotLocked::Contended) => return self.core.try_again(),
+            }
+        }
+        let other_lock = second.as_ref().unwrap_or(&lock);
+        let Some(vma) = MergeableVma::at(&lock, place.addr) else {
+            return;
+        };
         // Looked at without a lock, to be spared undoing a merge that cannot be completed.
-        let Some(other_page) = page_at(&other_mm, other.addr).filter(|page| {
-            page.is_plain_anon() && !page.is_held_by_others() && page.sample(hasher) == sum.sample()
-        }) else {
+        let Some((other_vma, other_page)) =
+            MergeableVma::at(other_lock, other.addr).and_then(|vma| {
+                let page = vma.page_at(other.addr).filter(|page| {
+                    page.is_plain_anon()
+                        && !page.is_held_by_others()
+                        && page.sample(hasher) == sum.sample()
+                })?;
+                Some((vma, page))
+            })
+        else {
             return self.wait(place, sum);
         };
         if may_be_shared {
-            let Some(page) = page_at(mm, place.addr).filter(PageRef::is_plain_anon) else {
+            let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
                 return;
             };
             if page.is_same(&other_page) {
@@ -311,8 +356,7 @@ impl State {
             }
         }
         drop(other_page);
-        let other_mm: &MmWithUser = &other_mm;
-        let (this, other) = ((mm, place), (other_mm, other));
+        let (this, other) = ((&vma, place), (&other_vma, other));
         let result = match self.merge_into_first(this, other, sum) {
             // The other page may be one that can be the merged one.
             Err(EMLINK) => self.merge_into_first(other, this, sum),
@@ -325,21 +369,19 @@ impl State {
     }
 
     /// Makes the first page a merged page, and merges the other one into it. If it is the latter that
-    /// fails, the first waits.
+    /// fails, the first is undone, and waits.
     fn merge_into_first(
         &mut self,
-        (mm, place): (&MmWithUser, Place),
-        (other_mm, other): (&MmWithUser, Place),
+        (vma, place): (&MergeableVma<'_>, Place),
+        (other_vma, other): (&MergeableVma<'_>, Place),
         sum: Checksum,
     ) -> Result {
-        let key = self.publish(mm, place, sum)?;
-        if self.join(other_mm, other, key).is_ok() {
-            return Ok(());
-        }
-        // A merged page that nobody shares is no gain: undo it. This page waits from now on, so
-        // that it is the other one's turn to be tried first, which costs nothing when it is pinned.
-        if self.undo(mm, place, key) {
-            self.wait(place, sum);
+        let item = self.core.new_item(sum.sample())?;
+        let other_item = self.core.new_item(sum.sample())?;
+        let key = self.publish(vma, place, item, sum)?;
+        if self.join(other_vma, other, other_item, key).is_err() {
+            // A merged page that nobody shares is no gain.
+            self.undo_later(place, key);
         }
         Ok(())
     }
@@ -365,38 +407,44 @@ impl State {
                 self.wait(place, sum);
             } else {
                 // It has changed since it was looked at, and is looked at again in the next pass.
-                core.try_again();
+                self.core.try_again();
             }
         }
     }
 
     /// Merges the page at `place` into the page of the node `key`.
-    fn join(&mut self, mm: &MmWithUser, place: Place, key: StableKey) -> Result {
+    fn join(
+        &mut self,
+        vma: &MergeableVma<'_>,
+        place: Place,
+        item: ItemBox,
+        key: StableKey,
+    ) -> Result {
         let item = {
-            let guard = mm.mmap_read_lock();
-            let vma = MergeableVma::at(&guard, place.addr).ok_or(EBUSY)?;
             let node = self.core.index.node(key).ok_or(EBUSY)?;
-            let kpage = node.locked_page().ok_or(EBUSY)?;
-            join_page(&vma, place, &kpage, node, key, &self.core)?
+            let NodePage::Locked(kpage) = node.locked_page() else {
+                return Err(EBUSY);
+            };
+            join_page(vma, place, &kpage, node, item, &self.core)?
         };
         self.merged(place, item, key);
         Ok(())
     }
 
     /// Makes the page at `place` a merged page, with a node of its own.
-    fn publish(&mut self, mm: &MmWithUser, place: Place, sum: Checksum) -> Result<StableKey> {
+    fn publish(
+        &mut self,
+        vma: &MergeableVma<'_>,
+        place: Place,
+        mut item: ItemBox,
+        sum: Checksum,
+    ) -> Result<StableKey> {
         let core = &mut self.core;
-        let mut item = ItemBox::new(sum.sample(), core.pass, GFP_SCAN)?;
         let key = core.index.new_key(sum);
         let node = NodeBox::new(key, GFP_SCAN)?;
         core.index.insert(key, node, GFP_SCAN)?;
-        // From here on the module may not be unloaded.
-        let result = core
-            .pin
-            .pin()
-            .and_then(|()| core.publish_at(mm, place, key, &mut item));
-        match result {
-            Ok(_page) => {
+        match core.publish_at(vma, place, key, &mut item) {
+            Ok(()) => {
                 self.merged(place, item, key);
                 Ok(key)
             }
@@ -407,62 +455,72 @@ impl State {
         }
     }
 
-    /// Makes the merged page at `place` an ordinary page again. Returns whether that worked.
-    fn undo(&mut self, mm: &MmWithUser, place: Place, key: StableKey) -> bool {
-        {
-            let guard = mm.mmap_read_lock();
-            if let Some(vma) = MergeableVma::at(&guard, place.addr) {
-                // Without memory for the copy it stays merged, listed with its node like any other,
-                // and is as good a partner for the next equal page.
-                let end = place.addr.saturating_add(PAGE_SIZE);
-                if !vma.unmerge(place.addr, end).is_ok_and(|done| done >= end) {
-                    return false;
-                }
-            }
+    /// Has the merged page at `place` made an ordinary page again when `state` is unlocked: that takes memory,
+    /// which may have to be waited for. If there is no room to remember it, it stays merged, listed with its
+    /// node like any other, and is as good a partner for the next equal page.
+    fn undo_later(&mut self, place: Place, key: StableKey) {
+        let _ = self.undo.push_within_capacity((place, key));
+    }
+
+    /// Notes that the page at `place`, which was the only one of the node `key`, is an ordinary page again, and
+    /// lets it wait.
+    ///
+    /// So it is the other page's turn to be tried first, which costs nothing when that is pinned.
+    fn undone(&mut self, place: Place, key: StableKey) {
+        let id = self.core.index.node(key).and_then(NodeBox::id);
+        let (Some(word), core) = self.word(place) else {
+            return;
+        };
+        // It may have been forgotten meanwhile, and more.
+        if !matches!(word.state(), PageState::Merged(found) if found.is_some() && found == id) {
+            return;
         }
-        if let (Some(word), core) = self.word(place) {
-            // Nobody wrote to it: that it was merged for so short a time is no trouble that it gives.
-            let broken = core.soon_broken;
-            core.renew(place, word, key.sum.sample());
-            core.relabel(word, PageWord::steady(key.sum.sample()));
-            core.soon_broken = broken;
+        let sample = key.sum.sample();
+        // Nobody wrote to it: that it was merged for so short a time is no trouble that it gives.
+        if core.release_item(word) {
+            core.replace(place, word, PageWord::steady(sample));
+            self.core.settle(key, false);
+            self.wait(place, key.sum);
         }
-        self.core.settle(key, false);
-        true
     }
 
     /// Lists the page at `place` with the node whose page it is: a child inherited the mapping.
-    pub(super) fn list(&mut self, mm: &MmWithUser, place: Place, id: NodeId) {
-        // Whatever it was before, it is not any more.
-        self.forget(place);
-        // Without memory the next pass tries again.
-        let _ = self.try_list(mm, place, id);
+    pub(super) fn list(&mut self, mm: &Mm, place: Place, id: NodeId) {
+        // Whatever it was before, it is not any more. Without memory, or while the page is locked, the next
+        // pass tries again, and does not skip the area.
+        if !self.forget(place) || self.try_list(mm, place, id).is_err() {
+            self.note_change(place);
+        }
     }
 
-    fn try_list(&mut self, mm: &MmWithUser, place: Place, id: NodeId) -> Result {
-        let guard = mm.mmap_read_lock();
-        let vma = MergeableVma::at(&guard, place.addr).ok_or(EBUSY)?;
-        let page = vma.page_at(place.addr).ok_or(EBUSY)?.lock();
+    fn try_list(&mut self, mm: &Mm, place: Place, id: NodeId) -> Result {
+        let lock = MmapLock::try_new(mm).map_err(|_| EBUSY)?;
+        let vma = MergeableVma::at(&lock, place.addr).ok_or(EBUSY)?;
+        let page = vma.page_at(place.addr).ok_or(EBUSY)?;
+        let page = page.try_lock().map_err(|_| EBUSY)?;
         if page.node_id() != Some(id) {
             return Err(EBUSY);
         }
         let key = page.node_key().ok_or(EBUSY)?;
         let sample = key.sum.sample();
-        let mut item = ItemBox::new(sample, self.core.pass, GFP_SCAN)?;
+        let mut item = self.core.new_item(sample)?;
         self.remember(mm, place, sample)?;
         let node = self.core.index.node(key).ok_or(EBUSY)?;
         let result = node.attach(&page, &mut item, &vma, place.addr);
         // Locks are given up first: taking an item off again would take the folio lock.
         drop(page);
-        drop(guard);
+        drop(lock);
         match result {
             Ok(()) => self.merged(place, item, key),
-            Err(_) => self.forget(place),
+            Err(_) => {
+                // Just remembered, and not merged.
+                self.forget(place);
+            }
         }
         result
     }
 
-    /// Remembers a page that is not remembered.
+    /// Remembers a page that is not remembered, and that is to be listed.
     fn remember(&mut self, mm: &Mm, place: Place, sample: Sample) -> Result {
         let known = known_mm(&mut self.mms, mm, place.slot).ok_or(ENOMEM)?;
         let mut leaf = known.pages.leaf_from(place.addr, GFP_SCAN)?;
@@ -481,6 +539,11 @@ impl State {
 }
 
 impl Core {
+    /// Allocates an rmap item.
+    fn new_item(&self, sample: Sample) -> Result<ItemBox> {
+        ItemBox::new(sample, self.pass, GFP_SCAN)
+    }
+
     /// Tries to merge the page at `place`, which is in `vma`, into the page of the node `key`. `None`:
     /// that one takes no more pages, or is gone.
     fn join_node(
@@ -498,9 +561,13 @@ impl Core {
             // The checksum has to tell.
             return Some(Err(EAGAIN));
         }
-        let Some(kpage) = node.locked_page() else {
-            self.release(key);
-            return None;
+        let kpage = match node.locked_page() {
+            NodePage::Locked(kpage) => kpage,
+            NodePage::Busy => return Some(Err(EBUSY)),
+            NodePage::Gone => {
+                self.release(key);
+                return None;
+            }
         };
         if kpage.is_poisoned() {
             // Not stale: the node goes when nobody maps the page any more.
@@ -514,7 +581,11 @@ impl Core {
                 return None;
             }
         }
-        let result = join_page(vma, place, &kpage, node, key, self);
+        let item = match self.new_item(key.sum.sample()) {
+            Ok(item) => item,
+            Err(err) => return Some(Err(err)),
+        };
+        let result = join_page(vma, place, &kpage, node, item, self);
         if let (Some(hasher), Err(EAGAIN)) = (guessing, result.as_ref().map_err(|err| *err)) {
             // Unless it is that the page has just been written to.
             let sample = vma.page_at(place.addr).map(|page| page.sample(hasher));
@@ -526,25 +597,28 @@ impl Core {
     }
 
     /// Finds merged pages that were moved to another memory node, and gives them keys under which pages of
-    /// that one come by them.
-    pub(super) fn bring_home(&mut self, hasher: &Hasher) {
-        for full in [false, true] {
-            let next_behind = |index: &Index<NodeBox>, after| {
-                if full {
-                    index.next_full(after)
-                } else {
-                    index.next_node(after)
-                }
+    /// that one come by them. Looks at some each time. Returns whether it has come to the end.
+    pub(super) fn bring_some_home(&mut self, hasher: &Hasher) -> bool {
+        for _ in 0..LIMBO_SWEEP {
+            let (full, after) = self.brought;
+            let next = match full {
+                true => self.index.next_full(after),
+                false => self.index.next_node(after),
             };
-            let mut next = next_behind(&self.index, None);
-            while let Some(key) = next {
-                next = next_behind(&self.index, Some(key));
-                if self.index.node(key).is_some_and(NodeBox::take_strayed) {
-                    self.bring_one_home(hasher, key);
+            let Some(key) = next else {
+                self.brought = (!full, None);
+                if full {
+                    return true;
                 }
-                crate::mm::cond_resched();
+                continue;
+            };
+            self.brought = (full, Some(key));
+            if self.index.node(key).is_some_and(NodeBox::take_strayed) {
+                self.bring_one_home(hasher, key);
             }
+            crate::mm::cond_resched();
         }
+        false
     }
 
     fn bring_one_home(&mut self, hasher: &Hasher, key: StableKey) {
@@ -619,101 +693,209 @@ impl Core {
 
     fn publish_at(
         &self,
-        mm: &MmWithUser,
+        vma: &MergeableVma<'_>,
         place: Place,
         key: StableKey,
         item: &mut ItemBox,
-    ) -> Result<PageRef> {
+    ) -> Result {
         let node = self.index.node(key).ok_or(EBUSY)?;
-        let guard = mm.mmap_read_lock();
-        let vma = MergeableVma::at(&guard, place.addr).ok_or(EBUSY)?;
         let page = vma.page_at(place.addr).ok_or(EBUSY)?;
         vma.publish(place.addr, page, node, item)
     }
 }
 
+/// How often, and after how long each time, to try again to lock the pages of nodes that are left when
+/// everything was unmerged.
+const SETTLE_ATTEMPTS: u32 = 100;
+const SETTLE_MS: i64 = 10;
+
 impl Engine {
+    /// Undoes merges that could not be completed, without any lock of the engine.
+    pub(super) fn undo_merges(&self) {
+        loop {
+            let mut state = self.state.lock();
+            let Some((place, key)) = state.undo.pop() else {
+                return;
+            };
+            let mm = state.mms.get(&place.slot).map(|known| known.mm.clone());
+            drop(state);
+            let Some(mm) = mm.and_then(|mm| use_mm(&mm)) else {
+                continue;
+            };
+            if !unshare(&mm, place.addr) {
+                // It stays merged and listed.
+                continue;
+            }
+            drop(mm);
+            self.state.lock().undone(place, key);
+        }
+    }
+
     /// Gives every process back pages of its own, and forgets all that is known of pages.
     ///
     /// A process that cannot be served does not keep others from being: the first error is returned when
     /// all were tried. `ERESTARTSYS` ends it at once. What stays merged stays known and counted.
-    pub(super) fn unmerge_all(&self, state: &mut State) -> Result {
+    ///
+    /// Memory that goes offline meanwhile does not stop it: the merged pages of children that no pass has seen yet are
+    /// found by what is listed of their parent, which may have been served already, so that the kernel could
+    /// not move them for as long as we waited for it.
+    pub(super) fn unmerge_all(&self) -> Result {
         // From here on the swap-in path hands out copies of merged pages, not the pages.
         let _copying = intree::SwapInCopies::new();
-        let mut result = self.enter_registered();
-        let mut slot = 0;
-        loop {
-            // Children that are forked meanwhile come later, so they are not missed.
-            let next = self.registry.lock().next(slot);
-            let Some((id, mm)) = next else {
-                break;
-            };
-            slot = id;
-            let (served, left) = match use_mm(&mm) {
-                Some(user) => unmerge_mm(&user),
-                None => (Ok(()), usize::MAX),
-            };
-            state.forget_range(id, 0, left);
-            state.report(id);
-            let interrupted = served == Err(ERESTARTSYS);
-            result = result.and(served);
-            if interrupted {
-                result = Err(ERESTARTSYS);
-                break;
-            }
+        let mut result = self.enter_registered().and(self.unmerge_each());
+        if self.registry.lock().has_missed() {
+            result = result.and(Err(ENOMEM));
         }
-        // Who exited meanwhile, or just before, is not among the live any more.
-        self.reap(state);
-        result = result.and(if self.registry.lock().has_missed() {
-            Err(ENOMEM)
-        } else {
-            Ok(())
-        });
-        state.core.release_stale();
-        // Whoever was not served still uses the pages of these nodes.
-        state.core.swept = None;
-        state.core.sweep_limbo(usize::MAX, result.is_ok());
+        // Whoever was not served still uses the pages of the nodes that are left.
+        self.release_idle(result.is_ok());
+        let mut state = self.state.lock();
         state.core.unpin_if_empty();
-        self.left_chores.store(self.has_leftovers(state), Relaxed);
+        self.left_chores.store(self.has_leftovers(&state), Relaxed);
         // The scan starts again; as in-tree, so does counting when all is unmerged.
         state.cursor = Cursor::new();
         if result.is_ok() {
             self.stats.reset_full_scans();
         }
-        self.publish_stats(state);
+        self.publish_stats(&state);
         result
     }
-}
 
-/// Gives one process back pages of its own. Returns with the outcome from where on there may be merged
-/// pages left.
-///
-/// `mmap_lock` is given up again and again: rksmd merges nothing meanwhile, and the kernel unmerges what it
-/// moves to another address, so nothing is missed.
-fn unmerge_mm(mm: &MmWithUser) -> (Result, usize) {
-    let mut addr = 0;
-    loop {
-        let guard = mm.mmap_read_lock();
-        let mut left = HOLD_VMAS;
-        addr = match MergeableVma::next(mm, &guard, addr, &mut left) {
-            Next::Vma(vma) => match vma.unmerge(addr, vma.end()) {
-                Ok(reached) => reached,
-                Err(err) => return (Err(err), vma.merged_from(addr)),
-            },
-            Next::GoOn(addr) => addr,
-            Next::None => return (Ok(()), usize::MAX),
-        };
+    /// Gives every process back pages of its own.
+    fn unmerge_each(&self) -> Result {
+        let mut result = Ok(());
+        let mut slot = 0;
+        loop {
+            // Children that are forked meanwhile come later, so they are not missed.
+            let next = self.registry.lock().next(slot);
+            let Some((id, mm)) = next else {
+                return result;
+            };
+            slot = id;
+            let served = self.unmerge_mm(id, &mm);
+            self.state.lock().report(id);
+            if served == Err(ERESTARTSYS) {
+                return served;
+            }
+            result = result.and(served);
+        }
+    }
+
+    /// Gives one process back pages of its own, and forgets what is known of its pages, but for those that stay
+    /// merged.
+    ///
+    /// `mmap_lock` is given up again and again: rksmd merges nothing meanwhile, and the kernel unmerges what it
+    /// moves to another address, so nothing is missed. It is waited for without any lock of the engine.
+    fn unmerge_mm(&self, slot: SlotId, mm: &Mm) -> Result {
+        let mut addr = 0;
+        let mut attempts = SETTLE_ATTEMPTS;
+        loop {
+            // Held for one step: the last reference to be dropped tears the address space down.
+            let Some(user) = use_mm(mm).filter(|user| !is_abandoned(user)) else {
+                break;
+            };
+            let lock = MmapLock::killable(&user)?;
+            let mut left = HOLD_VMAS;
+            let (step, end) = match MergeableVma::next(&lock, addr, &mut left) {
+                Next::Vma(vma) => (vma.unmerge(&user, addr, vma.end()), false),
+                Next::GoOn(next) => (Unmerged::nothing(next), false),
+                Next::None => (Unmerged::nothing(usize::MAX), true),
+            };
+            drop(lock);
+            drop(user);
+            self.forget_unmerged(slot, addr, step.reached, &mut attempts);
+            step.result?;
+            if end {
+                break;
+            }
+            addr = step.reached;
+        }
+        Ok(())
+    }
+
+    /// Forgets what is known of the pages in `from..to`, which were unmerged. What is locked by others is tried again
+    /// after a while, as often as there are `attempts` left.
+    fn forget_unmerged(&self, slot: SlotId, from: usize, to: usize, attempts: &mut u32) {
+        let mut from = from;
+        loop {
+            let mut state = self.state.lock();
+            let mut budget = Forget::new();
+            let more = state.forget_range(slot, from, to, &mut budget);
+            self.publish_stats(&state);
+            drop(state);
+            if budget.was_busy() && *attempts != 0 {
+                *attempts = attempts.saturating_sub(1);
+                fsleep(Delta::from_millis(SETTLE_MS));
+                continue;
+            }
+            match more {
+                Some(next) => from = next,
+                None => return,
+            }
+            crate::mm::cond_resched();
+        }
+    }
+
+    /// Forgets who is gone, and frees nodes whose pages are gone, all of them; with `force`, also nodes
+    /// whose pages are left in the swap cache, or mapped by processes that are not registered (a fork's other
+    /// half).
+    fn release_idle(&self, force: bool) {
+        let mut stale = Some(Released::nothing());
+        let mut attempts = SETTLE_ATTEMPTS;
+        loop {
+            let mut state = self.state.lock();
+            self.reap(&mut state);
+            let mut more = state.forget_dying();
+            let core = &mut state.core;
+            stale = stale.and_then(|at| core.release_some_stale(at));
+            more |= stale.is_some();
+            core.sweep_limbo(LIMBO_SWEEP, force);
+            more |= core.swept.is_some();
+            let left = !core.index.has_no_nodes();
+            self.publish_stats(&state);
+            drop(state);
+            if more {
+                crate::mm::cond_resched();
+                continue;
+            }
+            // Those that are left may be locked, but not for long.
+            attempts = attempts.saturating_sub(1);
+            if !left || !force || attempts == 0 {
+                return;
+            }
+            fsleep(Delta::from_millis(SETTLE_MS));
+        }
     }
 }
 
-/// Merges the page at `place`, which is in `vma`, into `kpage`, the page of `node`, which has the key `key`.
+/// Takes a user reference on an address space, unless it is exiting. Dropping the reference never
+/// tears the address space down in the context of the task that does so.
+fn use_mm(mm: &Mm) -> Option<ARef<MmWithUserAsync>> {
+    mm.mmget_not_zero().map(MmWithUser::into_mmput_async)
+}
+
+/// Makes the merged page at `addr` an ordinary page, if that can be done at once. Returns whether the page is no
+/// merged page.
+fn unshare(mm: &MmWithUser, addr: usize) -> bool {
+    let Ok(lock) = MmapLock::try_new(mm) else {
+        return false;
+    };
+    let Some(vma) = MergeableVma::at(&lock, addr) else {
+        // Unmapped.
+        return true;
+    };
+    let end = addr.saturating_add(PAGE_SIZE);
+    let done = vma.unmerge(mm, addr, end);
+    done.result.is_ok() && done.reached >= end
+}
+
+/// Merges the page at `place`, which is in `vma`, into `kpage`, the page of `node`, and lists it there by `item`.
 /// `EAGAIN` if they differ, or must not be merged.
 fn join_page(
     vma: &MergeableVma<'_>,
     place: Place,
     kpage: &LockedPage,
     node: &NodeBox,
-    key: StableKey,
+    mut item: ItemBox,
     core: &Core,
 ) -> Result<ItemBox> {
     // Its lock may have been waited for, behind who has just given it up.
@@ -727,12 +909,6 @@ fn join_page(
         node.set_strayed();
         return Err(EBUSY);
     }
-    let mut item = ItemBox::new(key.sum.sample(), core.pass, GFP_SCAN)?;
     vma.join(place.addr, page, kpage, node, &mut item)?;
     Ok(item)
-}
-
-fn page_at(mm: &MmWithUser, addr: usize) -> Option<PageRef> {
-    let guard = mm.mmap_read_lock();
-    MergeableVma::at(&guard, addr)?.page_at(addr)
 }

@@ -6,6 +6,7 @@
 
 mod advisor;
 pub(crate) mod checksum;
+pub(crate) mod deferred;
 mod filter;
 mod hotplug;
 pub(crate) mod index;
@@ -68,9 +69,12 @@ pub(crate) mod run {
 ///
 /// 0. those of memory hotplug, held around a [`hotplug`] notification,
 /// 1. `state` (the whole index and all that is known of pages),
-/// 2. `mmap_lock` of one registered mm, for reading,
-/// 3. the folio lock of a merged page, then (only tried) of the page to be merged into it,
+/// 2. `mmap_lock` of one registered mm, or of two, for reading: only tried, never waited for,
+/// 3. the folio lock of a merged page, then of the page to be merged into it: only tried,
 /// 4. the kernel's own: anon_vma lock, MMU notifiers, page-table lock.
+///
+/// What a process holds for as long as it likes is never waited for with `state` locked. `run=2` waits for
+/// `mmap_lock`, and so does memory for the copies that it makes, without any lock of the engine.
 ///
 /// `advisor` is taken under `state`, or alone, for arithmetic only.
 ///
@@ -87,7 +91,9 @@ pub(crate) struct Engine {
     advisor: Mutex<Advisor>,
     /// Memory is going offline: keep away from pages and nodes. Written with `state` locked.
     offlining: Atomic<bool>,
-    /// Told when that is over.
+    /// All pages are being unmerged. Written with `state` locked.
+    unmerging: Atomic<bool>,
+    /// Told when either is over.
     #[pin]
     settled: CondVar,
     /// Somebody else than the thread left it chores. Written with `state` locked.
@@ -115,12 +121,41 @@ pub(crate) struct Engine {
     merge_across_nodes: Atomic<u32>,
 }
 
+/// How much is still to be forgotten under this hold of `state`, and what came of it.
+struct Forget {
+    leaves: usize,
+    busy: bool,
+}
+
+impl Forget {
+    fn new() -> Self {
+        Self {
+            leaves: FORGET_LEAVES,
+            busy: false,
+        }
+    }
+
+    fn everything() -> Self {
+        Self {
+            leaves: usize::MAX,
+            busy: false,
+        }
+    }
+
+    /// Whether something could not be forgotten, as its merged page is locked by another task.
+    fn was_busy(&self) -> bool {
+        self.busy
+    }
+}
+
 /// What is known of the pages of one address space.
 pub(crate) struct MmState {
     mm: ARef<Mm>,
     pages: PageMap<PageWord>,
     /// What [`State::report`] took into account last, in bytes.
     reported: usize,
+    /// The address space is gone, and what is known of it before this address is forgotten.
+    forgotten_to: Option<usize>,
 }
 
 /// What the mutex protects.
@@ -133,6 +168,11 @@ pub(crate) struct State {
     mapped_pages: usize,
     /// What the maps of all address spaces take, in bytes, as of the last look at each.
     map_bytes: usize,
+    /// How many of [`Self::mms`] are gone.
+    dying: usize,
+    /// Merged pages that are to be ordinary ones again, because no other page could be merged with them, and the keys
+    /// of their nodes.
+    undo: KVec<(Place, StableKey)>,
 }
 
 /// What is known of all pages together.
@@ -166,6 +206,10 @@ struct Core {
     pass: u32,
     /// Pages that were written to soon after they were merged.
     soon_broken: usize,
+    /// How far [`Core::bring_home`] has come, and whether in the tree of full nodes.
+    brought: (bool, Option<StableKey>),
+    /// Nodes whose pages are gone are being freed, all of them: how far that has come.
+    releasing: Option<Released>,
     /// How far [`Core::sweep_limbo`] has come.
     swept: Option<StableKey>,
     /// How far [`Core::prune`] has come.
@@ -173,6 +217,29 @@ struct Core {
     /// When it began at the beginning last; `None` before the first time.
     prune_began: Option<Instant<Monotonic>>,
     pin: unload::Pin,
+}
+
+/// How far freeing the nodes whose pages are gone has come: in which tree, and behind which node.
+#[derive(Clone, Copy)]
+struct Released {
+    full: bool,
+    after: Option<StableKey>,
+}
+
+impl Released {
+    const fn nothing() -> Self {
+        Self {
+            full: false,
+            after: None,
+        }
+    }
+
+    const fn full() -> Self {
+        Self {
+            full: true,
+            after: None,
+        }
+    }
 }
 
 impl Engine {
@@ -184,6 +251,7 @@ impl Engine {
                 registry <- new_spinlock!(Registry::new(), "rksm_registry"),
                 advisor <- new_mutex!(Advisor::new(), "rksm_advisor"),
                 offlining: Atomic::new(false),
+                unmerging: Atomic::new(false),
                 settled <- new_condvar!("rksm_settled"),
                 left_chores: Atomic::new(false),
                 run: Atomic::new(run::STOP),
@@ -279,36 +347,61 @@ impl Engine {
         self.left_chores.load(Relaxed) || self.registry.lock().has_dead()
     }
 
-    /// Forgets who is gone, finds who was missed, frees what can be freed. Returns whether something is left:
-    /// nodes whose pages are about to be freed, or processes for which there was no memory.
-    fn do_chores(&self, state: &mut State) -> bool {
-        self.left_chores.store(false, Relaxed);
+    /// Forgets who is gone, finds who was missed, frees what can be freed. Returns whether something is left
+    /// to be done a little later: nodes whose pages are about to be freed, items whose pages are locked by
+    /// other tasks, processes for which there was no memory. Takes `state` again and again, never for long.
+    fn do_chores(&self) -> bool {
         if self.registry.lock().has_missed() {
             // If that fails, the next round tries again.
             let _ = self.enter_registered();
         }
+        loop {
+            let mut state = self.state.lock();
+            if self.is_offlining() {
+                return false;
+            }
+            let more = self.do_some_chores(&mut state);
+            let left = self.has_leftovers(&state);
+            drop(state);
+            if !more {
+                return left;
+            }
+            crate::mm::cond_resched();
+        }
+    }
+
+    /// Does some of that. Returns whether there is more to be done at once.
+    fn do_some_chores(&self, state: &mut State) -> bool {
+        self.left_chores.store(false, Relaxed);
         self.reap(state);
+        let mut more = state.forget_dying();
+        if let Some(at) = state.core.releasing {
+            state.core.releasing = state.core.release_some_stale(at);
+            more = true;
+        }
         if state.core.pages == 0 && !self.should_scan() {
             state.core.filter = Filter::new();
         }
-        state
-            .core
-            .sweep_limbo(LIMBO_SWEEP, self.run() == run::UNMERGE);
+        let force = self.run() == run::UNMERGE && !self.unmerging.load(Relaxed);
+        state.core.sweep_limbo(LIMBO_SWEEP, force);
         if self.run() == run::MERGE {
             let pause = self.stable_node_chains_prune_millisecs.load(Relaxed);
             state.core.prune_after(pause);
         }
         state.core.unpin_if_empty();
         self.publish_stats(state);
-        self.has_leftovers(state)
+        more
     }
 
     /// Whether there are chores to try again in a while.
     fn has_leftovers(&self, state: &State) -> bool {
-        state.core.index.limbo_len() != 0 || self.registry.lock().has_missed()
+        state.core.index.limbo_len() != 0
+            || state.core.releasing.is_some()
+            || state.dying != 0
+            || self.registry.lock().has_missed()
     }
 
-    /// Forgets who is gone.
+    /// Notes who is gone.
     fn reap(&self, state: &mut State) {
         loop {
             // In a statement of its own: the lock must not be held for the rest.
@@ -316,7 +409,10 @@ impl Engine {
             let Some((id, mm)) = dead else {
                 break;
             };
-            state.forget_mm(id);
+            if let Some(known) = state.mms.get_mut(&id) {
+                known.forgotten_to = Some(0);
+                state.dying = state.dying.saturating_add(1);
+            }
             drop(mm);
         }
     }
@@ -349,13 +445,10 @@ impl kthread::Main for Engine {
                 current.sleep(None, || !self.is_offlining());
                 continue;
             }
-            let unfinished = {
-                let mut state = self.state.lock();
-                if self.is_offlining() {
-                    continue;
-                }
-                self.do_chores(&mut state)
-            };
+            let unfinished = self.do_chores();
+            if self.is_offlining() {
+                continue;
+            }
             // When to try the chores again.
             backoff = next_backoff(backoff, unfinished);
             let shortest = self.pass_millisecs.load(Relaxed);
@@ -410,13 +503,8 @@ impl Engine {
             if left == 0 || is_over() || current.should_stop() {
                 return;
             }
-            let mut state = self.state.lock();
-            if self.is_offlining() {
-                return;
-            }
-            unfinished = self.do_chores(&mut state);
-            drop(state);
-            if !self.should_scan() {
+            unfinished = self.do_chores();
+            if !self.should_scan() || self.is_offlining() {
                 // Nobody is left, and there is nothing to rest from.
                 return;
             }
@@ -447,6 +535,10 @@ const FILTER_AHEAD: usize = 16;
 /// and entering processes for which there was no memory.
 const RETRY_MS: u32 = 20;
 const RETRY_MAX_MS: u32 = 1000;
+/// How many leaves of pages are forgotten under one hold of `state`.
+const FORGET_LEAVES: usize = 16;
+/// How many merged pages are undone after one step of the scan, at most.
+const UNDO_PAGES: usize = 128;
 /// How many nodes to look at in one round.
 const LIMBO_SWEEP: usize = 1024;
 /// The same for nodes whose pages are mapped as often as they may be.
@@ -475,6 +567,8 @@ impl State {
                 events: 1,
                 pass: 0,
                 soon_broken: 0,
+                brought: (false, None),
+                releasing: None,
                 swept: None,
                 pruned: None,
                 prune_began: None,
@@ -484,6 +578,8 @@ impl State {
             cursor: scan::Cursor::new(),
             mapped_pages: 0,
             map_bytes: 0,
+            dying: 0,
+            undo: KVec::with_capacity(UNDO_PAGES, GFP_KERNEL)?,
         })
     }
 
@@ -496,27 +592,75 @@ impl State {
         (word, &mut self.core)
     }
 
-    /// Forgets the page at `place`.
-    fn forget(&mut self, place: Place) {
-        let word = self
-            .mms
-            .get_mut(&place.slot)
-            .and_then(|mm| mm.pages.remove(place.addr));
-        if let Some(word) = word {
-            self.core.leave(place, word);
+    /// Forgets the page at `place`. Returns whether that was possible now, see [`Core::release_item`].
+    fn forget(&mut self, place: Place) -> bool {
+        let State { mms, core, .. } = self;
+        let Some(known) = mms.get_mut(&place.slot) else {
+            return true;
+        };
+        let Some(word) = known.pages.get_mut(place.addr) else {
+            return true;
+        };
+        let left = core.leave(place, word);
+        if left {
+            drop(known.pages.remove(place.addr));
+        }
+        left
+    }
+
+    /// Forgets the pages in `from..to` of an address space whose merged pages are not locked by another task. Goes
+    /// through as many leaves as `budget` says. Returns where to go on, if there are more.
+    fn forget_range(
+        &mut self,
+        slot: SlotId,
+        from: usize,
+        to: usize,
+        budget: &mut Forget,
+    ) -> Option<usize> {
+        let State { mms, core, .. } = self;
+        let known = mms.get_mut(&slot)?;
+        let mut next = from;
+        loop {
+            let Some(left) = budget.leaves.checked_sub(1) else {
+                return Some(next);
+            };
+            next = known.pages.retain_leaf(next, to, |addr, word| {
+                let forgotten = core.leave(Place { slot, addr }, word);
+                budget.busy |= !forgotten;
+                !forgotten
+            })?;
+            budget.leaves = left;
+            crate::mm::cond_resched();
         }
     }
 
-    /// Forgets all pages in `from..to` of an address space.
-    fn forget_range(&mut self, slot: SlotId, from: usize, to: usize) {
-        loop {
-            let next = self.mms.get(&slot).and_then(|mm| mm.pages.next(from, to));
-            let Some(addr) = next else {
+    /// Forgets some of what is known of address spaces that are gone. Returns whether there is more to be
+    /// forgotten at once.
+    fn forget_dying(&mut self) -> bool {
+        let mut budget = Forget::new();
+        let mut after = 0;
+        while self.dying != 0 {
+            let next = self.mms.iter().find_map(|(&slot, known)| {
+                Some((slot, known.forgotten_to?)).filter(|at| at.0 > after)
+            });
+            let Some((slot, from)) = next else {
                 break;
             };
-            self.forget(Place { slot, addr });
-            crate::mm::cond_resched();
+            let more = self.forget_range(slot, from, usize::MAX, &mut budget);
+            let Some(known) = self.mms.get_mut(&slot) else {
+                break;
+            };
+            // At the end, what could not be forgotten is tried again some time.
+            known.forgotten_to = Some(more.unwrap_or(0));
+            if more.is_some() {
+                return true;
+            }
+            after = slot;
+            if known.pages.is_empty() {
+                self.remove_mm(slot);
+            }
         }
+        false
     }
 
     /// Accounts the metadata of an address space: to itself, and in all.
@@ -531,12 +675,14 @@ impl State {
         self.map_bytes = self.map_bytes.saturating_sub(before).saturating_add(map);
     }
 
-    /// Forgets an address space.
-    fn forget_mm(&mut self, slot: SlotId) {
-        self.forget_range(slot, 0, usize::MAX);
+    /// Forgets an address space of whose pages nothing is known any more.
+    fn remove_mm(&mut self, slot: SlotId) {
         if let Some(mm) = self.mms.remove(&slot) {
             crate::mm::report_metadata(&mm.mm, 0);
             self.map_bytes = self.map_bytes.saturating_sub(mm.reported);
+            if mm.forgotten_to.is_some() {
+                self.dying = self.dying.saturating_sub(1);
+            }
         }
     }
 
@@ -629,46 +775,64 @@ impl Core {
         self.events = self.events.wrapping_add(1);
     }
 
-    /// Notes that a page is no longer remembered, and takes it out of whichever tree it is in.
-    fn leave(&mut self, place: Place, word: PageWord) {
+    /// Notes that a page is no longer remembered, and takes it out of whichever tree it is in. Returns whether
+    /// that was possible now, see [`Self::release_item`]; if not, it has to stay as it is.
+    fn leave(&mut self, place: Place, word: &mut PageWord) -> bool {
+        if !self.release_item(word) {
+            return false;
+        }
         self.changes = self.changes.wrapping_add(1);
         self.pages = self.pages.saturating_sub(1);
         self.filter.remove(word.sample());
-        self.retire(place, word);
+        self.retire(place, word.state());
+        true
     }
 
-    /// Changes what is remembered of a page to "seen with this sample".
-    fn renew(&mut self, place: Place, word: &mut PageWord, sample: Sample) {
-        self.changes = self.changes.wrapping_add(1);
-        let caution = self.caution_after(word);
-        let old = core::mem::replace(word, PageWord::seen_with(sample, caution));
-        if old.sample() != sample {
-            self.filter.remove(old.sample());
-            self.count(sample);
+    /// Changes what is remembered of a page to "seen with this sample": its content is not what it was. Returns
+    /// whether that was possible now, see [`Self::release_item`]; if not, the next pass finds the page changed
+    /// again.
+    fn renew(&mut self, place: Place, word: &mut PageWord, sample: Sample) -> bool {
+        let (merged_in, caution) = (word.merged_in(), word.has_caution());
+        if !self.release_item(word) {
+            return false;
         }
-        self.retire(place, old);
+        let caution = self.caution_after(merged_in, caution);
+        self.replace(place, word, PageWord::seen_with(sample, caution));
+        true
     }
 
-    /// Whether a page that changed is not to be merged at first sight, as far as its old word tells: when
-    /// it was written to soon after it was merged, so that merging it was no gain, and as long as it
-    /// goes on changing after that.
-    fn caution_after(&mut self, old: &PageWord) -> bool {
-        match old.merged_in() {
+    /// Whether a page that changed is not to be merged at first sight, as far as its old word tells, which says
+    /// when it was merged, and whether that was so before: when it was written to soon after it was merged, so that
+    /// merging it was no gain, and as long as it goes on changing after that.
+    fn caution_after(&mut self, merged_in: Option<u32>, caution: bool) -> bool {
+        match merged_in {
             Some(pass) if self.pass.wrapping_sub(pass) <= SOON_PASSES => {
                 self.soon_broken = self.soon_broken.saturating_add(1);
                 true
             }
-            _ => old.has_caution(),
+            _ => caution,
         }
     }
 
-    /// Changes the word of a page that does not wait to another with the same sample.
+    /// Changes what is remembered of a page that is not merged to another word, and undoes what the old one stood
+    /// for.
+    fn replace(&mut self, place: Place, word: &mut PageWord, new: PageWord) {
+        self.changes = self.changes.wrapping_add(1);
+        if let PageState::Steady(_) = new.state() {
+            self.steady = self.steady.saturating_add(1);
+        }
+        let sample = new.sample();
+        let old = core::mem::replace(word, new);
+        if old.sample() != sample {
+            self.filter.remove(old.sample());
+            self.count(sample);
+        }
+        self.retire(place, old.state());
+    }
+
+    /// Changes the word of a page that does not wait, and is not merged, to another with the same sample.
     fn relabel(&mut self, word: &mut PageWord, new: PageWord) {
         self.changes = self.changes.wrapping_add(1);
-        // An item that is still listed must never be dropped.
-        if let Some(item) = word.take_item() {
-            self.detach(item);
-        }
         let old = core::mem::replace(word, new);
         if let PageState::Steady(_) = old.state() {
             self.steady = self.steady.saturating_sub(1);
@@ -678,22 +842,25 @@ impl Core {
         }
     }
 
-    /// Undoes what a word stands for, besides its sample.
-    fn retire(&mut self, place: Place, mut word: PageWord) {
-        match word.state() {
+    /// Undoes what the state of a page that is not merged stands for, besides its sample.
+    fn retire(&mut self, place: Place, state: PageState) {
+        match state {
             PageState::Steady(_) => self.steady = self.steady.saturating_sub(1),
             PageState::Waiting(sum) => self.index.stop_waiting(sum, place),
             _ => {}
         }
-        if let Some(item) = word.take_item() {
-            self.detach(item);
-        }
     }
 
-    /// Takes an item off its node, and frees both where possible.
-    fn detach(&mut self, mut item: ItemBox) {
+    /// Takes the rmap item, if there is one, out of a word and off its node, and frees both where possible.
+    /// Returns whether the word is without one now. If not, because another task has the merged page locked,
+    /// it still says "merged": an item that is listed must never be dropped.
+    fn release_item(&mut self, word: &mut PageWord) -> bool {
+        let Some(mut item) = word.take_item() else {
+            return true;
+        };
         match item.detach() {
             Detached::Idle => {}
+            Detached::Busy => {}
             Detached::Stale(key) => self.release(key),
             Detached::Done(key, left) => {
                 self.items = self.items.saturating_sub(1);
@@ -704,6 +871,11 @@ impl Core {
                 }
             }
         }
+        if item.mappings() != 0 {
+            *word = PageWord::merged(item);
+            return false;
+        }
+        true
     }
 
     /// Frees a stale node. Pages that were on it find out when they are looked at.
@@ -746,20 +918,29 @@ impl Core {
         }
     }
 
-    /// Frees all nodes whose pages are gone, and whose items nobody looked at since.
-    fn release_stale(&mut self) {
-        let mut next = self.index.next_node(None);
-        while let Some(key) = next {
-            next = self.index.next_node(Some(key));
-            self.release_if_stale(key);
+    /// Frees some of the nodes with known mappings whose pages are gone, and whose items nobody looked at since.
+    /// Returns where to go on, if there are more.
+    fn release_some_stale(&mut self, mut at: Released) -> Option<Released> {
+        for _ in 0..LIMBO_SWEEP {
+            let next = match at.full {
+                true => self.index.next_full(at.after),
+                false => self.index.next_node(at.after),
+            };
+            match next {
+                Some(key) => {
+                    at.after = Some(key);
+                    self.release_if_stale(key);
+                }
+                None if at.full => return None,
+                None => at = Released::full(),
+            }
         }
-        self.pruned = None;
-        self.prune(usize::MAX);
+        Some(at)
     }
 
     /// Frees nodes whose pages are gone, of those that take no other page: nobody comes by these but who
-    /// maps them. Looks at some each time. Returns whether it has come to the end.
-    fn prune(&mut self, most: usize) -> bool {
+    /// maps them. Looks at some each time.
+    fn prune(&mut self, most: usize) {
         let mut next = self.index.next_full(self.pruned);
         for _ in 0..most {
             let Some(key) = next else {
@@ -772,7 +953,6 @@ impl Core {
         if next.is_none() {
             self.pruned = None;
         }
-        next.is_none()
     }
 
     /// Does so, beginning again when `pause` milliseconds are over since that was done last.
@@ -838,7 +1018,12 @@ impl Drop for State {
         // Nothing is merged any more, or the module could not be unloaded; so this frees words and
         // waiting places only.
         while let Some(slot) = self.mms.cursor_front().map(|first| *first.current().0) {
-            self.forget_mm(slot);
+            let mut budget = Forget::everything();
+            if let Some(known) = self.mms.get_mut(&slot) {
+                known.forgotten_to = Some(0);
+            }
+            self.forget_range(slot, 0, usize::MAX, &mut budget);
+            self.remove_mm(slot);
         }
         self.core.swept = None;
         self.core.sweep_limbo(usize::MAX, true);

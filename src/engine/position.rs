@@ -13,6 +13,8 @@ pub(crate) struct Position {
     /// The last address space that belongs to this pass; `None` between passes. Who comes later
     /// waits for the next pass, so that new areas settle down a little.
     last: Option<SlotId>,
+    /// Whether the pass has been through all of them, and comes back to this one only.
+    only_this: bool,
 }
 
 impl Position {
@@ -22,6 +24,7 @@ impl Position {
             slot: 1,
             addr: 0,
             last: None,
+            only_this: false,
         }
     }
 
@@ -41,6 +44,19 @@ impl Position {
     /// Goes back to the first of those that belong to this pass.
     pub(crate) fn rewind(&mut self) {
         self.go_to(1);
+        self.only_this = false;
+    }
+
+    /// Comes back to one that was left before its end, at `addr`, and to that one only.
+    pub(crate) fn come_back_to(&mut self, slot: SlotId, addr: usize) {
+        self.slot = slot;
+        self.addr = addr;
+        self.only_this = true;
+    }
+
+    /// The one whose turn it is, and the next address in it.
+    pub(crate) fn here(&self) -> (SlotId, usize) {
+        (self.slot, self.addr)
     }
 
     /// Finds out whose turn it is: still that of the same one, else that of the next which is there.
@@ -51,7 +67,7 @@ impl Position {
     ) -> Option<(SlotId, T)> {
         let last = self.last?;
         let found = next(self.slot.saturating_sub(1))?;
-        if found.0 > last {
+        if found.0 > last || self.only_this && found.0 != self.slot {
             return None;
         }
         if found.0 != self.slot {
@@ -72,7 +88,11 @@ impl Position {
 
     /// The one whose turn it is has had it.
     pub(crate) fn leave(&mut self) {
-        self.go_to(self.slot.saturating_add(1));
+        let next = match self.last {
+            Some(last) if self.only_this => last,
+            _ => self.slot,
+        };
+        self.go_to(next.saturating_add(1));
     }
 
     fn go_to(&mut self, slot: SlotId) {

@@ -4,33 +4,39 @@
 
 use super::{
     checksum::Sample,
+    deferred::Deferred,
     index::{NodesLike, Place, SlotId},
     merge::Joined,
     pagemap::{Found, PageMap},
     position::Position,
-    run, Core, Engine, MmState, State, GFP_SCAN, REFRESH_PASSES,
+    run, Core, Engine, Forget, MmState, State, GFP_SCAN, REFRESH_PASSES,
 };
 use crate::mm::{
     kthread::Current,
+    mmap_lock::{MmapLock, NotLocked},
     stable::NodeId,
     trace,
-    vma::{is_abandoned, MergeableVma, Next, HOLD_VMAS},
+    vma::{MergeableVma, Next, HOLD_VMAS},
     walk::{self, Batch, Seen, BATCH_PAGES},
     word::{PageState, PageWord},
 };
 use kernel::{
-    mm::{Mm, MmWithUser, MmWithUserAsync},
+    mm::Mm,
     page::PAGE_SIZE,
     prelude::*,
     rbtree::RBTree,
-    sync::{aref::ARef, atomic::Relaxed},
+    sync::atomic::Relaxed,
     time::{Delta, Instant, Monotonic},
 };
 
 /// How far the current pass has come.
 pub(super) struct Cursor {
     /// Where it is.
-    at: Position,
+    pub(super) at: Position,
+    /// To which address spaces it comes back, because they were locked.
+    deferred: Deferred<(SlotId, usize)>,
+    /// Whether it does so now.
+    coming_back: bool,
     /// Whether anything happened since the pass before this one began that a page which was steady
     /// and has not changed since may profit from (see [`Core::try_again`]).
     news: bool,
@@ -48,6 +54,8 @@ impl Cursor {
     pub(super) fn new() -> Self {
         Self {
             at: Position::new(),
+            deferred: Deferred::new(),
+            coming_back: false,
             news: true,
             events: 0,
             skipping: false,
@@ -61,6 +69,8 @@ impl Cursor {
 enum Step {
     /// So many pages were looked at.
     Looked(usize),
+    /// All address spaces that are left are locked by others.
+    Locked,
     /// The pass is complete.
     PassDone,
 }
@@ -82,6 +92,9 @@ pub(super) enum CandidateKind {
     /// An anonymous page that waits, and that may be all zeroes.
     Zero,
 }
+
+/// How long to wait, in milliseconds, when all address spaces that are left of a pass are locked by others.
+const LOCKED_MS: u32 = 20;
 
 /// How many pages are merged under one hold of `mmap_lock`.
 const JOIN_PAGES: usize = 16;
@@ -111,16 +124,11 @@ impl Scratch {
     }
 }
 
-/// Takes a user reference on an address space, unless it is exiting. Dropping the reference never
-/// tears the address space down in this context, where locks are held.
-pub(super) fn use_mm(mm: &Mm) -> Option<ARef<MmWithUserAsync>> {
-    mm.mmget_not_zero().map(MmWithUser::into_mmput_async)
-}
-
 impl Engine {
     /// Scans `pages_to_scan` pages, or to the end of the pass. Returns whether that was reached.
     pub(super) fn scan(&self, current: &Current) -> bool {
         let mut budget = self.pages_to_scan.load(Relaxed) as usize;
+        let mut mapped = None;
         while budget > 0 && !current.should_stop() && !current.is_freezing() {
             current.cond_resched();
             let mut state = self.state.lock();
@@ -128,8 +136,22 @@ impl Engine {
             if self.run() != run::MERGE || self.is_offlining() {
                 break;
             }
+            // What takes longer is done without the lock.
+            if state.cursor.at.is_between_passes() && mapped.is_none() {
+                drop(state);
+                // References held by per-CPU LRU batches would keep pages from being merged.
+                crate::mm::lru_add_drain_all();
+                mapped = Some(self.mapped_pages());
+                continue;
+            }
+            state.mapped_pages = mapped.unwrap_or(state.mapped_pages);
             let step = self.step(&mut state, budget, current);
             self.publish_stats(&state);
+            let undo = !state.undo.is_empty();
+            drop(state);
+            if undo {
+                self.undo_merges();
+            }
             match step {
                 Step::Looked(pages) => {
                     self.stats.add_scanned(pages);
@@ -137,6 +159,9 @@ impl Engine {
                     // that is not there.
                     budget = budget.saturating_sub(pages.max(1));
                 }
+                Step::Locked => current.sleep(Some(LOCKED_MS), || {
+                    self.run() != run::MERGE || self.has_chores() || self.is_offlining()
+                }),
                 Step::PassDone => return true,
             }
         }
@@ -148,6 +173,9 @@ impl Engine {
         let hasher = self.hasher(&state.core);
         state.use_zero_page(hasher, self.use_zero_pages.load(Relaxed) != 0);
         if state.cursor.at.is_between_passes() {
+            if state.core.by_node && !state.core.bring_some_home(hasher) {
+                return Step::Looked(0);
+            }
             self.start_pass(state, current);
         }
         let turn = state
@@ -155,14 +183,26 @@ impl Engine {
             .at
             .turn(|after| self.registry.lock().next(after));
         let Some((slot, mm)) = turn else {
+            if let Some((slot, addr)) = state.cursor.deferred.pop() {
+                state.cursor.at.come_back_to(slot, addr);
+                state.cursor.coming_back = true;
+                return Step::Looked(0);
+            }
             return self.end_pass(state, current);
         };
-        let gathering = state.cursor.gathering;
-        let looked = match use_mm(&mm).filter(|user| !is_abandoned(user)) {
-            Some(user) if gathering => self.gather_mm(state, slot, &user),
-            Some(user) => self.step_mm(state, slot, &user, budget),
-            // Exiting: it will be reported dead any moment.
-            None => None,
+        let looked = if state.cursor.gathering {
+            self.gather_mm(state, slot, &mm)
+        } else {
+            match MmapLock::try_new(&mm) {
+                Ok(lock) => {
+                    state.cursor.deferred.note_locked();
+                    self.step_mm(state, slot, lock, budget)
+                }
+                // Its pages are worth waiting for, but not now and not with `state` locked.
+                Err(NotLocked::Contended) => return state.cursor.defer(),
+                // It will be reported dead any moment.
+                Err(NotLocked::Exiting) => None,
+            }
         };
         match looked {
             Some(pages) => Step::Looked(pages),
@@ -175,13 +215,7 @@ impl Engine {
     }
 
     fn start_pass(&self, state: &mut State, current: &Current) {
-        // References held by per-CPU LRU batches would keep pages from being merged.
-        crate::mm::lru_add_drain_all();
-        if state.core.by_node {
-            state.core.bring_home(self.hasher(&state.core));
-        }
         let last = self.registry.lock().last_id();
-        state.mapped_pages = self.mapped_pages();
         state.shrink_filter();
         let before = state.cursor.events;
         let mut at = Position::new();
@@ -190,9 +224,8 @@ impl Engine {
             at,
             news: state.core.events != before,
             events: state.core.events,
-            skipping: false,
-            gathering: false,
             began: Some(Instant::now()),
+            ..Cursor::new()
         };
         self.advisor.lock().start_pass(current.cpu_nanos());
         state.core.pass = state.core.pass.wrapping_add(1);
@@ -217,6 +250,7 @@ impl Engine {
     fn end_pass(&self, state: &mut State, current: &Current) -> Step {
         if self.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
             state.cursor.at.rewind();
+            state.cursor.coming_back = false;
             state.cursor.gathering = true;
             return Step::Looked(0);
         }
@@ -249,15 +283,16 @@ impl Engine {
         &self,
         state: &mut State,
         slot: SlotId,
-        mm: &MmWithUser,
+        lock: MmapLock<'_>,
         budget: usize,
     ) -> Option<usize> {
         if state.cursor.at.addr() == 0 {
             self.begin_mm(state, slot);
         }
+        let mm = lock.mm();
         let mut scratch = state.scratch.take()?;
         state.fit_filter(BATCH_PAGES);
-        let more = self.look_on(state, slot, mm, budget, &mut scratch);
+        let more = self.look_on(state, slot, lock, budget, &mut scratch);
         self.merge_candidates(state, slot, mm, &mut scratch);
         let looked = scratch.batch.pages().len();
         state.scratch = Some(scratch);
@@ -283,7 +318,7 @@ impl Engine {
 
     /// Merges what is remembered of the next few pages of one address space, at first sight. `None`: there
     /// are no more.
-    fn gather_mm(&self, state: &mut State, slot: SlotId, mm: &MmWithUser) -> Option<usize> {
+    fn gather_mm(&self, state: &mut State, slot: SlotId, mm: &Mm) -> Option<usize> {
         let mut scratch = state.scratch.take()?;
         scratch.len = 0;
         let State { mms, core, .. } = state;
@@ -309,13 +344,7 @@ impl Engine {
     }
 
     /// Merges the candidates of one address space, as far as that is possible now.
-    fn merge_candidates(
-        &self,
-        state: &mut State,
-        slot: SlotId,
-        mm: &MmWithUser,
-        scratch: &mut Scratch,
-    ) {
+    fn merge_candidates(&self, state: &mut State, slot: SlotId, mm: &Mm, scratch: &mut Scratch) {
         let hasher = self.hasher(&state.core);
         let count = scratch.len;
         let candidates = scratch.candidates.get_mut(..count).unwrap_or(&mut []);
@@ -345,19 +374,21 @@ impl Engine {
         &self,
         state: &mut State,
         slot: SlotId,
-        mm: &MmWithUser,
+        lock: MmapLock<'_>,
         budget: usize,
         scratch: &mut Scratch,
     ) -> bool {
         scratch.len = 0;
         scratch.batch.clear();
         let hasher = self.hasher(&state.core);
+        let mm = lock.mm();
         let from = state.cursor.at.addr();
         let mut next = from;
         let mut vmas = HOLD_VMAS;
-        let guard = mm.mmap_read_lock();
+        // What is skipped from here on, if anything is: up to its last address.
+        let mut skipped = None;
         while !scratch.batch.is_full(budget) {
-            let vma = match MergeableVma::next(mm, &guard, next, &mut vmas) {
+            let vma = match MergeableVma::next(&lock, next, &mut vmas) {
                 Next::Vma(vma) => vma,
                 Next::GoOn(addr) => {
                     next = addr;
@@ -370,10 +401,7 @@ impl Engine {
                 Ok((first, last)) if first <= start => {
                     // What is before it is done with first; then go on behind it.
                     if next == from {
-                        drop(guard);
-                        state.forget_range(slot, from, start.min(first.max(from)));
-                        state.cursor.at.move_to(last.saturating_add(1));
-                        return last != usize::MAX;
+                        skipped = Some((start.min(first.max(from)), last));
                     }
                     break;
                 }
@@ -383,16 +411,36 @@ impl Engine {
             let batch = &mut scratch.batch;
             next = walk::fill(&vma, start, limit, budget, hasher, batch);
         }
-        if next == from {
-            drop(guard);
-            state.forget_range(slot, from, usize::MAX);
-            return false;
+        // What was seen is compared later anyway.
+        drop(lock);
+        let mut left = Forget::new();
+        if next != from {
+            next = state.absorb(mm, slot, from, next, &mut left, scratch);
+            state.cursor.at.move_to(next);
+            return true;
         }
-        // What was seen is compared later anyway, and there is no limit to how much may be forgotten.
-        drop(guard);
-        state.absorb(mm, slot, from, next, scratch);
-        state.cursor.at.move_to(next);
-        true
+        let (gap_end, last) = skipped.unwrap_or((usize::MAX, usize::MAX));
+        if let Some(addr) = state.forget_range(slot, from, gap_end, &mut left) {
+            // That is enough for once.
+            state.cursor.at.move_to(addr);
+            return true;
+        }
+        state.cursor.at.move_to(last.saturating_add(1));
+        last != usize::MAX
+    }
+}
+
+impl Cursor {
+    /// Leaves the address space whose turn it is, which is locked by another task, to come back later.
+    fn defer(&mut self) -> Step {
+        let (slot, addr) = self.at.here();
+        self.at.leave();
+        if !self.coming_back {
+            self.deferred.push((slot, addr));
+        } else if self.deferred.put_back((slot, addr)) {
+            return Step::Locked;
+        }
+        Step::Looked(0)
     }
 }
 
@@ -420,8 +468,17 @@ impl State {
     }
 
     /// Compares the pages of a batch, which covers `from..to`, with what is remembered of them. What is
-    /// remembered of addresses without a page is outdated and goes.
-    fn absorb(&mut self, mm: &Mm, slot: SlotId, from: usize, to: usize, scratch: &mut Scratch) {
+    /// remembered of addresses without a page is outdated and goes, as much of it as `budget` says. Returns
+    /// how far this came.
+    fn absorb(
+        &mut self,
+        mm: &Mm,
+        slot: SlotId,
+        from: usize,
+        to: usize,
+        budget: &mut Forget,
+        scratch: &mut Scratch,
+    ) -> usize {
         let mut covered = from;
         let mut done = 0;
         while let Some(first) = scratch.batch.pages().get(done) {
@@ -429,7 +486,9 @@ impl State {
             let leaf_end = PageMap::<PageWord>::leaf_end(addr);
             // Up to the first page, then from there on together with the pages of its leaf.
             if covered < addr {
-                self.forget_range(slot, covered, addr);
+                if let Some(left) = self.forget_range(slot, covered, addr, budget) {
+                    return left;
+                }
             }
             let left = scratch.batch.pages().get(done..).unwrap_or(&[]);
             let count = left.partition_point(|page| page.addr() <= leaf_end).max(1);
@@ -441,8 +500,11 @@ impl State {
             };
         }
         if covered < to {
-            self.forget_range(slot, covered, to);
+            if let Some(left) = self.forget_range(slot, covered, to, budget) {
+                return left;
+            }
         }
+        to
     }
 
     /// Does so for `count` pages from number `first` on, which are all in one leaf.
@@ -502,12 +564,19 @@ impl State {
                 let addr = page.addr();
                 let found = loop {
                     match leaf.seek(addr) {
-                        Found::Passed(addr, word) => core.leave(Place { slot, addr }, word),
+                        Found::Passed(addr, word) => {
+                            let place = Place { slot, addr };
+                            if core.leave(place, word) {
+                                drop(leaf.remove_passed());
+                            } else {
+                                leaf.keep_passed();
+                            }
+                        }
                         other => break other,
                     }
                 };
                 let kind = match (found, page.seen()) {
-                    (Found::Word(word), seen) => core.look(Place { slot, addr }, word, seen),
+                    (Found::Word(word), seen) => core.look(Place { slot, addr }, word, seen, news),
                     (_, Seen::Anon(sample)) => {
                         if leaf.insert(PageWord::seen(sample), new, GFP_SCAN).is_ok() {
                             core.enter(sample);
@@ -538,6 +607,7 @@ pub(super) fn known_mm<'a>(
             mm: mm.into(),
             pages: PageMap::new(),
             reported: 0,
+            forgotten_to: None,
         };
         mms.try_create_and_insert(slot, known, GFP_SCAN).ok()?;
     }
@@ -569,7 +639,7 @@ impl Core {
                     slot,
                     addr: page.addr(),
                 };
-                self.look(place, word, page.seen())
+                self.look(place, word, page.seen(), news)
             };
             if let Some(kind) = kind {
                 scratch.push(Candidate {
@@ -581,11 +651,22 @@ impl Core {
     }
 
     /// Compares what a page is with what is remembered of it, and says whether it is worth trying to
-    /// merge.
+    /// merge. `news`: see [`Cursor`].
     #[inline]
-    fn look(&mut self, place: Place, word: &mut PageWord, seen: Seen) -> Option<CandidateKind> {
+    fn look(
+        &mut self,
+        place: Place,
+        word: &mut PageWord,
+        seen: Seen,
+        news: bool,
+    ) -> Option<CandidateKind> {
         match (word.state(), seen) {
-            (PageState::Steady(old), Seen::Anon(new)) if old == new => self.candidate(new),
+            (PageState::Steady(old), Seen::Anon(new)) if old == new => {
+                if !news {
+                    return None;
+                }
+                self.candidate(new)
+            }
             (PageState::Seen(old), Seen::Anon(new)) if old == new => {
                 // Caution only concerns merging at first sight, which this is not.
                 self.relabel(word, PageWord::steady(new));

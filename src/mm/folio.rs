@@ -166,19 +166,10 @@ impl PageRef {
         })
     }
 
-    /// Locks the folio, waiting for it if need be.
-    ///
-    /// The folio lock nests inside `mmap_lock` and outside page-table locks.
-    pub(crate) fn lock(self) -> LockedPage {
-        // SAFETY: by the type invariant the folio is valid; may sleep, as every caller may.
-        unsafe { ffi::rksm_folio_lock(self.folio()) };
-        // INVARIANT: locked just now.
-        LockedPage {
-            page: ManuallyDrop::new(self),
-        }
-    }
-
     /// Locks the folio if nobody else has it locked.
+    ///
+    /// The folio lock nests inside `mmap_lock` and outside page-table locks. It is never waited for: tasks hold
+    /// it over whatever reclaim or a migration takes.
     pub(crate) fn try_lock(self) -> Result<LockedPage, PageRef> {
         // SAFETY: by the type invariant the folio is valid.
         if unsafe { ffi::rksm_folio_trylock(self.folio()) } {
@@ -392,17 +383,6 @@ impl LockedPage {
     pub(super) fn clear_node(&self) {
         // SAFETY: the folio is valid and locked by the type invariants.
         unsafe { ffi::rksm_folio_set_ksm_node(self.folio(), core::ptr::null_mut()) };
-    }
-
-    /// Gives the lock back and keeps the reference.
-    pub(crate) fn unlock(self) -> PageRef {
-        let mut this = ManuallyDrop::new(self);
-        // SAFETY: the folio is locked by us; `this` is not used again, so the lock is given back
-        // once and the reference moved once.
-        unsafe {
-            ffi::rksm_folio_unlock(this.folio());
-            ManuallyDrop::take(&mut this.page)
-        }
     }
 }
 

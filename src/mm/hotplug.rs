@@ -3,12 +3,11 @@
 //! Memory that is taken offline.
 //!
 //! A stable node holds no reference on its page, only its frame number, so a stale node's frame may be
-//! one that leaves the memory map: first it is taken offline, later its `struct page` is freed. The
-//! kernel says so before and after the former, and never does the latter before everybody was told
-//! (`offline_pages()` returns only after `MEM_OFFLINE`, and memory is removed only when all of it is
-//! offline). So if every node whose frame lies in the range is freed before [`Listener::offline`]
-//! returns, a node's frame always has a `struct page`: new nodes cannot get a frame in the range, since
-//! nobody can own one any more.
+//! one that leaves the memory map. The kernel first marks its section as offline, then calls
+//! [`Listener::offline`], and frees the `struct page` only after that returned. So whoever looks at a frame, by
+//! `pfn_to_online_page()`, under a lock that the listener takes, either finds it online, and is done with it
+//! before the listener goes on, or does not find it. Nothing has to be done about the nodes: that such a node is
+//! stale is seen when it is looked at, as of any other.
 //!
 //! The listener is called with the lock of memory hotplug held for writing (and that of CPU hotplug for
 //! reading): these are outside all locks of this module. Nothing that takes one of them may be called
@@ -29,7 +28,7 @@ pub(crate) trait Listener: Send + Sync {
     /// Only one range at a time.
     fn going_offline(&self, frames: Range<usize>);
 
-    /// No page in the range is in use any more; soon nobody may look at them.
+    /// No page in the range is in use any more, and none is online. Returns when no task looks at any of them.
     fn offline(&self, frames: Range<usize>);
 
     /// The range stays where it is. `going_offline` may not have been called.

@@ -20,6 +20,7 @@ pub(crate) mod folio;
 pub(crate) mod hotplug;
 pub(crate) mod intree;
 pub(crate) mod kthread;
+pub(crate) mod mmap_lock;
 pub(crate) mod oom;
 mod patch;
 mod pte;

@@ -10,7 +10,7 @@ use core::{
 };
 use kernel::{
     bindings,
-    mm::MmWithUser,
+    mm::Mm,
     page::PAGE_SIZE,
     prelude::*,
     types::{NotThreadSafe, Opaque},
@@ -21,15 +21,17 @@ use kernel::{
 /// taken.
 pub(super) struct NotifierRange<'a> {
     range: Opaque<ffi::mmu_notifier_range>,
-    _mm: PhantomData<&'a MmWithUser>,
+    _mm: PhantomData<&'a Mm>,
     _nts: NotThreadSafe,
 }
 
 impl<'a> NotifierRange<'a> {
-    pub(super) fn start(mm: &'a MmWithUser, addr: usize) -> Self {
+    pub(super) fn start(mm: &'a Mm, addr: usize) -> Self {
         // The kernel fills in the range and keeps no pointer to it, so it may move afterwards.
         let mut range = MaybeUninit::<ffi::mmu_notifier_range>::uninit();
-        // SAFETY: writes all of `range`; the mm has users by its type.
+        // SAFETY: Writes all of `range`. The mm, and with it its list of notifiers, is kept by the reference;
+        // without users the notifiers may have been released, which leaves none to call, as for the OOM
+        // reaper.
         let range = unsafe {
             ffi::rksm_notify_start(
                 range.as_mut_ptr(),
@@ -122,6 +124,19 @@ impl<'a> PteLock<'a> {
             }
             ffi::rksm_folio_get(folio);
             Some(PageRef::from_raw(page))
+        }
+    }
+
+    /// Marks the copy that an unshare fault left here as worth keeping.
+    ///
+    /// The fault leaves copy and entry clean. Once such a page is shared over a fork, one process
+    /// can give it up (MADV_FREE), and reclaim takes it from both: whether another process has it is only
+    /// looked at for dirty pages.
+    pub(super) fn keep_copy(&mut self) {
+        if let Some(page) = self.anon_page().filter(PageRef::is_plain_anon) {
+            // SAFETY: The folio is kept by the reference. Of an anonymous folio this sets bits only, for
+            // which its lock is not needed while it is mapped, as it is under the page-table lock.
+            unsafe { ffi::rksm_folio_keep_dirty(page.folio()) };
         }
     }
 

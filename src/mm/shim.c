@@ -14,6 +14,7 @@
 #include <linux/pagewalk.h>
 #include <linux/rmap.h>
 #include <linux/sched/cputime.h>
+#include <linux/sched/mm.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 #include <asm/tlbflush.h>
@@ -144,11 +145,6 @@ bool rksm_folio_try_get(struct folio *folio)
 void rksm_folio_put(struct folio *folio)
 {
 	folio_put(folio);
-}
-
-void rksm_folio_lock(struct folio *folio)
-{
-	folio_lock(folio);
 }
 
 bool rksm_folio_trylock(struct folio *folio)
@@ -448,6 +444,11 @@ void rksm_mm_count_zero_page(struct mm_struct *mm)
 long rksm_zero_pages(void)
 {
 	return atomic_long_read(&ksm_zero_pages);
+}
+
+int rksm_mmap_read_lock_killable(struct mm_struct *mm)
+{
+	return mmap_read_lock_killable(mm);
 }
 
 int rksm_mm_users(struct mm_struct *mm)

@@ -42,7 +42,6 @@ int rksm_folio_ref_count(const struct folio *folio);
 void rksm_folio_get(struct folio *folio);
 bool rksm_folio_try_get(struct folio *folio);
 void rksm_folio_put(struct folio *folio);
-void rksm_folio_lock(struct folio *folio);
 bool rksm_folio_trylock(struct folio *folio);
 void rksm_folio_unlock(struct folio *folio);
 void rksm_folio_keep_dirty(struct folio *folio);
@@ -96,6 +95,7 @@ bool rksm_is_ksm_zero_pte(pte_t pte);
 pte_t rksm_mk_zero_pte(struct vm_area_struct *vma, unsigned long addr, pte_t old);
 
 /* Address spaces and VMAs. */
+int rksm_mmap_read_lock_killable(struct mm_struct *mm);
 int rksm_mm_users(struct mm_struct *mm);
 unsigned long rksm_mm_anon_pages(struct mm_struct *mm);
 void rksm_mm_count_zero_page(struct mm_struct *mm);

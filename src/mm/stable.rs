@@ -219,16 +219,21 @@ impl StableNode {
     }
 
     /// Like [`Self::page`], with the folio lock held, under which the folio cannot leave the node.
-    fn locked_page(&self) -> Option<LockedPage> {
+    fn locked_page(&self) -> NodePage {
         loop {
-            let page = self.page()?.lock();
+            let Some(page) = self.page() else {
+                return NodePage::Gone;
+            };
+            let Ok(page) = page.try_lock() else {
+                return NodePage::Busy;
+            };
             if page
                 .node_id()
                 .is_some_and(|id| id.0.get() == self.as_addr())
             {
-                return Some(page);
+                return NodePage::Locked(page);
             }
-            // Migrated while we waited for the lock, or gone: look again.
+            // Migrated before we had the lock, or gone: look again.
         }
     }
 
@@ -279,6 +284,16 @@ impl StableNode {
     }
 }
 
+/// The page of a node.
+pub(crate) enum NodePage {
+    /// It belongs to the node no more: the node is stale.
+    Gone,
+    /// Another task has it locked: try again later.
+    Busy,
+    /// Locked, so it stays the node's.
+    Locked(LockedPage),
+}
+
 /// An owned stable node.
 ///
 /// # Invariants
@@ -320,12 +335,6 @@ impl NodeBox {
     /// Sets the key under which the node is in the index.
     pub(crate) fn set_key(&self, key: StableKey) {
         self.0.key.set(key);
-    }
-
-    /// The frame number of the node's page, or of the page that it was when the node is stale. It may
-    /// change at any time, as migration updates it.
-    pub(crate) fn frame(&self) -> usize {
-        self.0.kpfn()
     }
 
     /// Whether the sample of the page is known to be that of other content, too.
@@ -388,8 +397,8 @@ impl NodeBox {
         self.0.page()
     }
 
-    /// The node's page, locked; `None` when the node is stale. May sleep.
-    pub(crate) fn locked_page(&self) -> Option<LockedPage> {
+    /// The node's page, locked.
+    pub(crate) fn locked_page(&self) -> NodePage {
         self.0.locked_page()
     }
 
@@ -454,19 +463,20 @@ impl NodeBox {
 
     /// Lets go of a page that keeps the node from being freed: an unmapped one (in the swap cache, or
     /// on its way to be freed) or, with `even_mapped`, any. Returns whether the node is stale
-    /// afterwards. May sleep.
+    /// afterwards; if not, the page is mapped, or locked by another task.
     ///
     /// Such a page stays a KSM page, but of no node: the next write or swap-in makes a copy, and until
     /// then it cannot be moved or swapped out, as nobody finds its mappings.
     pub(crate) fn abandon(&self, even_mapped: bool) -> bool {
-        let Some(page) = self.0.locked_page() else {
-            return true;
-        };
-        if page.is_mapped() && !even_mapped {
-            return false;
+        match self.0.locked_page() {
+            NodePage::Gone => true,
+            NodePage::Busy => false,
+            NodePage::Locked(page) if page.is_mapped() && !even_mapped => false,
+            NodePage::Locked(page) => {
+                page.clear_node();
+                true
+            }
         }
-        page.clear_node();
-        true
     }
 
     /// Frees a node that no folio points at any more, and takes all items off it.
@@ -629,6 +639,8 @@ pub(crate) enum Detached {
     /// Nothing was done: the node with this key is stale and must be released, which takes off all
     /// its items.
     Stale(StableKey),
+    /// Nothing was done: another task has the page locked.
+    Busy,
 }
 
 /// An owned rmap item.
@@ -665,7 +677,7 @@ impl ItemBox {
         unsafe { node.as_ref() }.items.get()
     }
 
-    /// Takes the item off its node. May sleep for the folio lock.
+    /// Takes the item off its node, unless another task has the page locked.
     pub(crate) fn detach(&mut self) -> Detached {
         let Some(node) = self.0.node() else {
             return Detached::Idle;
@@ -675,8 +687,9 @@ impl ItemBox {
         let node = unsafe { node.as_ref() };
         let key = node.key.get();
         match node.locked_page() {
-            None => Detached::Stale(key),
-            Some(_page) => {
+            NodePage::Gone => Detached::Stale(key),
+            NodePage::Busy => Detached::Busy,
+            NodePage::Locked(_page) => {
                 // SAFETY: `_page` is the node's page and locked.
                 unsafe { node.unlink(&self.0) };
                 Detached::Done(key, node.items.get())

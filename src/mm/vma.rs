@@ -5,6 +5,7 @@
 use super::{
     ffi,
     folio::{LockedPage, PageRef},
+    mmap_lock::MmapLock,
     pte::{NotifierRange, PteLock},
     stable::{ItemBox, NodeBox},
     trace,
@@ -13,7 +14,7 @@ use super::{
 use core::ptr::{self, NonNull};
 use kernel::{
     bindings,
-    mm::{virt::VmaRef, Mm, MmWithUser, MmapReadGuard},
+    mm::{virt::VmaRef, Mm, MmWithUser},
     page::PAGE_SIZE,
     prelude::*,
 };
@@ -22,11 +23,12 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// The VMA has an `anon_vma`, and the `mmap_lock` of its mm is held for reading for `'a`. (So
-/// neither its bounds, its flags nor its `anon_vma` change.)
+/// The VMA has an `anon_vma`, and the `mmap_lock` of `mm`, to which it belongs, is held for reading for
+/// `'a`. (So neither its bounds, its flags nor its `anon_vma` change.)
 #[derive(Clone, Copy)]
 pub(crate) struct MergeableVma<'a> {
-    vma: &'a VmaRef,
+    vma: NonNull<bindings::vm_area_struct>,
+    mm: &'a Mm,
 }
 
 /// The most VMAs that are looked at under one hold of `mmap_lock`, as none of them may be mergeable.
@@ -45,11 +47,30 @@ pub(crate) enum Next<'a> {
     None,
 }
 
-/// Whether nobody but us uses the address space any more. It is about to be torn down, so there is no
-/// point in doing anything to it, least of all in allocating memory for it.
-pub(crate) fn is_abandoned(mm: &Mm) -> bool {
+/// Whether nothing but the caller's reference keeps an address space. It is about to be torn down, so there
+/// is no point in doing anything to it, least of all in allocating memory for it.
+pub(crate) fn is_abandoned(mm: &MmWithUser) -> bool {
     // SAFETY: the mm is kept.
     unsafe { ffi::rksm_mm_users(mm.as_raw()) <= 1 }
+}
+
+/// What [`MergeableVma::unmerge`] came to.
+pub(crate) struct Unmerged {
+    /// Where to go on: nothing before this address is left.
+    pub(crate) reached: usize,
+    /// Why it stopped there, if it was not for having done enough under one hold of `mmap_lock`: `ENOMEM`
+    /// without memory for a copy, `ERESTARTSYS` when the calling task has a signal pending.
+    pub(crate) result: Result,
+}
+
+impl Unmerged {
+    /// Nothing was to be done before `reached`.
+    pub(crate) fn nothing(reached: usize) -> Self {
+        Self {
+            reached,
+            result: Ok(()),
+        }
+    }
 }
 
 /// Outcomes of a fault after which trying again is no use.
@@ -59,38 +80,41 @@ const HOPELESS: u32 = bindings::vm_fault_reason_VM_FAULT_SIGBUS
     | bindings::vm_fault_reason_VM_FAULT_HWPOISON_LARGE;
 
 impl<'a> MergeableVma<'a> {
-    fn new(vma: &'a VmaRef) -> Option<Self> {
+    /// # Safety
+    ///
+    /// `vma` is a VMA of `mm`, whose `mmap_lock` is held for reading for `'a`.
+    unsafe fn new(vma: NonNull<bindings::vm_area_struct>, mm: &'a Mm) -> Option<Self> {
         // SAFETY: `vma` is valid and its flags are stable, as `mmap_lock` is held.
-        // INVARIANT: the test includes the anon_vma.
-        unsafe { ffi::rksm_vma_mergeable(vma.as_ptr()) }.then_some(Self { vma })
+        // INVARIANT: the test includes the anon_vma; the rest is the caller's promise.
+        unsafe { ffi::rksm_vma_mergeable(vma.as_ptr()) }.then_some(Self { vma, mm })
     }
 
     /// The mergeable VMA that holds `addr`.
-    pub(crate) fn at(guard: &'a MmapReadGuard<'_>, addr: usize) -> Option<Self> {
-        guard.vma_lookup(addr).and_then(Self::new)
+    pub(crate) fn at(lock: &'a MmapLock<'_>, addr: usize) -> Option<Self> {
+        let mm = lock.mm();
+        // SAFETY: `mmap_lock` is held for reading by the type of `lock`.
+        let vma = NonNull::new(unsafe { bindings::vma_lookup(mm.as_raw(), addr) })?;
+        // SAFETY: The VMA was found under `lock`, which is held for 'a.
+        unsafe { Self::new(vma, mm) }
     }
 
-    /// The first mergeable VMA that ends after `addr`, in an mm whose `mmap_lock` is `guard`. `left` is how
-    /// many VMAs may still be looked at under this hold of the lock, at first [`HOLD_VMAS`].
-    pub(crate) fn next(
-        mm: &'a MmWithUser,
-        _guard: &'a MmapReadGuard<'_>,
-        addr: usize,
-        left: &mut usize,
-    ) -> Next<'a> {
+    /// The first mergeable VMA that ends after `addr`. `left` is how many VMAs may still be looked at under
+    /// this hold of the lock, at first [`HOLD_VMAS`].
+    pub(crate) fn next(lock: &'a MmapLock<'_>, addr: usize, left: &mut usize) -> Next<'a> {
+        let mm = lock.mm();
         let mut from = addr;
         while *left != 0 {
             *left = left.wrapping_sub(1);
-            // SAFETY: `mmap_lock` is held for reading.
+            // SAFETY: `mmap_lock` is held for reading by the type of `lock`.
             let Some(vma) = NonNull::new(unsafe { bindings::find_vma(mm.as_raw(), from) }) else {
                 return Next::None;
             };
-            // SAFETY: the VMA is valid while `mmap_lock` is held, which is for 'a.
-            let vma: &'a VmaRef = unsafe { VmaRef::from_raw(vma.as_ptr()) };
-            if let Some(found) = Self::new(vma) {
+            // SAFETY: The VMA was found under `lock`, which is held for 'a.
+            if let Some(found) = unsafe { Self::new(vma, mm) } {
                 return Next::Vma(found);
             }
-            from = vma.end();
+            // SAFETY: The VMA is valid while `lock` is held.
+            from = unsafe { VmaRef::from_raw(vma.as_ptr()) }.end();
         }
         Next::GoOn(from)
     }
@@ -100,18 +124,22 @@ impl<'a> MergeableVma<'a> {
     }
 
     /// The address space.
-    pub(crate) fn mm(&self) -> &MmWithUser {
-        self.vma.mm()
+    pub(crate) fn mm(&self) -> &'a Mm {
+        self.mm
     }
 
     /// The first address.
+    #[inline]
     pub(crate) fn start(&self) -> usize {
-        self.vma.start()
+        // SAFETY: The VMA is valid, and its lock held, by the type invariants.
+        unsafe { VmaRef::from_raw(self.as_ptr()) }.start()
     }
 
     /// The first address behind it.
+    #[inline]
     pub(crate) fn end(&self) -> usize {
-        self.vma.end()
+        // SAFETY: The VMA is valid, and its lock held, by the type invariants.
+        unsafe { VmaRef::from_raw(self.as_ptr()) }.end()
     }
 
     /// The anonymous page at `addr`, with a reference.
@@ -135,7 +163,7 @@ impl<'a> MergeableVma<'a> {
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
-    ) -> Result<PageRef> {
+    ) -> Result {
         let pfn = page.pfn();
         let result = self.try_publish(addr, page, node, item);
         trace::merge_with_ksm_page(true, pfn, ptr::null_mut(), item, self.mm(), &result);
@@ -148,7 +176,7 @@ impl<'a> MergeableVma<'a> {
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
-    ) -> Result<PageRef> {
+    ) -> Result {
         let page = lock_plain(page)?;
         // Others who map a huge page shall not lose it in vain.
         if page.is_large() {
@@ -163,7 +191,7 @@ impl<'a> MergeableVma<'a> {
         // it is either mapped here only, or shared by a fork that is over, and so write-protected
         // everywhere, and known to be so by all CPUs.
         unsafe { node.publish(&page, item, self, addr, shared) };
-        Ok(page.unlock())
+        Ok(())
     }
 
     /// Maps `kpage`, the page of `node`, at `addr` in place of `page`, if both have the same
@@ -194,8 +222,11 @@ impl<'a> MergeableVma<'a> {
         node: &NodeBox,
         item: &mut ItemBox,
     ) -> Result {
+        if kpage.node_id() != node.id() {
+            return Err(EBUSY);
+        }
         let page = lock_small(page)?;
-        if page.is_large() || kpage.node_id() != node.id() {
+        if page.is_large() {
             return Err(EBUSY);
         }
         {
@@ -295,67 +326,64 @@ impl<'a> MergeableVma<'a> {
         Ok(())
     }
 
-    /// Marks the copy that an unshare fault left at `addr` as worth keeping.
-    ///
-    /// The fault leaves copy and entry clean. Once such a page is shared over a fork, one process
-    /// can give it up (MADV_FREE), and reclaim takes it from both: that nobody else has it is only
-    /// looked at for dirty pages. May sleep.
-    fn keep_copy(&self, addr: usize) {
-        let Some(page) = self.page_at(addr) else {
-            return;
-        };
-        if page.is_plain_anon() {
-            let page = page.lock();
-            // SAFETY: the folio is locked and kept.
-            unsafe { ffi::rksm_folio_keep_dirty(page.folio()) };
-        }
-    }
-
-    /// From where on, in what follows `addr`, there may be KSM pages.
-    pub(crate) fn merged_from(&self, addr: usize) -> usize {
-        match walk::next_ksm_page(self, addr.max(self.start()), self.end()) {
-            Search::Found(addr) | Search::Nothing(addr) => addr,
-        }
-    }
-
     /// Replaces KSM pages in `start..end` by ordinary pages of the process, by the kernel's own unshare
-    /// fault: as many as one hold of `mmap_lock` is good for. Returns where to go on, which is at or behind
-    /// the end (of the range or of the VMA) when nothing is left.
+    /// fault: as many as one hold of `mmap_lock` is good for. Sleeps for memory, so no lock of the module may
+    /// be held.
     ///
-    /// Fails with `ENOMEM` when there is no memory for a copy and `ERESTARTSYS` when the calling
-    /// task has a signal pending; what was not reached stays merged.
-    pub(crate) fn unmerge(&self, start: usize, end: usize) -> Result<usize> {
+    /// `user` is the address space: pages are faulted in, which must not be done while it is torn down.
+    pub(crate) fn unmerge(&self, user: &MmWithUser, start: usize, end: usize) -> Unmerged {
         let mut from = start.max(self.start());
         let end = end.min(self.end());
+        let mut done = Unmerged::nothing(from);
+        if !ptr::eq::<Mm>(&**user, self.mm) {
+            // Another address space's reference keeps this one from nothing.
+            done.result = Err(EINVAL);
+            return done;
+        }
         for _ in 0..HOLD_UNMERGES {
             // SAFETY: no precondition but being allowed to sleep.
             unsafe { ffi::rksm_cond_resched() };
             if kernel::current!().signal_pending() {
-                return Err(ERESTARTSYS);
+                done.result = Err(ERESTARTSYS);
+                break;
             }
-            if from >= end || is_abandoned(self.mm()) {
-                return Ok(end);
+            if from >= end || is_abandoned(user) {
+                break;
             }
             let addr = match walk::next_ksm_page(self, from, end) {
                 Search::Found(addr) => addr,
-                Search::Nothing(reached) => return Ok(reached),
+                Search::Nothing(reached) => {
+                    from = reached;
+                    break;
+                }
             };
             // Again from the same address: the fault may back out, e.g. when another one raced.
             from = addr;
-            // SAFETY: `mmap_lock` is held by the type invariant and `addr` lies in the VMA. Without
-            // FAULT_FLAG_ALLOW_RETRY the fault does not drop the lock.
+            // SAFETY: `mmap_lock` is held by the type invariant and `addr` lies in the VMA; `user` keeps the
+            // address space from being torn down. Without FAULT_FLAG_ALLOW_RETRY the fault does not drop the
+            // lock.
             let ret = unsafe { ffi::rksm_unshare(self.as_ptr(), addr) } as u32;
             if ret & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
-                return Err(ENOMEM);
+                done.result = Err(ENOMEM);
+                break;
             }
-            self.keep_copy(addr);
+            if let Some(mut pte) = PteLock::new(self, addr) {
+                pte.keep_copy();
+            }
             if ret & HOPELESS != 0 {
                 // The backing file was truncated and its private pages went with it, or the memory
                 // of the page is broken.
                 from = addr.saturating_add(PAGE_SIZE);
             }
         }
-        Ok(from)
+        if done.result.is_err() {
+            // The page at which it stopped may have been served.
+            from = match walk::next_ksm_page(self, from, end) {
+                Search::Found(addr) | Search::Nothing(addr) => addr,
+            };
+        }
+        done.reached = from;
+        done
     }
 }
 

@@ -88,6 +88,19 @@ fn bit(page: usize) -> (usize, u64) {
     (page / BITS, 1 << (page % BITS))
 }
 
+/// The first page at or after `page` whose bit is set.
+fn next_set(present: &[u64; GROUPS], page: usize) -> Option<usize> {
+    let mut mask = u64::MAX << (page % BITS);
+    for (nth, bits) in present.iter().enumerate().skip(page / BITS) {
+        let left = bits & mask;
+        if left != 0 {
+            return Some(nth * BITS + left.trailing_zeros() as usize);
+        }
+        mask = u64::MAX;
+    }
+    None
+}
+
 impl<W> Many<W> {
     fn new(flags: Flags) -> Result<KBox<Self>> {
         // INVARIANT: no words, no bits.
@@ -118,15 +131,7 @@ impl<W> Many<W> {
     }
 
     fn next(&self, page: usize) -> Option<usize> {
-        let mut mask = u64::MAX << (page % BITS);
-        for (nth, bits) in self.present.iter().enumerate().skip(page / BITS) {
-            let left = bits & mask;
-            if left != 0 {
-                return Some(nth * BITS + left.trailing_zeros() as usize);
-            }
-            mask = u64::MAX;
-        }
-        None
+        next_set(&self.present, page)
     }
 
     fn set_bit(&mut self, page: usize) {
@@ -144,6 +149,39 @@ impl<W> Many<W> {
             *bits &= !bit;
             let behind = self.before.iter_mut().skip(group.wrapping_add(1));
             behind.for_each(|before| *before = before.wrapping_sub(1));
+        }
+    }
+
+    /// See [`Leaf::retain`].
+    fn retain(&mut self, from: usize, to: usize, mut keep: impl FnMut(usize, &mut W) -> bool) {
+        let present = self.present;
+        let mut left = present;
+        let mut next = 0;
+        self.words.retain(|word| {
+            let Some(page) = next_set(&present, next) else {
+                return true;
+            };
+            next = page.saturating_add(1);
+            if !(from..to).contains(&page) || keep(page, word) {
+                return true;
+            }
+            let (group, bit) = bit(page);
+            if let Some(bits) = left.get_mut(group) {
+                *bits &= !bit;
+            }
+            false
+        });
+        // INVARIANT: The bits of the words that are left.
+        self.present = left;
+        self.count_groups();
+    }
+
+    /// Computes `before`.
+    fn count_groups(&mut self) {
+        let mut sum = 0;
+        for (bits, before) in self.present.iter().zip(self.before.iter_mut()) {
+            *before = sum;
+            sum = sum.wrapping_add(bits.count_ones() as u16);
         }
     }
 
@@ -326,11 +364,7 @@ impl<W> Leaf<W> {
                 *bits |= (u64::MAX >> (BITS - (to - from))) << from;
             }
         }
-        let mut sum = 0;
-        for (bits, before) in many.present.iter().zip(many.before.iter_mut()) {
-            *before = sum;
-            sum = sum.wrapping_add(bits.count_ones() as u16);
-        }
+        many.count_groups();
         Some(true)
     }
 
@@ -350,6 +384,29 @@ impl<W> Leaf<W> {
         match core::mem::replace(&mut self.content, Content::Nothing) {
             Content::One(_, word) => Some(word),
             _ => None,
+        }
+    }
+
+    /// Takes away the words of pages in `from..to` that `keep` does not keep. What it does keep stays where it
+    /// is, and may have been changed.
+    pub(super) fn retain(
+        &mut self,
+        from: usize,
+        to: usize,
+        mut keep: impl FnMut(usize, &mut W) -> bool,
+    ) {
+        match &mut self.content {
+            Content::Nothing => {}
+            Content::One(only, word) => {
+                let page = usize::from(*only);
+                if (from..to).contains(&page) && !keep(page, word) {
+                    self.content = Content::Nothing;
+                }
+            }
+            Content::Many(many) => {
+                many.retain(from, to, keep);
+                self.give_back();
+            }
         }
     }
 

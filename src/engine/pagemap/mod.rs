@@ -27,6 +27,8 @@ const TROUBLE_LIMIT: u8 = 64;
 /// No leaf is empty.
 pub(crate) struct PageMap<W> {
     leaves: RBTree<usize, Leaf<W>>,
+    /// See [`Self::bytes`].
+    bytes: usize,
 }
 
 /// Where a page is: which leaf, and which page of it.
@@ -55,13 +57,34 @@ impl<W> PageMap<W> {
     pub(crate) fn new() -> Self {
         Self {
             leaves: RBTree::new(),
+            bytes: 0,
         }
+    }
+
+    /// The memory that a leaf takes besides what [`Leaf::bytes`] says: three words of `struct rb_node`, then key
+    /// and value.
+    const NODE_BYTES: usize = 4 * size_of::<usize>() + size_of::<Leaf<W>>();
+
+    /// Does something to a leaf that may change how large it is.
+    fn change<R>(bytes: &mut usize, leaf: &mut Leaf<W>, deed: impl FnOnce(&mut Leaf<W>) -> R) -> R {
+        let before = leaf.bytes();
+        let result = deed(leaf);
+        *bytes = bytes.saturating_sub(before).saturating_add(leaf.bytes());
+        result
     }
 
     /// The word of the page at `addr`, to be changed.
     pub(crate) fn get_mut(&mut self, addr: usize) -> Option<&mut W> {
         let slot = Slot::of(addr);
         self.leaves.get_mut(&slot.leaf)?.get_mut(slot.page)
+    }
+
+    /// The word of the page at `addr`, to be changed for something that happened to the page.
+    pub(crate) fn get_changed(&mut self, addr: usize) -> Option<&mut W> {
+        let slot = Slot::of(addr);
+        let leaf = self.leaves.get_mut(&slot.leaf)?;
+        leaf.age.begin_anew();
+        leaf.get_mut(slot.page)
     }
 
     /// The pages of the leaf that `addr` is in, to be gone through from `addr` on in the order of their
@@ -73,12 +96,14 @@ impl<W> PageMap<W> {
         if self.leaves.get(&slot.leaf).is_none() {
             self.leaves
                 .try_create_and_insert(slot.leaf, Leaf::new(), flags)?;
+            self.bytes = self.bytes.saturating_add(Self::NODE_BYTES);
         }
         let leaf = self.leaves.get_mut(&slot.leaf).ok_or(ENOMEM)?;
         Ok(LeafCursor {
             rank: leaf.rank(slot.page),
             at: slot,
             leaf,
+            bytes: &mut self.bytes,
         })
     }
 
@@ -145,53 +170,58 @@ impl<W> PageMap<W> {
         addr | ((1 << (LEAF_SHIFT + PAGE_SHIFT)) - 1)
     }
 
-    /// Takes the word of the page at `addr` out of the map.
+    /// Takes the word of the page at `addr` out of the map, which is a change of its leaf.
     pub(crate) fn remove(&mut self, addr: usize) -> Option<W> {
         let slot = Slot::of(addr);
-        let word = self.leaves.get_mut(&slot.leaf)?.remove(slot.page)?;
+        let leaf = self.leaves.get_mut(&slot.leaf)?;
+        let word = Self::change(&mut self.bytes, leaf, |leaf| leaf.remove(slot.page))?;
+        leaf.age.begin_anew();
         self.prune(addr);
         Some(word)
     }
 
-    /// The address of the first page in `from..to` that has a word.
-    pub(crate) fn next(&self, from: usize, to: usize) -> Option<usize> {
-        if from >= to {
+    /// Takes away the words of pages in `from..to` that `keep` does not keep, of the first leaf at or behind `from`.
+    /// Returns where to go on behind that leaf; `None`: there is none left before `to`.
+    pub(crate) fn retain_leaf(
+        &mut self,
+        from: usize,
+        to: usize,
+        mut keep: impl FnMut(usize, &mut W) -> bool,
+    ) -> Option<usize> {
+        let start = Slot::of(from);
+        let mut cursor = self.leaves.cursor_lower_bound_mut(&start.leaf)?;
+        let (&leaf, content) = cursor.current_mut();
+        let first = Slot { leaf, page: 0 }.addr();
+        if first.max(from) >= to {
             return None;
         }
-        let start = Slot::of(from);
-        let cursor = self.leaves.cursor_lower_bound(&start.leaf)?;
-        let (&leaf, content) = cursor.current();
-        let first = if leaf == start.leaf { start.page } else { 0 };
-        // No leaf is empty: if this one has nothing from there on, the one behind it has.
-        let (leaf, page) = match content.next(first) {
-            Some(page) => (leaf, page),
-            None => {
-                let (&leaf, content) = cursor.peek_next()?;
-                (leaf, content.next(0)?)
-            }
+        let page = if leaf == start.leaf { start.page } else { 0 };
+        let last = Self::leaf_end(first);
+        let end = match to {
+            to if to > last => LEAF_PAGES,
+            to => Slot::of(to.saturating_sub(1)).page.saturating_add(1),
         };
-        let addr = Slot { leaf, page }.addr();
-        (addr < to).then_some(addr)
+        let addr = |page| Slot { leaf, page }.addr();
+        Self::change(&mut self.bytes, content, |content| {
+            content.retain(page, end, |page, word| keep(addr(page), word))
+        });
+        self.prune(first);
+        // At the end of the address space this is the last leaf.
+        last.checked_add(1).filter(|&next| next < to)
     }
 
     /// The memory that the map takes, in bytes, without the allocator's own overhead.
     pub(crate) fn bytes(&self) -> usize {
-        // Three words of `struct rb_node`, then key and value.
-        let node = 4 * size_of::<usize>() + size_of::<Leaf<W>>();
-        self.leaves.iter().fold(0usize, |sum, (_, leaf)| {
-            sum.saturating_add(node).saturating_add(leaf.bytes())
-        })
+        self.bytes
     }
 
     /// Frees the leaf that `addr` is in if it has no word.
     pub(crate) fn prune(&mut self, addr: usize) {
         let leaf = Slot::of(addr).leaf;
-        if self
-            .leaves
-            .get(&leaf)
-            .is_some_and(|content| content.len() == 0)
-        {
+        let content = self.leaves.get(&leaf);
+        if content.is_some_and(|content| content.len() == 0) {
             self.leaves.remove(&leaf);
+            self.bytes = self.bytes.saturating_sub(Self::NODE_BYTES);
         }
     }
 
@@ -240,6 +270,11 @@ impl<W> PageMap<W> {
         Some(Self::leaf_end(first.addr()))
     }
 
+    /// Whether no page has a word.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.leaves.is_empty()
+    }
+
     /// Calls `each` with every word.
     pub(crate) fn for_each(&self, mut each: impl FnMut(&W)) {
         for (_, leaf) in self.leaves.iter() {
@@ -255,15 +290,17 @@ impl<W> PageMap<W> {
 /// `rank` words are before the page `at`, which is a page of the leaf or the one behind its last.
 pub(crate) struct LeafCursor<'a, W> {
     leaf: &'a mut Leaf<W>,
+    /// Those of the map.
+    bytes: &'a mut usize,
     at: Slot,
     rank: usize,
 }
 
 /// What [`LeafCursor::seek`] came to.
 pub(crate) enum Found<'a, W> {
-    /// A word that was passed over: the one of the page at this address, which is before the page
-    /// that was sought. It is out of the map now; seek again.
-    Passed(usize, W),
+    /// A word that is in the way: the one of the page at this address, which is before the page that was
+    /// sought. Call [`LeafCursor::remove_passed`] or [`LeafCursor::keep_passed`], and seek again.
+    Passed(usize, &'a mut W),
     /// The word of the page that was sought.
     Word(&'a mut W),
     /// The page that was sought has no word.
@@ -277,14 +314,15 @@ impl<W> LeafCursor<'_, W> {
     pub(crate) fn seek(&mut self, addr: usize) -> Found<'_, W> {
         let sought = Slot::of(addr);
         if sought.page != self.at.page {
-            if let Some(page) = self
-                .leaf
-                .next(self.at.page)
-                .filter(|&page| page < sought.page)
-            {
-                if let Some(word) = self.leaf.remove(page) {
-                    return Found::Passed(Slot { page, ..self.at }.addr(), word);
-                }
+            let passed = self.leaf.next(self.at.page);
+            if let Some(page) = passed.filter(|&page| page < sought.page) {
+                // INVARIANT: no word in between.
+                self.at.page = page;
+                return match self.leaf.words_mut().get_mut(self.rank) {
+                    Some(word) => Found::Passed(self.at.addr(), word),
+                    // Cannot be, by the invariant.
+                    None => Found::Nothing,
+                };
             }
             // INVARIANT: no word in between.
             self.at = sought;
@@ -303,14 +341,29 @@ impl<W> LeafCursor<'_, W> {
         }
     }
 
+    /// Takes the word that was passed last out of the map.
+    pub(crate) fn remove_passed(&mut self) -> Option<W> {
+        let page = self.at.page;
+        PageMap::change(self.bytes, self.leaf, |leaf| leaf.remove(page))
+    }
+
+    /// Leaves the word that was passed last where it is.
+    pub(crate) fn keep_passed(&mut self) {
+        // INVARIANT: moved on by one page and one word.
+        self.at.page = self.at.page.wrapping_add(1);
+        self.rank = self.rank.wrapping_add(1);
+    }
+
     /// Gives the page that was sought last, and that had none, a word. `expected` says how many more
     /// words are about to come, this one included.
     ///
     /// On failure the leaf is unchanged.
     #[inline]
     pub(crate) fn insert(&mut self, word: W, expected: usize, flags: Flags) -> Result<(), W> {
-        self.leaf
-            .insert(self.at.page, self.rank, word, expected, flags)?;
+        let (page, rank) = (self.at.page, self.rank);
+        PageMap::change(self.bytes, self.leaf, |leaf| {
+            leaf.insert(page, rank, word, expected, flags)
+        })?;
         // INVARIANT: moved on by one page and one word.
         self.at.page = self.at.page.wrapping_add(1);
         self.rank = self.rank.wrapping_add(1);
@@ -352,10 +405,9 @@ impl<W> LeafCursor<'_, W> {
             return false;
         }
         let page = self.at.page;
-        let filled = self
-            .leaf
-            .fill(page, count, flags, &mut word)
-            .unwrap_or(false);
+        let filled = PageMap::change(self.bytes, self.leaf, |leaf| {
+            leaf.fill(page, count, flags, &mut word).unwrap_or(false)
+        });
         if !filled {
             return false;
         }

@@ -70,6 +70,12 @@ impl Background {
         }
     }
 
+    /// Kills it.
+    pub fn kill(self) -> Result<()> {
+        drop(self);
+        Ok(())
+    }
+
     /// Ends it. That it had failed before is an error.
     pub fn stop(mut self) -> Result<()> {
         if let Some(how) = self.ended()? {

@@ -10,6 +10,8 @@
 pub(crate) mod advisor;
 #[path = "../../../src/engine/checksum.rs"]
 pub(crate) mod checksum;
+#[path = "../../../src/engine/deferred.rs"]
+pub(crate) mod deferred;
 #[path = "../../../src/engine/filter.rs"]
 pub(crate) mod filter;
 #[path = "../../../src/engine/index.rs"]

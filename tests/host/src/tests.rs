@@ -5,6 +5,7 @@
 mod advisor;
 mod checksum;
 mod counted;
+mod deferred;
 mod filter;
 mod index;
 mod pagemap;

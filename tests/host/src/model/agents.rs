@@ -41,7 +41,7 @@ pub(crate) enum Scan {
     },
     /// Take the second one's `mmap_lock` for reading; find the node's page and take a reference.
     Find,
-    /// Wait for its lock, and see whether it still points at the node.
+    /// Try to lock it, and see whether it still points at the node.
     LockMerged {
         merged: usize,
     },
@@ -151,6 +151,16 @@ pub(crate) enum Fork {
     Done,
 }
 
+/// B exits. Its users are not pinned, but the scan may hold its `mmap_lock`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Exit {
+    /// Unmap the page, with `mmap_lock` held for reading, which the scan may hold at the same time.
+    Zap,
+    /// Take `mmap_lock` for writing and free the page table.
+    Free,
+    Done,
+}
+
 /// A device writes to A's page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Device {
@@ -219,7 +229,6 @@ pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
             Scan::Get => !s.processes[first].writer && ptl_free(first),
             Scan::Protect { .. } => ptl_free(first),
             Scan::Find => !s.processes[second].writer,
-            Scan::LockMerged { merged } => s.frames[merged].lock.is_none(),
             Scan::JoinGet { .. } | Scan::JoinPtl { .. } => ptl_free(second),
             // A node that is in use stays; the scan has nothing more to do.
             Scan::Prune => true,
@@ -245,8 +254,12 @@ pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
             Fork::Copy => ptl_free(A),
             Fork::Flush => true,
         },
-        // The last user of an address space tears it down.
-        Agent::Exit => s.exits && s.processes[B].readers == 0 && ptl_free(B),
+        Agent::Exit => match s.exit {
+            Exit::Done => false,
+            // A thread in a fault is a user.
+            Exit::Zap => matches!(s.stores[B], Store::Try | Store::Done) && ptl_free(B),
+            Exit::Free => s.processes[B].readers == 0,
+        },
         Agent::Device => s.device != Device::Done,
         Agent::Migrate => match s.migrate {
             Migrate::Done => false,
@@ -262,7 +275,7 @@ pub(crate) fn step(model: &Protocol, s: &mut State, agent: Agent) {
         Agent::Scan => s.scan = scan(model, s),
         Agent::Store(p) => s.stores[p] = store(s, p),
         Agent::Fork => s.fork = fork(s),
-        Agent::Exit => exit(s),
+        Agent::Exit => s.exit = exit(s),
         Agent::Device => s.device = device(s),
         Agent::Migrate => s.migrate = migrate(model, s),
     }
@@ -384,8 +397,10 @@ fn scan(model: &Protocol, s: &mut State) -> Scan {
             Scan::LockMerged { merged }
         }
         Scan::LockMerged { merged } => {
-            // It may have been migrated while we waited.
-            if !s.frames[merged].ksm && wrong != Mutation::TrustNode {
+            // It may have been migrated since it was found, or be under migration.
+            let frame = s.frames[merged];
+            let stale = !frame.ksm && wrong != Mutation::TrustNode;
+            if stale || frame.lock.is_some() {
                 return s.give_up(second, &[(merged, false)], Scan::Prune);
             }
             s.frames[merged].lock = Some(Agent::Scan);
@@ -657,14 +672,17 @@ fn fork(s: &mut State) -> Fork {
     }
 }
 
-fn exit(s: &mut State) {
+fn exit(s: &mut State) -> Exit {
+    if s.exit != Exit::Zap {
+        return Exit::Done;
+    }
     if let Entry::Maps { frame, .. } = s.processes[B].entry {
         s.unmap(frame);
     }
     s.processes[B].entry = Entry::None;
     s.processes[B].tlb = None;
     s.processes[B].expected = None;
-    s.exits = false;
+    Exit::Free
 }
 
 fn device(s: &mut State) -> Device {

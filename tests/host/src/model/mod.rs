@@ -13,12 +13,15 @@
 //! | --- | --- |
 //! | `Scan::Relatives` | `LockedPage::refuse_strangers` (src/mm/folio.rs) |
 //! | `Scan::Get` … `Scan::Publish` | `MergeableVma::publish` (src/mm/vma.rs), `NodeBox::publish` (src/mm/stable.rs) |
-//! | `Scan::Find`, `Scan::LockMerged` | `NodeBox::page`, `PageRef::lock` |
+//! | `Scan::Find`, `Scan::LockMerged` | `NodeBox::page`, `PageRef::try_lock` |
 //! | `Scan::Join…` | `MergeableVma::try_join`, `PteLock::clear_unless` (src/mm/pte.rs), `NodeBox::attach` |
 //! | `Scan::Prune` | freeing a node that no folio points at |
 //!
+//! The scan only tries locks. Where it holds nothing, trying again later is the same as waiting, so the model
+//! waits there; where it holds something, it gives up.
+//!
 //! The rest is the kernel's: `do_wp_page`, `copy_page_range`, `gup_fast_pte_range`, `migrate_pages`,
-//! `rmap_walk_ksm`, `zap_pte_range`.
+//! `rmap_walk_ksm`, `exit_mmap`.
 
 mod agents;
 mod tests;
@@ -120,7 +123,7 @@ pub(crate) enum Agent {
     Migrate,
 }
 
-use agents::{Device, Fork, Migrate, Scan, Store};
+use agents::{Device, Exit, Fork, Migrate, Scan, Store};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct State {
@@ -130,7 +133,7 @@ pub(crate) struct State {
     pub(crate) scan: Scan,
     pub(crate) stores: [Store; PROCESSES],
     pub(crate) fork: Fork,
-    pub(crate) exits: bool,
+    pub(crate) exit: Exit,
     pub(crate) device: Device,
     pub(crate) migrate: Migrate,
     /// A walk over the mappings of a merged page missed one.
@@ -232,7 +235,7 @@ impl State {
         self.scan == Scan::Done
             && self.stores.iter().all(|store| *store == Store::Done)
             && self.fork == Fork::Done
-            && !self.exits
+            && self.exit == Exit::Done
             && self.device == Device::Done
             && self.migrate == Migrate::Done
     }
@@ -271,6 +274,7 @@ impl Model for Protocol {
             ..process(C)
         };
         let if_wanted = |wanted, start, done| if wanted { start } else { done };
+        let if_exits = if self.exit { Exit::Zap } else { Exit::Done };
         vec![State {
             frames,
             processes: [process(A), process(B), unborn],
@@ -281,7 +285,7 @@ impl Model for Protocol {
                 false => Store::Done,
             }),
             fork: if self.fork { Fork::Lock } else { Fork::Done },
-            exits: self.exit,
+            exit: if_exits,
             device: if self.device {
                 Device::Look
             } else {
@@ -345,6 +349,14 @@ impl Model for Protocol {
             Property::always("no page points at a node that was freed", |_, s: &State| {
                 !s.node.freed || s.frames.iter().all(|frame| !frame.ksm)
             }),
+            Property::always(
+                "an address space that is gone maps nothing",
+                |_, s: &State| {
+                    s.processes
+                        .iter()
+                        .all(|p| p.expected.is_some() || p.entry == Entry::None)
+                },
+            ),
             Property::always("nobody waits for ever", |model: &Self, s: &State| {
                 let mut actions = Vec::new();
                 model.actions(s, &mut actions);

@@ -5,7 +5,7 @@
 mod pair;
 
 use super::counted::Counted;
-use crate::engine::pagemap::PageMap;
+use crate::engine::pagemap::{Found, PageMap};
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     page::{PAGE_MASK, PAGE_SIZE},
@@ -36,6 +36,7 @@ enum Op {
     /// All leaves from that of a page on.
     VisitLeaves(Index),
     Clear(Index, Index),
+    Forget(Index, Index, usize),
 }
 
 fn plan() -> impl Strategy<Value = Plan> {
@@ -71,6 +72,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (page(), page()).prop_map(|(a, b)| Op::Walk(a, b)),
         2 => page().prop_map(Op::VisitLeaves),
         1 => (page(), page()).prop_map(|(a, b)| Op::Clear(a, b)),
+        4 => (page(), page(), 0..4usize).prop_map(|(a, b, nth)| Op::Forget(a, b, nth)),
     ]
 }
 
@@ -179,6 +181,7 @@ proptest! {
                 }
                 Op::VisitLeaves(from) => pair.visit_leaves(page(from) / LEAF * LEAF),
                 Op::Clear(from, to) => pair.clear(page(from), page(to)),
+                Op::Forget(from, to, nth) => pair.forget_range(page(from), page(to), nth),
             }
             pair.check_memory();
         }
@@ -463,7 +466,7 @@ fn runs_at_the_edges() {
             }
             map.prune(addr);
             pair.map = map;
-            let next = pair.map.next(LEAF, usize::MAX);
+            let next = Pair::first_of(&mut pair.map, LEAF, usize::MAX);
             assert_eq!(next, Some(if fits { addr } else { 2 * LEAF }));
             if fits {
                 let last = addr + (count - 1) * PAGE_SIZE;
@@ -622,6 +625,37 @@ fn old_leaves_are_skipped() {
     assert_eq!(looked_at(41, false, other), old);
 }
 
+/// What happens to one of its pages while it is skipped ends that.
+#[test]
+fn what_happens_elsewhere_ends_skipping() {
+    let looked = |deed: fn(&mut Pair)| {
+        looked_at(17, false, |pass, pair| {
+            if pass == 14 {
+                deed(pair);
+            }
+        })
+    };
+    assert_eq!(looked(|_| ()), [0, 1, 2, 3, 5, 8, 13]);
+    let anew = [0, 1, 2, 3, 5, 8, 13, 15, 16];
+    assert_eq!(
+        looked(|pair| assert!(pair.map.get_changed(LEAF).is_some())),
+        anew
+    );
+    // Of a page that is gone, too, if others are left.
+    let mut pair = Pair::with([LEAF, LEAF + 7 * PAGE_SIZE]);
+    let mut looked = Vec::new();
+    for pass in 0..17 {
+        if pair.map.begin_pass(false, |_| false) == 0 {
+            looked.push(pass);
+        }
+        if pass == 14 {
+            pair.remove(LEAF);
+        }
+    }
+    assert_eq!(looked, anew);
+    pair.empty_by_dropping();
+}
+
 /// A leaf with a page that has to be looked at is not skipped.
 #[test]
 fn some_leaves_are_not_skipped() {
@@ -697,4 +731,41 @@ fn neighbours_are_skipped_together() {
         Ok((99 * LEAF, 100 * LEAF - 1))
     );
     pair.empty_by_dropping();
+}
+
+/// A word that is in the way can stay.
+#[test]
+fn passed_and_kept() {
+    let mut map = PageMap::new();
+    for page in [1usize, 3, 4, 200] {
+        let mut leaf = map.leaf_from(page * PAGE_SIZE, GFP_NOWAIT).unwrap();
+        assert!(matches!(leaf.seek(page * PAGE_SIZE), Found::Nothing));
+        assert!(leaf.insert(page, 1, GFP_NOWAIT).is_ok());
+    }
+    let mut leaf = map.leaf_from(0, GFP_NOWAIT).unwrap();
+    let mut passed = Vec::new();
+    loop {
+        match leaf.seek(201 * PAGE_SIZE) {
+            Found::Passed(addr, word) => {
+                assert_eq!(addr, *word * PAGE_SIZE);
+                let keep = *word % 2 == 0;
+                passed.push(*word);
+                if keep {
+                    leaf.keep_passed();
+                } else {
+                    leaf.remove_passed();
+                }
+            }
+            found => {
+                assert!(matches!(found, Found::Nothing));
+                break;
+            }
+        }
+    }
+    assert!(leaf.insert(201, 1, GFP_NOWAIT).is_ok());
+    assert_eq!(passed, [1, 3, 4, 200]);
+    let mut left = Vec::new();
+    map.for_each(|word| left.push(*word));
+    assert_eq!(left, [4, 200, 201]);
+    assert_eq!(map.get_mut(200 * PAGE_SIZE), Some(&mut 200));
 }

@@ -200,6 +200,38 @@ fn the_next_begins_at_its_beginning() {
     assert_eq!(pair.now.map(|(_, addr)| addr), Some(4096));
 }
 
+/// A pass comes back to one only, where it left it, and to no other; and to none that is gone.
+#[test]
+fn comes_back() {
+    let mut pair = Pair::new();
+    (0..3).for_each(|mm| pair.enter(mm, Plan::Never));
+    let turn = |position: &mut Position| position.turn(|after| pair.registry.next(after));
+    let mut position = Position::new();
+    position.begin(3);
+    assert_eq!(turn(&mut position).map(|(id, _)| id), Some(1));
+    position.move_to(8192);
+    let here = position.here();
+    assert_eq!(here, (1, 8192));
+    for id in 2..4 {
+        position.leave();
+        assert_eq!(turn(&mut position).map(|(id, _)| id), Some(id));
+    }
+    position.leave();
+    assert!(turn(&mut position).is_none());
+    position.come_back_to(here.0, here.1);
+    assert_eq!(turn(&mut position).map(|(id, _)| id), Some(1));
+    assert_eq!(position.addr(), 8192);
+    position.leave();
+    assert!(turn(&mut position).is_none());
+    position.come_back_to(3, 0);
+    pair.exit(2);
+    let next = position.turn(|after| pair.registry.next(after));
+    assert!(next.is_none());
+    position.rewind();
+    let next = position.turn(|after| pair.registry.next(after));
+    assert_eq!(next.map(|(id, _)| id), Some(1));
+}
+
 /// A pass over nobody ends at once.
 #[test]
 fn nobody() {

@@ -200,7 +200,9 @@ impl Pair {
                     // In order, and none twice: the first one left before this page.
                     let from = addr / LEAF * LEAF;
                     assert!((from..addr).contains(&passed));
-                    assert_eq!(self.note_gone(passed), Some(word.id()));
+                    let id = word.id();
+                    assert_eq!(self.note_gone(passed), Some(id));
+                    assert_eq!(leaf.remove_passed().map(|word| word.id()), Some(id));
                     continue;
                 }
                 Found::Word(word) => {
@@ -284,8 +286,20 @@ impl Pair {
         }
     }
 
-    pub(super) fn next(&self, from: usize, to: usize) -> Option<usize> {
-        let addr = self.map.next(from, to);
+    /// The first page of `map` in `from..to`, whose words all stay.
+    pub(super) fn first_of(map: &mut PageMap<Counted>, from: usize, to: usize) -> Option<usize> {
+        let (mut first, mut next) = (None, Some(from));
+        while let Some(start) = next.filter(|_| first.is_none()) {
+            next = map.retain_leaf(start, to, |addr, _| {
+                first.get_or_insert(addr);
+                true
+            });
+        }
+        first
+    }
+
+    pub(super) fn next(&mut self, from: usize, to: usize) -> Option<usize> {
+        let addr = Self::first_of(&mut self.map, from, to);
         let expected = if from < to {
             self.model.range(from..to).next().map(|(addr, _)| *addr)
         } else {
@@ -296,7 +310,7 @@ impl Pair {
     }
 
     /// Goes through a range as the scan does.
-    pub(super) fn walk(&self, from: usize, to: usize) -> Vec<usize> {
+    pub(super) fn walk(&mut self, from: usize, to: usize) -> Vec<usize> {
         let mut found = Vec::new();
         let mut at = Some(from);
         while let Some(addr) = at.and_then(|at| self.next(at, to)) {
@@ -328,6 +342,46 @@ impl Pair {
     }
 
     /// Empties a range as the engine does.
+    /// Forgets the pages in `from..to` but each `nth`, a leaf at a time.
+    pub(super) fn forget_range(&mut self, from: usize, to: usize, nth: usize) {
+        let keeps = |addr: usize| nth != 0 && addr / PAGE_SIZE % nth == 0;
+        let mut next = Some(from);
+        while let Some(start) = next {
+            let mut seen = Vec::new();
+            let map = &mut self.map;
+            let (more, events) = watch(|| {
+                map.retain_leaf(start, to, |addr, word| {
+                    seen.push((addr, word.id()));
+                    keeps(addr)
+                })
+            });
+            // To move those that are left to where there is less room.
+            assert!(events.allocs + events.failed <= 1 || events.sleeping == 0);
+            // All pages of the first leaf, in order.
+            let leaf = self.leaves.range(start / LEAF..).next();
+            let leaf = leaf.map(|(leaf, _)| *leaf);
+            let leaf = leaf.filter(|leaf| (leaf * LEAF).max(start) < to);
+            let expected: Vec<_> = self
+                .model
+                .range(start..to.max(start))
+                .map(|(&addr, &id)| (addr, id))
+                .filter(|page| Some(page.0 / LEAF) == leaf)
+                .collect();
+            assert_eq!(seen, expected);
+            for (addr, _) in seen {
+                if !keeps(addr) {
+                    self.note_gone(addr);
+                }
+            }
+            match (leaf, more) {
+                (None, more) => assert_eq!(more, None),
+                (Some(leaf), Some(more)) => assert_eq!(more, (leaf + 1) * LEAF),
+                (Some(leaf), None) => assert!((leaf + 1).saturating_mul(LEAF) >= to),
+            }
+            next = more;
+        }
+    }
+
     pub(super) fn clear(&mut self, from: usize, to: usize) {
         while let Some(addr) = self.next(from, to) {
             self.remove(addr);
@@ -354,6 +408,7 @@ impl Pair {
         // Every word once, in the order of the addresses.
         let mut ids = Vec::new();
         self.map.for_each(|word| ids.push(word.id()));
+        assert_eq!(self.map.is_empty(), self.model.is_empty());
         assert!(ids.iter().eq(self.model.values()));
         self.check_memory();
     }
