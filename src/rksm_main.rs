@@ -11,7 +11,7 @@ mod mm;
 
 use engine::Engine;
 use kernel::prelude::*;
-use mm::{hotplug, intree, kthread::Kthread, sysfs::Shown, unload};
+use mm::{hotplug, intree, kthread::Kthread, lru, sysfs::Shown, unload};
 
 module! {
     type: Rksm,
@@ -27,6 +27,7 @@ struct Rksm {
     _knobs: Shown<Engine>,
     _probes: intree::Probes<Engine>,
     _thread: Kthread<Engine>,
+    _drains: lru::Drains,
     _hotplug: hotplug::Registration<Engine>,
     _explainer: Option<unload::Explainer>,
     _blocked: intree::Blocked,
@@ -40,6 +41,7 @@ impl kernel::Module for Rksm {
         let blocked = intree::Blocked::new()?;
         let engine = Engine::new(module)?;
         let hotplug = hotplug::Registration::new(engine.clone())?;
+        let drains = lru::Drains::new();
         let thread = Kthread::spawn(engine.clone())?;
         engine.set_waker(thread.waker());
         let probes = intree::Probes::register(engine.clone())?;
@@ -50,6 +52,7 @@ impl kernel::Module for Rksm {
             _knobs: knobs,
             _probes: probes,
             _thread: thread,
+            _drains: drains,
             _hotplug: hotplug,
             _explainer: unload::Explainer::new(),
             _blocked: blocked,

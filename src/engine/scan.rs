@@ -13,6 +13,7 @@ use super::{
 };
 use crate::mm::{
     kthread::Current,
+    lru,
     mmap_lock::{MmapLock, NotLocked},
     stable::NodeId,
     trace,
@@ -139,8 +140,10 @@ impl Engine {
             // What takes longer is done without the lock.
             if state.cursor.at.is_between_passes() && mapped.is_none() {
                 drop(state);
-                // References held by per-CPU LRU batches would keep pages from being merged.
-                crate::mm::lru_add_drain_all();
+                // References held by per-CPU LRU batches have kept pages from being merged.
+                if lru::was_in_the_way() {
+                    lru::drain();
+                }
                 mapped = Some(self.mapped_pages());
                 continue;
             }

@@ -2,7 +2,7 @@
 
 //! Owned references to pages of user memory, and the folio lock.
 
-use super::{ffi, stable::NodeId, vma::MergeableVma};
+use super::{ffi, lru, stable::NodeId, vma::MergeableVma};
 use crate::engine::{
     checksum::{Checksum, Hasher, Sample, LINES, LINE_WORDS, PAGE_WORDS},
     index::StableKey,
@@ -122,7 +122,12 @@ impl PageRef {
                 ffi::rksm_folio_ref_count(self.folio()),
             )
         };
-        i64::from(expected) + 1 != i64::from(refs)
+        let held = i64::from(expected) + 1 != i64::from(refs);
+        // SAFETY: by the type invariant the folio is valid.
+        if held && unsafe { ffi::rksm_folio_maybe_batched(self.folio()) } {
+            lru::note_in_the_way();
+        }
+        held
     }
 
     /// Whether both are the very same page.

@@ -20,6 +20,7 @@ pub(crate) mod folio;
 pub(crate) mod hotplug;
 pub(crate) mod intree;
 pub(crate) mod kthread;
+pub(crate) mod lru;
 pub(crate) mod mmap_lock;
 pub(crate) mod oom;
 mod patch;
@@ -51,13 +52,6 @@ pub(crate) fn random_words<const N: usize>() -> [u64; N] {
         bindings::get_random_bytes((&raw mut words).cast(), core::mem::size_of_val(&words));
     }
     words
-}
-
-/// Empties the per-CPU batches of the LRU lists, whose references keep pages from being merged. May
-/// sleep.
-pub(crate) fn lru_add_drain_all() {
-    // SAFETY: called without spinlocks held.
-    unsafe { ffi::rksm_lru_add_drain_all() };
 }
 
 /// Lets others run. Sleeping must be allowed.

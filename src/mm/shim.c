@@ -14,9 +14,12 @@
 #include <linux/pagewalk.h>
 #include <linux/rmap.h>
 #include <linux/sched/cputime.h>
+#include <linux/sched/isolation.h>
 #include <linux/sched/mm.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
 #include <asm/tlbflush.h>
 #include <trace/events/ksm.h>
 
@@ -95,6 +98,12 @@ bool rksm_folio_test_ksm(const struct folio *folio)
 bool rksm_folio_test_plain_anon(const struct folio *folio)
 {
 	return folio_test_anon(folio) && !folio_test_ksm(folio) && !folio_is_zone_device(folio);
+}
+
+/* Whether a reference too many may be that of a per-CPU batch, and not a pin. */
+bool rksm_folio_maybe_batched(struct folio *folio)
+{
+	return !folio_test_lru(folio) || !folio_maybe_dma_pinned(folio);
 }
 
 bool rksm_folio_test_large(const struct folio *folio)
@@ -233,9 +242,52 @@ unsigned long rksm_zero_pfn(void)
 	return zero_pfn(0);
 }
 
-void rksm_lru_add_drain_all(void)
+/*
+ * lru_add_drain_all() waits for every CPU, isolated or not, for as long as a
+ * task of higher priority keeps the work from running.
+ */
+static DEFINE_PER_CPU(struct work_struct, rksm_lru_work);
+static DECLARE_WAIT_QUEUE_HEAD(rksm_lru_wait);
+static atomic_t rksm_lru_left = ATOMIC_INIT(0);
+
+static void rksm_lru_drain_cpu(struct work_struct *work)
 {
-	lru_add_drain_all();
+	lru_add_drain();
+	if (atomic_dec_and_test(&rksm_lru_left))
+		wake_up(&rksm_lru_wait);
+}
+
+void rksm_lru_init(void)
+{
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		INIT_WORK(per_cpu_ptr(&rksm_lru_work, cpu), rksm_lru_drain_cpu);
+}
+
+void rksm_lru_exit(void)
+{
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		cancel_work_sync(per_cpu_ptr(&rksm_lru_work, cpu));
+}
+
+void rksm_lru_drain(unsigned int wait_ms)
+{
+	int cpu;
+
+	lru_add_drain();
+	for_each_online_cpu(cpu) {
+		if (cpu_is_isolated(cpu) || !housekeeping_test_cpu(cpu, HK_TYPE_WQ))
+			continue;
+		atomic_inc(&rksm_lru_left);
+		/* Still queued since the last time: counted already. */
+		if (!queue_work_on(cpu, system_percpu_wq, per_cpu_ptr(&rksm_lru_work, cpu)))
+			atomic_dec(&rksm_lru_left);
+	}
+	wait_event_idle_timeout(rksm_lru_wait, !atomic_read(&rksm_lru_left),
+				msecs_to_jiffies(wait_ms));
 }
 
 /* Page tables. */

@@ -32,6 +32,7 @@ void *rksm_folio_mapping(const struct folio *folio);
 void rksm_folio_set_ksm_node(struct folio *folio, void *node);
 bool rksm_folio_test_ksm(const struct folio *folio);
 bool rksm_folio_test_plain_anon(const struct folio *folio);
+bool rksm_folio_maybe_batched(struct folio *folio);
 bool rksm_folio_test_large(const struct folio *folio);
 bool rksm_folio_test_swapcache(const struct folio *folio);
 bool rksm_page_test_hwpoison(const struct page *page);
@@ -57,7 +58,9 @@ void rksm_page_remove_rmap(struct page *page, struct vm_area_struct *vma);
 const void *rksm_page_content(const struct page *page);
 const void *rksm_zero_content(void);
 unsigned long rksm_zero_pfn(void);
-void rksm_lru_add_drain_all(void);
+void rksm_lru_init(void);
+void rksm_lru_exit(void);
+void rksm_lru_drain(unsigned int wait_ms);
 
 /* What the scan asks of an entry. */
 struct rksm_mapped {

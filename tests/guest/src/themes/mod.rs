@@ -34,6 +34,7 @@ mod secrets;
 mod smart;
 mod soak;
 mod softdirty;
+mod stall;
 mod swap;
 mod trace;
 mod unmerge;
@@ -64,6 +65,7 @@ pub const ALL: &[&Theme] = &[
     &unmerge::THEME,
     &registration::THEME,
     &exit::THEME,
+    &stall::THEME,
     &vmops::THEME,
     &huge::THEME,
     &zero::THEME,

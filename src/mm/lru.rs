@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! References that the per-CPU batches of the LRU lists hold.
+//!
+//! A page that was just faulted in waits in such a batch, with a reference, for its CPU to put it on an LRU
+//! list. To the merge protocol that is a reference like any other: the page is left alone. So the batches are
+//! emptied, but only when one was in the way; never on isolated CPUs, which are to be left in peace; and
+//! without waiting for a CPU whose tasks do not let the work run.
+
+use super::ffi;
+use kernel::sync::atomic::{Atomic, Relaxed};
+
+/// How long the scan waits for the CPUs to empty their batches, in milliseconds. What takes longer is done
+/// some time.
+const WAIT_MS: u32 = 50;
+
+/// A page was left alone that a batch may hold. A hint.
+static IN_THE_WAY: Atomic<bool> = Atomic::new(false);
+
+/// Notes that a page was left alone that a batch may hold.
+pub(super) fn note_in_the_way() {
+    IN_THE_WAY.store(true, Relaxed);
+}
+
+/// Whether a page was left alone that a batch may hold, since this was asked last.
+pub(crate) fn was_in_the_way() -> bool {
+    let was = IN_THE_WAY.load(Relaxed);
+    if was {
+        IN_THE_WAY.store(false, Relaxed);
+    }
+    was
+}
+
+/// Empties the batches of this CPU, and has all others that are not isolated empty theirs. Sleeps, but not for
+/// long; no lock may be held.
+pub(crate) fn drain() {
+    // SAFETY: Called by a task that holds no lock.
+    unsafe { ffi::rksm_lru_drain(WAIT_MS) };
+}
+
+/// The module's share in the workqueues of all CPUs. Dropping it waits until none of its work runs.
+pub(crate) struct Drains(());
+
+impl Drains {
+    /// Prepares the work. It must be dropped after the thread that calls [`drain`].
+    pub(crate) fn new() -> Self {
+        // SAFETY: Called once, before any use, when the module is loaded.
+        unsafe { ffi::rksm_lru_init() };
+        Self(())
+    }
+}
+
+impl Drop for Drains {
+    fn drop(&mut self) {
+        // SAFETY: Nothing queues work any more, as the thread has ended.
+        unsafe { ffi::rksm_lru_exit() };
+    }
+}

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What a process holds for as long as it likes stops neither the scan nor those who write to `run`; and what
+//! rksm holds does not keep a process from exiting.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+
+use super::tests;
+use crate::background::Background;
+use crate::engine;
+use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::patience::patient;
+use crate::proc;
+use crate::region::Region;
+use crate::scan;
+use crate::sys::{self, Ended};
+use crate::worker::{verify_all, Worker};
+
+pub const THEME: Theme = Theme {
+    name: "stall",
+    about: "neither scanning nor run waits for what a process holds, nor an exit for the scan",
+    module: Module::Loaded,
+    tests: tests![
+        ("busy-cpu", 120, busy_cpu),
+        ("mmap-lock-that-is-held", 200, held_lock),
+        ("memory-is-back-after-an-exit", 200, exits),
+    ],
+};
+
+const N: usize = 64;
+const IN_TREE: &str = "the in-tree engine waits";
+const SCHED: &str = "/sys/kernel/debug/sched/fair_server";
+const DEBUGFS: &str = "/sys/kernel/debug";
+
+/// Runs this process on one CPU only.
+fn pin_to(cpu: usize) -> Result<()> {
+    // SAFETY: plain data, for which zeroes are a valid value.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: writes a bit of the set.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the set outlives the call.
+    let ret = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) };
+    ensure!(
+        ret == 0,
+        "sched_setaffinity: {}",
+        std::io::Error::last_os_error()
+    );
+    Ok(())
+}
+
+/// Makes this process one that no ordinary task can take a CPU from.
+fn be_first() -> Result<()> {
+    let param = libc::sched_param { sched_priority: 50 };
+    // SAFETY: the parameter outlives the call.
+    let ret = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) };
+    ensure!(
+        ret == 0,
+        "sched_setscheduler: {}",
+        std::io::Error::last_os_error()
+    );
+    Ok(())
+}
+
+/// A CPU on which ordinary tasks get no time from one that comes first, until this is dropped.
+struct Unfair {
+    knob: String,
+    before: String,
+}
+
+impl Unfair {
+    fn new(cpu: usize) -> Result<Option<Self>> {
+        if !std::path::Path::new(SCHED).exists() {
+            // SAFETY: all strings outlive the call.
+            unsafe {
+                libc::mount(
+                    c"debugfs".as_ptr(),
+                    c"/sys/kernel/debug".as_ptr(),
+                    c"debugfs".as_ptr(),
+                    0,
+                    std::ptr::null(),
+                )
+            };
+        }
+        let knob = format!("{SCHED}/cpu{cpu}/runtime");
+        let Ok(before) = fs::read_to_string(&knob) else {
+            println!("no fair server in {DEBUGFS}");
+            return Ok(None);
+        };
+        fs::write(&knob, "0").context("fair_server")?;
+        Ok(Some(Self { knob, before }))
+    }
+}
+
+impl Drop for Unfair {
+    fn drop(&mut self) {
+        let _ = fs::write(&self.knob, self.before.trim());
+    }
+}
+
+/// Uses CPU 1 alone, with new pages in that CPU's batches, for so long at most.
+fn spin(limit: Duration) -> Result<Background> {
+    Background::once(move || {
+        pin_to(1)?;
+        be_first()?;
+        let mut region = Region::new(8)?;
+        let end = Instant::now() + limit;
+        while Instant::now() < end {
+            region.dontneed(0, 8)?;
+            region.fill(0, 8, 1, 1);
+        }
+        Ok(())
+    })
+}
+
+/// How long the CPU is busy at most, so that nothing in the kernel complains.
+const SPIN: Duration = Duration::from_secs(12);
+
+fn busy_cpu() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    pin_to(0)?;
+    let Some(_unfair) = Unfair::new(1)? else {
+        return skip("ordinary tasks always get some time");
+    };
+    if let Some(thread) = proc::kernel_thread(engine::thread_name())? {
+        // It would be kept from running at all on that CPU.
+        let mask = std::process::Command::new("taskset")
+            .args(["-pc", "0", &thread.to_string()])
+            .output()?;
+        ensure!(mask.status.success());
+    }
+    let mut workers = [Worker::mergeable(N, 500)?, Worker::mergeable(N, 500)?];
+    let mut spinner = spin(SPIN)?;
+    std::thread::sleep(Duration::from_millis(100));
+    scan::until_merged(N as u64, N as u64)?;
+    engine::write("run", 0)?;
+    engine::write("run", 1)?;
+    scan::passes(2)?;
+    engine::write("run", 0)?;
+    // All that was done while nobody else got that CPU.
+    ensure!(spinner.ended()?.is_none(), "only when the CPU was free");
+    let ended = spinner.join(SPIN + patient(Duration::from_secs(5)))?;
+    ensure!(ended == Ended::Exit(0), "{ended:?}");
+    verify_all(&mut workers)?;
+    PASS
+}
+
+/// Whether reading something for which the `mmap_lock` of `pid` is needed comes to nothing.
+fn is_locked(pid: u32) -> Result<bool> {
+    let mut reader = Background::once(move || {
+        fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        Ok(())
+    })?;
+    let end = Instant::now() + Duration::from_millis(300);
+    while Instant::now() < end {
+        if reader.ended()?.is_some() {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(true)
+}
+
+/// A process that forks all the time, with so many areas that its `mmap_lock` is held for long each time: when
+/// it gets no CPU in the middle of that, for as long as that lasts.
+fn held_lock() -> Outcome {
+    const AREAS: usize = 12_000;
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    pin_to(0)?;
+    let Some(_unfair) = Unfair::new(1)? else {
+        return skip("ordinary tasks always get some time");
+    };
+    let forker = Background::once(|| {
+        pin_to(1)?;
+        let mut region = Region::new(AREAS)?;
+        region.fill(0, 4, 7000, 1);
+        for i in (1..AREAS).step_by(2) {
+            region.protect(i, 1, libc::PROT_READ)?;
+        }
+        region.advise(0, AREAS, libc::MADV_MERGEABLE)?;
+        loop {
+            if let sys::Forked::Child = sys::fork()? {
+                sys::exit_now(0);
+            }
+            while let Ok(Some(_)) = sys::try_wait(-1) {}
+        }
+    })?;
+    let thread = proc::kernel_thread(engine::thread_name())?.context("no thread")?;
+    let status = std::process::Command::new("taskset")
+        .args(["-pc", "0", &thread.to_string()])
+        .output()?;
+    ensure!(status.status.success());
+    let mut workers = [Worker::mergeable(N, 500)?, Worker::mergeable(N, 500)?];
+    std::thread::sleep(Duration::from_millis(700));
+    for attempt in 0..20 {
+        let mut spinner = spin(SPIN)?;
+        std::thread::sleep(Duration::from_millis(50));
+        if !is_locked(forker.pid())? {
+            spinner.kill()?;
+            std::thread::sleep(Duration::from_millis(37 * (attempt % 7)));
+            continue;
+        }
+        println!("locked at attempt {attempt}");
+        scan::until_merged(N as u64, N as u64)?;
+        engine::write("run", 0)?;
+        ensure!(spinner.ended()?.is_none(), "only when the lock was free");
+        // And the one that holds it is killed to let all of it end.
+        spinner.kill()?;
+        verify_all(&mut workers)?;
+        drop(forker);
+        return PASS;
+    }
+    skip("the lock was never found held")
+}
+
+/// A process with much memory exits while it is scanned: its memory is back when it has been waited for.
+fn exits() -> Outcome {
+    const BIG: usize = 24_000;
+    const ROUNDS: u64 = 10;
+    let mut most = 0;
+    for round in 0..ROUNDS {
+        let mut worker = Worker::with_pages(BIG)?;
+        worker.fill(0, BIG, 1 + round * 1_000_000, 1)?;
+        worker.advise(0, BIG, libc::MADV_MERGEABLE)?;
+        scan::start()?;
+        let before = engine::read("pages_scanned")?;
+        engine::wait_for("scan", Duration::from_secs(30), || {
+            Ok(engine::read("pages_scanned")? > before + BIG as u64 / 4)
+        })?;
+        worker.kill()?;
+        fs::write("/proc/sys/vm/stat_refresh", "1")?;
+        let at_once = proc::vmstat("nr_anon_pages")?;
+        scan::stop()?;
+        std::thread::sleep(Duration::from_millis(700));
+        fs::write("/proc/sys/vm/stat_refresh", "1")?;
+        let later = proc::vmstat("nr_anon_pages")?;
+        most = most.max(at_once - later);
+    }
+    println!("of {BIG} pages at most {most} came back later");
+    ensure!(most < BIG as i64 / 8, "{most} pages came back later");
+    PASS
+}
