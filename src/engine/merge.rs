@@ -523,7 +523,8 @@ impl State {
     /// Remembers a page that is not remembered, and that is to be listed.
     fn remember(&mut self, mm: &Mm, place: Place, sample: Sample) -> Result {
         let known = known_mm(&mut self.mms, mm, place.slot).ok_or(ENOMEM)?;
-        let mut leaf = known.pages.leaf_from(place.addr, GFP_SCAN)?;
+        let pass = self.core.pass;
+        let mut leaf = known.pages.leaf_from(place.addr, pass, GFP_SCAN)?;
         let result = match leaf.seek(place.addr) {
             Found::Nothing => leaf
                 .insert(PageWord::seen(sample), 1, GFP_SCAN)

@@ -7,7 +7,7 @@ use super::{
     deferred::Deferred,
     index::{NodesLike, Place, SlotId},
     merge::Joined,
-    pagemap::{Found, PageMap},
+    pagemap::{Found, PageMap, Pass},
     position::Position,
     run, Core, Engine, Forget, MmState, State, GFP_SCAN, REFRESH_PASSES,
 };
@@ -43,7 +43,7 @@ pub(super) struct Cursor {
     news: bool,
     /// [`Core::events`] when this pass began.
     events: u64,
-    /// Whether some leaves of the current address space are skipped in this pass.
+    /// Whether this pass skips leaves that are not worth looking at.
     skipping: bool,
     /// Whether all pages were looked at, and those that have an equal are merged now, at first sight.
     gathering: bool,
@@ -227,6 +227,7 @@ impl Engine {
             at,
             news: state.core.events != before,
             events: state.core.events,
+            skipping: self.smart_scan.load(Relaxed) != 0,
             began: Some(Instant::now()),
             ..Cursor::new()
         };
@@ -289,9 +290,6 @@ impl Engine {
         lock: MmapLock<'_>,
         budget: usize,
     ) -> Option<usize> {
-        if state.cursor.at.addr() == 0 {
-            self.begin_mm(state, slot);
-        }
         let mm = lock.mm();
         let mut scratch = state.scratch.take()?;
         state.fit_filter(BATCH_PAGES);
@@ -300,23 +298,6 @@ impl Engine {
         let looked = scratch.batch.pages().len();
         state.scratch = Some(scratch);
         more.then_some(looked)
-    }
-
-    /// Decides what is to be skipped of an address space in this pass.
-    fn begin_mm(&self, state: &mut State, slot: SlotId) {
-        state.cursor.skipping = false;
-        if self.smart_scan.load(Relaxed) == 0 {
-            return;
-        }
-        if let Some(known) = state.mms.get_mut(&slot) {
-            // What is merged is looked at in every pass, or it would show as merged long after it was
-            // written to.
-            let skipped = known
-                .pages
-                .begin_pass(state.cursor.news, PageWord::is_merged);
-            self.stats.add_skipped(skipped);
-            state.cursor.skipping = skipped != 0;
-        }
     }
 
     /// Merges what is remembered of the next few pages of one address space, at first sight. `None`: there
@@ -390,6 +371,7 @@ impl Engine {
         let mut vmas = HOLD_VMAS;
         // What is skipped from here on, if anything is: up to its last address.
         let mut skipped = None;
+        let mut newly_skipped = 0;
         while !scratch.batch.is_full(budget) {
             let vma = match MergeableVma::next(&lock, next, &mut vmas) {
                 Next::Vma(vma) => vma,
@@ -400,7 +382,7 @@ impl Engine {
                 Next::None => break,
             };
             let start = next.max(vma.start());
-            let limit = match state.next_skipped(slot, start) {
+            let limit = match state.next_skipped(slot, start, &mut newly_skipped) {
                 Ok((first, last)) if first <= start => {
                     // What is before it is done with first; then go on behind it.
                     if next == from {
@@ -416,6 +398,7 @@ impl Engine {
         }
         // What was seen is compared later anyway.
         drop(lock);
+        self.stats.add_skipped(newly_skipped);
         let mut left = Forget::new();
         if next != from {
             next = state.absorb(mm, slot, from, next, &mut left, scratch);
@@ -463,9 +446,18 @@ impl MmState {
 
 impl State {
     /// The next leaves of an address space that this pass skips, see [`PageMap::next_skipped`].
-    fn next_skipped(&mut self, slot: SlotId, from: usize) -> Result<(usize, usize), usize> {
+    fn next_skipped(
+        &mut self,
+        slot: SlotId,
+        from: usize,
+        skipped: &mut usize,
+    ) -> Result<(usize, usize), usize> {
+        let pass = Pass {
+            number: self.core.pass,
+            news: self.cursor.news,
+        };
         match self.mms.get_mut(&slot) {
-            Some(known) if self.cursor.skipping => known.pages.next_skipped(from),
+            Some(known) if self.cursor.skipping => known.pages.next_skipped(from, &pass, skipped),
             _ => Err(usize::MAX),
         }
     }
@@ -528,9 +520,14 @@ impl State {
         };
         let core = &mut self.core;
         let changes = core.changes;
-        if let Ok(mut leaf) = known.pages.leaf_from(addr, GFP_SCAN) {
+        if let Ok(mut leaf) = known.pages.leaf_from(addr, core.pass, GFP_SCAN) {
             let turn = PageMap::<PageWord>::number(addr).wrapping_add(core.pass as usize);
             core.refreshing = turn % REFRESH_PASSES == 0;
+            if self.cursor.skipping {
+                // What is merged is looked at in every pass, or it would show as merged long after it was
+                // written to.
+                leaf.decide_skips(|words| words.iter().any(PageWord::is_merged));
+            }
             let news = self.cursor.news || leaf.is_owed_news() || core.refreshing;
             let end = first.saturating_add(count);
             // Without holes among the pages, most often all are known, or all are new.

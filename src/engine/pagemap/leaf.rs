@@ -30,27 +30,81 @@ pub(super) struct Age {
     passes: u8,
     /// How many of the next passes are to skip the leaf.
     skips: u8,
-    /// Whether this pass skips it.
-    pub(super) is_skipped: bool,
-    /// Whether there was news for it in a pass that skipped it.
-    pub(super) is_owed_news: bool,
+    /// [`Self::SKIPPED`] and [`Self::OWED_NEWS`].
+    flags: u8,
+    /// The pass that it has begun, modulo 2⁸.
+    pass: u8,
 }
 
 impl Age {
-    /// Begins a pass, for which there is news or not, and decides whether it skips the leaf. The ages
-    /// and numbers of passes are those of in-tree KSM, which has them for each page.
-    pub(super) fn begin_pass(&mut self, news: bool, may_skip: impl FnOnce() -> bool) {
-        if !self.is_skipped {
-            // It was looked at in the pass before.
-            self.is_owed_news = false;
+    /// This pass skips the leaf.
+    const SKIPPED: u8 = 1;
+    /// There is news for it that it has not seen yet.
+    const OWED_NEWS: u8 = 2;
+
+    fn set(&mut self, flag: u8, on: bool) {
+        self.flags = if on {
+            self.flags | flag
+        } else {
+            self.flags & !flag
+        };
+    }
+
+    fn has(self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// That of a leaf which is made in this pass.
+    pub(super) fn new(pass: u32) -> Self {
+        Self {
+            pass: pass as u8,
+            ..Self::default()
         }
+    }
+
+    /// Whether this pass skips the leaf.
+    pub(super) fn is_skipped(self) -> bool {
+        self.has(Self::SKIPPED)
+    }
+
+    /// Whether there is news for it that it has not seen yet.
+    pub(super) fn is_owed_news(self) -> bool {
+        self.has(Self::OWED_NEWS)
+    }
+
+    /// Whether the pass with this number is still to be begun. (One that comes 256 passes after the last one
+    /// that was is not; a leaf takes part in nearly all.)
+    #[inline]
+    pub(super) fn is_behind(self, pass: u32) -> bool {
+        self.pass != pass as u8
+    }
+
+    /// Begins a pass that skips nothing.
+    pub(super) fn begin_whole_pass(&mut self, pass: u32) {
+        self.pass = pass as u8;
+        let owed = self.is_skipped() && self.is_owed_news();
+        self.set(Self::OWED_NEWS, owed);
+        self.set(Self::SKIPPED, false);
+    }
+
+    /// Begins a pass, for which there is news or not, and decides whether it skips the leaf. The ages and
+    /// numbers of passes are those of in-tree KSM, which has them for each page.
+    pub(super) fn begin_pass(&mut self, pass: u32, news: bool) {
+        self.begin_whole_pass(pass);
         let age = self.passes;
         self.passes = age.saturating_add(1);
-        self.is_skipped = age >= 3 && self.skips != 0;
-        if self.is_skipped {
+        self.set(Self::SKIPPED, age >= 3 && self.skips != 0);
+        if self.is_skipped() {
             self.skips = self.skips.saturating_sub(1);
-            self.is_owed_news |= news;
-        } else if age >= 3 && may_skip() {
+            self.set(Self::OWED_NEWS, self.is_owed_news() || news);
+        }
+    }
+
+    /// Decides how many of the next passes are to skip the leaf, which this one looks at.
+    pub(super) fn decide_skips(&mut self, may_skip: impl FnOnce() -> bool) {
+        // As of the beginning of the pass.
+        let age = self.passes.saturating_sub(1);
+        if age >= 3 && self.skips == 0 && !self.is_skipped() && may_skip() {
             self.skips = match age {
                 0..=3 => 1,
                 4..=5 => 2,
@@ -228,11 +282,11 @@ impl<W> Many<W> {
 }
 
 impl<W> Leaf<W> {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(age: Age) -> Self {
         Self {
             content: Content::Nothing,
             trouble: 0,
-            age: Age::default(),
+            age,
         }
     }
 

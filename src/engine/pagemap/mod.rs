@@ -6,10 +6,12 @@ mod leaf;
 
 use core::mem::size_of;
 use kernel::{alloc::Flags, page::PAGE_SHIFT, prelude::*, rbtree::RBTree};
-use leaf::{Leaf, LEAF_PAGES, LEAF_SHIFT};
+use leaf::{Age, Leaf, LEAF_PAGES, LEAF_SHIFT};
 
-/// How many leaves [`PageMap::next_skipped`] looks at.
+/// How many leaves [`PageMap::next_skipped`] looks at; and after how many pages that are not skipped it ends: twice
+/// as many as one step of the scan has.
 const SKIP_SEARCH: usize = 64;
+const SKIP_SEARCH_PAGES: usize = 2 * LEAF_PAGES;
 
 /// How much trouble one page makes, and how much of it is too much: more than four pages lately.
 const TROUBLE_STEP: usize = 16;
@@ -29,6 +31,14 @@ pub(crate) struct PageMap<W> {
     leaves: RBTree<usize, Leaf<W>>,
     /// See [`Self::bytes`].
     bytes: usize,
+}
+
+/// A pass, as far as leaves have to know it to decide whether it skips them.
+pub(crate) struct Pass {
+    /// Its number.
+    pub(crate) number: u32,
+    /// Whether there is news for all pages, see [`Cursor`](super::scan::Cursor).
+    pub(crate) news: bool,
 }
 
 /// Where a page is: which leaf, and which page of it.
@@ -90,15 +100,23 @@ impl<W> PageMap<W> {
     /// The pages of the leaf that `addr` is in, to be gone through from `addr` on in the order of their
     /// addresses. The leaf is made if need be, which may fail with `ENOMEM`.
     ///
-    /// The caller gives the leaf a word, or calls [`Self::prune`].
-    pub(crate) fn leaf_from(&mut self, addr: usize, flags: Flags) -> Result<LeafCursor<'_, W>> {
+    /// The caller gives the leaf a word, or calls [`Self::prune`]. `pass` is the number of the pass.
+    pub(crate) fn leaf_from(
+        &mut self,
+        addr: usize,
+        pass: u32,
+        flags: Flags,
+    ) -> Result<LeafCursor<'_, W>> {
         let slot = Slot::of(addr);
         if self.leaves.get(&slot.leaf).is_none() {
-            self.leaves
-                .try_create_and_insert(slot.leaf, Leaf::new(), flags)?;
+            let leaf = Leaf::new(Age::new(pass));
+            self.leaves.try_create_and_insert(slot.leaf, leaf, flags)?;
             self.bytes = self.bytes.saturating_add(Self::NODE_BYTES);
         }
         let leaf = self.leaves.get_mut(&slot.leaf).ok_or(ENOMEM)?;
+        if leaf.age.is_behind(pass) {
+            leaf.age.begin_whole_pass(pass);
+        }
         Ok(LeafCursor {
             rank: leaf.rank(slot.page),
             at: slot,
@@ -107,35 +125,44 @@ impl<W> PageMap<W> {
         })
     }
 
-    /// Begins a pass, for which there is news or not: decides which leaves it skips, because nothing has
-    /// come of looking at their pages for some time. A leaf is not skipped as long as it has a page whose
-    /// word `keeps` it from that. Returns how many pages are skipped.
-    pub(crate) fn begin_pass(&mut self, news: bool, mut keeps: impl FnMut(&W) -> bool) -> usize {
-        let mut pages = 0usize;
-        for (_, leaf) in self.leaves.iter_mut() {
-            let mut age = leaf.age;
-            age.begin_pass(news, || !leaf.words().iter().any(&mut keeps));
-            leaf.age = age;
-            if age.is_skipped {
-                pages = pages.saturating_add(leaf.len());
-            }
-        }
-        pages
-    }
-
-    /// The first leaves side by side, with an address at or behind `from`, that this pass skips: their first
-    /// and their last address. `Err`: there are none before this address.
-    pub(crate) fn next_skipped(&mut self, from: usize) -> Result<(usize, usize), usize> {
+    /// The first leaves side by side, with an address at or behind `from`, that `pass` skips, because nothing
+    /// has come of looking at their pages for some time: their first and their last address. `Err`: there are
+    /// none before this address.
+    ///
+    /// Leaves that this comes by begin the pass, if they have not yet. The pages of those that are skipped are
+    /// added to `skipped` then.
+    pub(crate) fn next_skipped(
+        &mut self,
+        from: usize,
+        pass: &Pass,
+        skipped: &mut usize,
+    ) -> Result<(usize, usize), usize> {
         let mut cursor = self.leaves.cursor_lower_bound_mut(&Slot::of(from).leaf);
         let mut found: Option<(usize, usize)> = None;
+        let mut pages = 0usize;
         for _ in 0..SKIP_SEARCH {
-            let Some(at) = cursor else {
+            if pages >= SKIP_SEARCH_PAGES {
+                break;
+            }
+            let Some(mut at) = cursor else {
                 return found.ok_or(usize::MAX);
             };
-            let (&leaf, content) = at.current();
+            let (&leaf, content) = at.current_mut();
+            let mut age = content.age;
+            if age.is_behind(pass.number) {
+                age.begin_pass(pass.number, pass.news);
+                content.age = age;
+                if age.is_skipped() {
+                    *skipped = skipped.saturating_add(content.len());
+                }
+            }
             let first = Slot { leaf, page: 0 }.addr();
-            found = match (found, content.age.is_skipped) {
-                (None, false) => None,
+            let len = content.len();
+            found = match (found, age.is_skipped()) {
+                (None, false) => {
+                    pages = pages.saturating_add(len);
+                    None
+                }
                 (None, true) => Some((first, Self::leaf_end(first))),
                 (Some((start, last)), true) if last.checked_add(1) == Some(first) => {
                     Some((start, Self::leaf_end(first)))
@@ -417,9 +444,23 @@ impl<W> LeafCursor<'_, W> {
         true
     }
 
-    /// Whether there was news for the leaf in a pass that skipped it, and that it was not looked at since.
+    /// Decides whether the next passes skip the leaf, for nothing has come of looking at its pages for some time; not
+    /// as long as its words `keep` it from that.
+    ///
+    /// That takes a look at all words, so only one step of a pass does it: the first, with no word before where it
+    /// begins.
+    pub(crate) fn decide_skips(&mut self, keep: impl FnOnce(&[W]) -> bool) {
+        if self.rank != 0 {
+            return;
+        }
+        let mut age = self.leaf.age;
+        age.decide_skips(|| !keep(self.leaf.words()));
+        self.leaf.age = age;
+    }
+
+    /// Whether there is news for the leaf that it has not seen yet.
     pub(crate) fn is_owed_news(&self) -> bool {
-        self.leaf.age.is_owed_news
+        self.leaf.age.is_owed_news()
     }
 
     /// How many words the leaf has.

@@ -246,7 +246,7 @@ fn filter(group: &mut Group<'_>, size: usize) {
 
 /// Goes through the pages of one leaf, all of which are known, at once. Returns how many changed.
 fn look_at_run(map: &mut PageMap<u64>, addr: usize) -> usize {
-    let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) else {
+    let Ok(mut leaf) = map.leaf_from(addr, 0, GFP_NOWAIT) else {
         return 0;
     };
     match leaf.known_run(LEAF_PAGES) {
@@ -257,7 +257,7 @@ fn look_at_run(map: &mut PageMap<u64>, addr: usize) -> usize {
 
 /// Goes through every other page of one leaf, all of which are known, one after the other.
 fn look_at_each(map: &mut PageMap<u64>, addr: usize) -> usize {
-    let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) else {
+    let Ok(mut leaf) = map.leaf_from(addr, 0, GFP_NOWAIT) else {
         return 0;
     };
     let mut changed = 0;
@@ -272,7 +272,7 @@ fn look_at_each(map: &mut PageMap<u64>, addr: usize) -> usize {
 
 /// Remembers pages, every `step`th, and nothing else of their leaf.
 fn fill(map: &mut PageMap<u64>, addr: usize, step: usize) {
-    if let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) {
+    if let Ok(mut leaf) = map.leaf_from(addr, 0, GFP_NOWAIT) {
         if step == 1 {
             assert!(leaf.fill_run(LEAF_PAGES, GFP_NOWAIT, |_| 7));
             return;

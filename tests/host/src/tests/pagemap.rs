@@ -5,7 +5,7 @@
 mod pair;
 
 use super::counted::Counted;
-use crate::engine::pagemap::{Found, PageMap};
+use crate::engine::pagemap::{Found, PageMap, Pass};
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     page::{PAGE_MASK, PAGE_SIZE},
@@ -378,7 +378,7 @@ fn leaf_ends() {
 #[test]
 fn prunes_only_what_is_empty() {
     let mut pair = Pair::new();
-    assert!(pair.map.leaf_from(LEAF, GFP_NOWAIT).is_ok());
+    assert!(pair.map.leaf_from(LEAF, 0, GFP_NOWAIT).is_ok());
     assert!(pair.map.bytes() > 0);
     // Another leaf is none of this one's business.
     pair.map.prune(0);
@@ -447,7 +447,7 @@ fn runs_at_the_edges() {
             let mut pair = Pair::with([LEAF - PAGE_SIZE, 2 * LEAF]);
             let addr = LEAF + first * PAGE_SIZE;
             let mut map = std::mem::replace(&mut pair.map, PageMap::new());
-            let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) else {
+            let Ok(mut leaf) = map.leaf_from(addr, 0, GFP_NOWAIT) else {
                 panic!("no leaf");
             };
             let fits = first + count <= 512;
@@ -457,7 +457,7 @@ fn runs_at_the_edges() {
             assert_eq!(leaf.fill_run(count, GFP_NOWAIT, |_| ledger.make()), fits);
             assert_eq!(leaf.len(), if fits { count } else { 0 });
             for (more, known) in [(0, fits), (1, false)] {
-                let Ok(mut leaf) = map.leaf_from(addr, GFP_NOWAIT) else {
+                let Ok(mut leaf) = map.leaf_from(addr, 0, GFP_NOWAIT) else {
                     panic!("no leaf");
                 };
                 assert_eq!(leaf.known_run(count + more).is_some(), known);
@@ -580,13 +580,48 @@ fn small_batches_are_cheap() {
     }
 }
 
+/// Begins a pass, in which leaves with a word that `keeps` them from it are not skipped. Returns how many pages
+/// are skipped.
+fn begin(pair: &mut Pair, number: u32, news: bool, keeps: impl Fn(&Counted) -> bool) -> usize {
+    let pass = Pass { number, news };
+    let mut skipped = 0;
+    let mut from = Some(0);
+    while let Some(addr) = from {
+        from = match pair.map.next_skipped(addr, &pass, &mut skipped) {
+            Ok((_, last)) => last.checked_add(1),
+            Err(usize::MAX) => None,
+            Err(next) => Some(next),
+        };
+    }
+    // All are looked at but those.
+    for &leaf in pair.leaves.keys() {
+        let leaf = pair.map.leaf_from(leaf * LEAF, number, GFP_NOWAIT);
+        leaf.unwrap().decide_skips(|words| words.iter().any(&keeps));
+    }
+    skipped
+}
+
+/// The first leaves from `from` on that the pass with this number, which has begun, skips.
+fn skipped_from(pair: &mut Pair, from: usize, number: u32) -> Result<(usize, usize), usize> {
+    let pass = Pass {
+        number,
+        news: false,
+    };
+    let mut skipped = 0;
+    let found = pair.map.next_skipped(from, &pass, &mut skipped);
+    // All have begun it already.
+    assert_eq!(skipped, 0);
+    found
+}
+
 /// Which of so many passes look at the only leaf. What happens in some of them is done by `deed`.
 fn looked_at(passes: usize, news: bool, mut deed: impl FnMut(usize, &mut Pair)) -> Vec<usize> {
     let mut pair = Pair::with([LEAF, LEAF + 7 * PAGE_SIZE]);
     let mut looked = Vec::new();
     for pass in 0..passes {
-        let skipped = pair.map.begin_pass(news, |_| false);
-        let found = pair.map.next_skipped(0);
+        let number = pass as u32 + 1;
+        let skipped = begin(&mut pair, number, news, |_| false);
+        let found = skipped_from(&mut pair, 0, number);
         if skipped == 0 {
             assert_eq!(found, Err(usize::MAX));
             looked.push(pass);
@@ -645,7 +680,8 @@ fn what_happens_elsewhere_ends_skipping() {
     let mut pair = Pair::with([LEAF, LEAF + 7 * PAGE_SIZE]);
     let mut looked = Vec::new();
     for pass in 0..17 {
-        if pair.map.begin_pass(false, |_| false) == 0 {
+        let number = pass as u32 + 1;
+        if begin(&mut pair, number, false, |_| false) == 0 {
             looked.push(pass);
         }
         if pass == 14 {
@@ -661,9 +697,11 @@ fn what_happens_elsewhere_ends_skipping() {
 fn some_leaves_are_not_skipped() {
     let mut pair = Pair::with([0, 5 * LEAF, 5 * LEAF + PAGE_SIZE, 9 * LEAF]);
     let kept = pair.model[&(5 * LEAF + PAGE_SIZE)];
-    for _ in 0..40 {
-        pair.map.begin_pass(false, |word| word.id() == kept);
-        assert_ne!(pair.map.next_skipped(LEAF), Ok((5 * LEAF, 6 * LEAF - 1)));
+    for pass in 1..41 {
+        let keeps = |word: &Counted| word.id() == kept;
+        begin(&mut pair, pass, false, keeps);
+        let found = skipped_from(&mut pair, LEAF, pass);
+        assert_ne!(found, Ok((5 * LEAF, 6 * LEAF - 1)));
     }
     pair.empty_by_dropping();
 }
@@ -675,8 +713,8 @@ fn news_waits_for_a_skipped_leaf() {
     let mut owed = Vec::new();
     for pass in 0..30 {
         // Once, in a pass that skips it.
-        let skipped = pair.map.begin_pass(pass == 9, |_| false) != 0;
-        let leaf = pair.map.leaf_from(LEAF, GFP_NOWAIT).unwrap();
+        let skipped = begin(&mut pair, pass + 1, pass == 9, |_| false) != 0;
+        let leaf = pair.map.leaf_from(LEAF, pass + 1, GFP_NOWAIT).unwrap();
         if leaf.is_owed_news() && !skipped {
             owed.push(pass);
         }
@@ -685,19 +723,44 @@ fn news_waits_for_a_skipped_leaf() {
     pair.empty_by_dropping();
 }
 
+/// The words of a leaf are gone through once in a pass to decide whether it is skipped, in however many steps that looks
+/// at its pages.
+#[test]
+fn skips_are_decided_once_a_pass() {
+    let mut pair = full(1);
+    for number in 1..8 {
+        begin(&mut pair, number, false, |_| true);
+        let asked = [0, 1, 100, 511].map(|page| {
+            let mut asked = 0;
+            let leaf = pair.map.leaf_from(page * PAGE_SIZE, number, GFP_NOWAIT);
+            // They keep it from being skipped.
+            leaf.unwrap().decide_skips(|words| {
+                asked += words.len();
+                true
+            });
+            asked
+        });
+        let first = if number > 3 { 512 } else { 0 };
+        assert_eq!(asked, [first, 0, 0, 0], "pass {number}");
+    }
+    pair.empty_by_dropping();
+}
+
 /// The search for a leaf that is skipped goes on where it left off.
 #[test]
 fn search_for_skipped_leaves_is_bounded() {
     let mut pair = Pair::with((0..300).map(|nth| 2 * nth * LEAF));
-    for _ in 0..5 {
-        pair.map.begin_pass(false, |_| false);
+    for pass in 1..6 {
+        begin(&mut pair, pass, false, |_| false);
     }
-    assert_eq!(pair.map.next_skipped(1), Ok((0, LEAF - 1)));
-    assert_eq!(pair.map.next_skipped(LEAF), Ok((2 * LEAF, 3 * LEAF - 1)));
-    pair.map.begin_pass(false, |_| false);
+    let first = skipped_from(&mut pair, 1, 5);
+    assert_eq!(first, Ok((0, LEAF - 1)));
+    let second = skipped_from(&mut pair, LEAF, 5);
+    assert_eq!(second, Ok((2 * LEAF, 3 * LEAF - 1)));
+    begin(&mut pair, 6, false, |_| false);
     let mut from = 0;
     let mut steps = 0;
-    while let Err(next) = pair.map.next_skipped(from) {
+    while let Err(next) = skipped_from(&mut pair, from, 6) {
         assert!(next > from);
         steps += 1;
         if next == usize::MAX {
@@ -709,27 +772,37 @@ fn search_for_skipped_leaves_is_bounded() {
     pair.empty_by_dropping();
 }
 
+/// Pages that are not skipped are gone through no further than the next step may come.
+#[test]
+fn search_for_skipped_leaves_ends_with_the_step() {
+    let mut pair = full(8);
+    begin(&mut pair, 1, false, |_| false);
+    assert_eq!(skipped_from(&mut pair, 0, 1), Err(2 * LEAF));
+    assert_eq!(skipped_from(&mut pair, 3 * LEAF + 1, 1), Err(5 * LEAF));
+    assert_eq!(skipped_from(&mut pair, 7 * LEAF, 1), Err(usize::MAX));
+    pair.empty_by_dropping();
+}
+
 /// Neighbours are skipped together, and no more than are looked at.
 #[test]
 fn neighbours_are_skipped_together() {
     const COUNT: usize = 100;
     let mut pair = Pair::with((0..COUNT).map(|nth| nth * LEAF));
     let kept = pair.model[&(80 * LEAF)];
-    for _ in 0..5 {
-        pair.map.begin_pass(false, |word| word.id() == kept);
+    for pass in 1..6 {
+        let keeps = |word: &Counted| word.id() == kept;
+        begin(&mut pair, pass, false, keeps);
     }
     let mut ends = Vec::new();
     let mut from = 0;
-    while let Ok((first, last)) = pair.map.next_skipped(from) {
+    while let Ok((first, last)) = skipped_from(&mut pair, from, 5) {
         ends.push((first / LEAF, last / LEAF));
         assert!(first % LEAF == 0 && last % LEAF == LEAF - 1);
         from = last + 1;
     }
     assert_eq!(ends, [(0, 63), (64, 79), (81, COUNT - 1)]);
-    assert_eq!(
-        pair.map.next_skipped(99 * LEAF),
-        Ok((99 * LEAF, 100 * LEAF - 1))
-    );
+    let last = skipped_from(&mut pair, 99 * LEAF, 5);
+    assert_eq!(last, Ok((99 * LEAF, 100 * LEAF - 1)));
     pair.empty_by_dropping();
 }
 
@@ -738,11 +811,11 @@ fn neighbours_are_skipped_together() {
 fn passed_and_kept() {
     let mut map = PageMap::new();
     for page in [1usize, 3, 4, 200] {
-        let mut leaf = map.leaf_from(page * PAGE_SIZE, GFP_NOWAIT).unwrap();
+        let mut leaf = map.leaf_from(page * PAGE_SIZE, 0, GFP_NOWAIT).unwrap();
         assert!(matches!(leaf.seek(page * PAGE_SIZE), Found::Nothing));
         assert!(leaf.insert(page, 1, GFP_NOWAIT).is_ok());
     }
-    let mut leaf = map.leaf_from(0, GFP_NOWAIT).unwrap();
+    let mut leaf = map.leaf_from(0, 0, GFP_NOWAIT).unwrap();
     let mut passed = Vec::new();
     loop {
         match leaf.seek(201 * PAGE_SIZE) {

@@ -126,7 +126,7 @@ impl Pair {
         let last = pages[pages.len() - 1].0;
         // Borrowed apart from the rest of the pair.
         let mut map = std::mem::replace(&mut self.map, PageMap::new());
-        let (leaf, made) = watch(|| map.leaf_from(first, GFP_NOWAIT));
+        let (leaf, made) = watch(|| map.leaf_from(first, 0, GFP_NOWAIT));
         let there = self.leaves.contains_key(&(first / LEAF));
         assert!(made.allocs + made.failed == usize::from(!there), "{made:?}");
         match leaf {
@@ -249,7 +249,7 @@ impl Pair {
         let map = &mut self.map;
         let (found, events) = watch(|| {
             failing(plan, || {
-                let mut leaf = map.leaf_from(addr, GFP_NOWAIT).ok()?;
+                let mut leaf = map.leaf_from(addr, 0, GFP_NOWAIT).ok()?;
                 match leaf.seek(addr) {
                     Found::Nothing => leaf.insert(word, 1, GFP_NOWAIT).ok().map(|()| id),
                     Found::Word(word) => Some(word.id()),
