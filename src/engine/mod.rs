@@ -537,6 +537,8 @@ const RETRY_MS: u32 = 20;
 const RETRY_MAX_MS: u32 = 1000;
 /// How many leaves of pages are forgotten under one hold of `state`.
 const FORGET_LEAVES: usize = 16;
+/// How many leaves of pages are counted anew under one hold of `state`.
+const COUNT_LEAVES: usize = 64;
 /// How many merged pages are undone after one step of the scan, at most.
 const UNDO_PAGES: usize = 128;
 /// How many nodes to look at in one round.
@@ -704,15 +706,19 @@ impl State {
         self.core.try_again();
     }
 
-    /// Makes room in the filter for `more` pages, or counts anew when it is worn. Without memory it
+    /// For how many pages the filter should have room, and with how many it would have to do without the
+    /// memory for these; `None`: it is good as it is. `more` pages are about to be remembered. Without memory it
     /// stays as it is until the next pass, and takes more pages for ones that have an equal than it should.
-    fn fit_filter(&mut self, more: usize) {
+    fn wanted_filter(&self, more: usize) -> Option<[usize; 2]> {
         let pages = self.core.pages.saturating_add(more);
         let filter = &self.core.filter;
+        if self.cursor.at.is_between_passes() && filter.is_much_too_large_for(pages) {
+            return Some([pages.saturating_mul(2); 2]);
+        }
         if filter.has_room_for(pages) && !filter.is_worn()
             || self.core.filter_failed == Some(self.core.pass)
         {
-            return;
+            return None;
         }
         // Grow to what is mapped by those who are registered, unless that is out of all proportion.
         let ahead = pages.saturating_mul(FILTER_AHEAD);
@@ -721,36 +727,66 @@ impl State {
             mapped if mapped < pages => double,
             mapped => mapped.min(ahead),
         };
-        if !self.count_anew(room) && (room <= double || !self.count_anew(double)) {
-            self.core.filter_failed = Some(self.core.pass);
-        }
+        Some([room, double.min(room)])
     }
 
-    /// Gives memory of the filter back when there are far less pages than it has room for.
-    fn shrink_filter(&mut self) {
-        if self.core.filter.is_much_too_large_for(self.core.pages) {
-            self.count_anew(self.core.pages.saturating_mul(2));
-        }
-    }
-
-    /// Counts all samples anew, in a filter with room for so many pages. Returns whether there was memory for
-    /// it.
-    fn count_anew(&mut self, room: usize) -> bool {
-        let Ok(mut filter) = Filter::for_pages(room, crate::mm::available_bytes()) else {
-            return false;
-        };
-        for zero in self.core.zeroes.into_iter().flat_map(Zeroes::iter) {
-            filter.add(zero);
-            filter.add(zero);
-        }
-        for (_, mm) in self.mms.iter() {
-            mm.pages.for_each(|word| {
+    /// Counts the samples of some pages from `at` on into `filter`. Returns where to go on.
+    fn count_some(&self, filter: &mut Filter, at: (SlotId, usize)) -> Option<(SlotId, usize)> {
+        let (mut slot, mut addr) = at;
+        let mut budget = COUNT_LEAVES;
+        loop {
+            let cursor = self.mms.cursor_lower_bound(&slot)?;
+            let (&found, known) = cursor.current();
+            if found != slot {
+                (slot, addr) = (found, 0);
+            }
+            let more = known.pages.for_each_from(addr, &mut budget, |word| {
                 filter.add(word.sample());
             });
-            crate::mm::cond_resched();
+            if let Some(addr) = more {
+                return Some((slot, addr));
+            }
+            (slot, addr) = (slot.checked_add(1)?, 0);
         }
-        self.core.filter = filter;
-        true
+    }
+}
+
+impl Engine {
+    /// Gives the filter the room that it should have, and counts all samples anew. Called by the scanning
+    /// thread without any lock, as the thread is what remembers pages; if something changes meanwhile all the
+    /// same, that was for nothing.
+    fn rebuild_filter(&self, rooms: [usize; 2]) {
+        let made = rooms
+            .into_iter()
+            .find_map(|room| Filter::for_pages(room, crate::mm::available_bytes()).ok());
+        let Some(mut filter) = made else {
+            let mut state = self.state.lock();
+            state.core.filter_failed = Some(state.core.pass);
+            return;
+        };
+        let mut at = Some((0, 0));
+        let mut began = None;
+        while let Some(from) = at {
+            crate::mm::cond_resched();
+            let state = self.state.lock();
+            let now = (state.core.changes, state.core.zeroes.is_some());
+            if *began.get_or_insert(now) != now {
+                return;
+            }
+            at = state.count_some(&mut filter, from);
+            if at.is_some() {
+                continue;
+            }
+            let mut state = state;
+            for zero in state.core.zeroes.into_iter().flat_map(Zeroes::iter) {
+                filter.add(zero);
+                filter.add(zero);
+            }
+            let old = core::mem::replace(&mut state.core.filter, filter);
+            drop(state);
+            // It may be large.
+            return drop(old);
+        }
     }
 }
 

@@ -148,6 +148,14 @@ impl Engine {
                 continue;
             }
             state.mapped_pages = mapped.unwrap_or(state.mapped_pages);
+            if let Some(rooms) = state.wanted_filter(BATCH_PAGES) {
+                drop(state);
+                self.rebuild_filter(rooms);
+                state = self.state.lock();
+                if self.run() != run::MERGE || self.is_offlining() {
+                    break;
+                }
+            }
             let step = self.step(&mut state, budget, current);
             self.publish_stats(&state);
             let undo = !state.undo.is_empty();
@@ -219,7 +227,6 @@ impl Engine {
 
     fn start_pass(&self, state: &mut State, current: &Current) {
         let last = self.registry.lock().last_id();
-        state.shrink_filter();
         let before = state.cursor.events;
         let mut at = Position::new();
         at.begin(last);
@@ -292,7 +299,6 @@ impl Engine {
     ) -> Option<usize> {
         let mm = lock.mm();
         let mut scratch = state.scratch.take()?;
-        state.fit_filter(BATCH_PAGES);
         let more = self.look_on(state, slot, lock, budget, &mut scratch);
         self.merge_candidates(state, slot, mm, &mut scratch);
         let looked = scratch.batch.pages().len();

@@ -302,10 +302,24 @@ impl<W> PageMap<W> {
         self.leaves.is_empty()
     }
 
-    /// Calls `each` with every word.
-    pub(crate) fn for_each(&self, mut each: impl FnMut(&W)) {
-        for (_, leaf) in self.leaves.iter() {
-            leaf.words().iter().for_each(&mut each);
+    /// Calls `each` with every word of the leaf that `from` is in and of those behind it, of `budget` leaves
+    /// at most. Returns where to go on, if there are more.
+    pub(crate) fn for_each_from(
+        &self,
+        from: usize,
+        budget: &mut usize,
+        mut each: impl FnMut(&W),
+    ) -> Option<usize> {
+        let mut next = Slot::of(from).leaf;
+        loop {
+            let cursor = self.leaves.cursor_lower_bound(&next)?;
+            let (&leaf, content) = cursor.current();
+            let Some(left) = budget.checked_sub(1) else {
+                return Some(Slot { leaf, page: 0 }.addr());
+            };
+            *budget = left;
+            content.words().iter().for_each(&mut each);
+            next = leaf.checked_add(1)?;
         }
     }
 }

@@ -838,7 +838,8 @@ fn passed_and_kept() {
     assert!(leaf.insert(201, 1, GFP_NOWAIT).is_ok());
     assert_eq!(passed, [1, 3, 4, 200]);
     let mut left = Vec::new();
-    map.for_each(|word| left.push(*word));
+    let mut budget = 9;
+    map.for_each_from(0, &mut budget, |word| left.push(*word));
     assert_eq!(left, [4, 200, 201]);
     assert_eq!(map.get_mut(200 * PAGE_SIZE), Some(&mut 200));
 }

@@ -407,7 +407,15 @@ impl Pair {
         }
         // Every word once, in the order of the addresses.
         let mut ids = Vec::new();
-        self.map.for_each(|word| ids.push(word.id()));
+        // A few leaves at a time.
+        let mut from = Some(0);
+        while let Some(addr) = from {
+            let mut budget = 3;
+            from = self
+                .map
+                .for_each_from(addr, &mut budget, |word| ids.push(word.id()));
+            assert!(from.is_none() || budget == 0);
+        }
         assert_eq!(self.map.is_empty(), self.model.is_empty());
         assert!(ids.iter().eq(self.model.values()));
         self.check_memory();
