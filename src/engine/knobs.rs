@@ -229,7 +229,8 @@ impl Engine {
     }
 
     /// What a write to `run` does. Unmerging ends when everything is unmerged, or with `ENOMEM`,
-    /// or with `ERESTARTSYS` when the writer has a signal pending; `run` is 0 then.
+    /// with `EBUSY` when a page could not be given back (a userfaultfd monitor protects it), or with
+    /// `ERESTARTSYS` when the writer has a signal pending; `run` is 0 then.
     fn set_run(&self, to: u32) -> Result {
         if to > run::UNMERGE {
             return Err(EINVAL);

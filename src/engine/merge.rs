@@ -17,7 +17,7 @@ use crate::mm::{
     intree,
     mmap_lock::{MmapLock, NotLocked},
     stable::{ItemBox, NodeBox, NodeId, NodePage},
-    vma::{is_abandoned, MergeableVma, Next, Unmerged, HOLD_VMAS},
+    vma::{is_abandoned, MergeableVma, Next, Unmerged, Which, HOLD_VMAS},
     word::{PageState, PageWord},
 };
 use kernel::{
@@ -381,7 +381,7 @@ impl State {
         let key = self.publish(vma, place, item, sum)?;
         if self.join(other_vma, other, other_item, key).is_err() {
             // A merged page that nobody shares is no gain.
-            self.undo_later(place, key);
+            self.undo_later(place, Some(key));
         }
         Ok(())
     }
@@ -444,7 +444,10 @@ impl State {
         let node = NodeBox::new(key, GFP_SCAN)?;
         core.index.insert(key, node, GFP_SCAN)?;
         match core.publish_at(vma, place, key, &mut item) {
-            Ok(()) => {
+            Ok(strays) => {
+                // The next steps, and the whole next pass, look for them.
+                core.has_strays |= strays;
+                core.found_strays |= strays;
                 self.merged(place, item, key);
                 Ok(key)
             }
@@ -458,7 +461,7 @@ impl State {
     /// Has the merged page at `place` made an ordinary page again when `state` is unlocked: that takes memory,
     /// which may have to be waited for. If there is no room to remember it, it stays merged, listed with its
     /// node like any other, and is as good a partner for the next equal page.
-    fn undo_later(&mut self, place: Place, key: StableKey) {
+    pub(super) fn undo_later(&mut self, place: Place, key: Option<StableKey>) {
         let _ = self.undo.push_within_capacity((place, key));
     }
 
@@ -495,7 +498,7 @@ impl State {
 
     fn try_list(&mut self, mm: &Mm, place: Place, id: NodeId) -> Result {
         let lock = MmapLock::try_new(mm).map_err(|_| EBUSY)?;
-        let vma = MergeableVma::at(&lock, place.addr).ok_or(EBUSY)?;
+        let vma = MergeableVma::find(&lock, place.addr, Which::MayBeMerged).ok_or(EBUSY)?;
         let page = vma.page_at(place.addr).ok_or(EBUSY)?;
         let page = page.try_lock().map_err(|_| EBUSY)?;
         if page.node_id() != Some(id) {
@@ -698,7 +701,7 @@ impl Core {
         place: Place,
         key: StableKey,
         item: &mut ItemBox,
-    ) -> Result {
+    ) -> Result<bool> {
         let node = self.index.node(key).ok_or(EBUSY)?;
         let page = vma.page_at(place.addr).ok_or(EBUSY)?;
         vma.publish(place.addr, page, node, item)
@@ -728,14 +731,17 @@ impl Engine {
                 continue;
             }
             drop(mm);
-            self.state.lock().undone(place, key);
+            if let Some(key) = key {
+                self.state.lock().undone(place, key);
+            }
         }
     }
 
     /// Gives every process back pages of its own, and forgets all that is known of pages.
     ///
     /// A process that cannot be served does not keep others from being: the first error is returned when
-    /// all were tried. `ERESTARTSYS` ends it at once. What stays merged stays known and counted.
+    /// all were tried. `EBUSY`: a page cannot be unshared, because of a userfaultfd monitor. `ERESTARTSYS` ends
+    /// it at once. What stays merged stays known and counted.
     ///
     /// Memory that goes offline meanwhile does not stop it: the merged pages of children that no pass has seen yet are
     /// found by what is listed of their parent, which may have been served already, so that the kernel could
@@ -743,12 +749,27 @@ impl Engine {
     pub(super) fn unmerge_all(&self) -> Result {
         // From here on the swap-in path hands out copies of merged pages, not the pages.
         let _copying = intree::SwapInCopies::new();
-        let mut result = self.enter_registered().and(self.unmerge_each());
+        // Who was not entered is not served, so nothing may be taken from its pages.
+        let entered = self.enter_registered();
+        let mut result = entered.and(self.unmerge_each(Which::Mergeable));
+        if self.release_idle(false) && result.is_ok() {
+            // Merged pages are left that are not listed: in VMAs that lost VM_MERGEABLE, or swapped in by a task
+            // that had locked the page before copies were asked for. That one is over when the page was
+            // unlocked once.
+            let unlocked = self.see_all_unlocked();
+            let again = self.unmerge_each(Which::MayBeMerged);
+            result = entered.and(again);
+            let complete = result.is_ok() && unlocked && !self.registry.lock().has_missed();
+            if complete {
+                let mut state = self.state.lock();
+                state.unmerged_to = self.registry.lock().newest();
+                drop(state);
+            }
+            self.release_idle(complete);
+        }
         if self.registry.lock().has_missed() {
             result = result.and(Err(ENOMEM));
         }
-        // Whoever was not served still uses the pages of the nodes that are left.
-        self.release_idle(result.is_ok());
         let mut state = self.state.lock();
         state.core.unpin_if_empty();
         self.left_chores.store(self.has_leftovers(&state), Relaxed);
@@ -761,8 +782,8 @@ impl Engine {
         result
     }
 
-    /// Gives every process back pages of its own.
-    fn unmerge_each(&self) -> Result {
+    /// Gives every process back pages of its own in these VMAs.
+    fn unmerge_each(&self, which: Which) -> Result {
         let mut result = Ok(());
         let mut slot = 0;
         loop {
@@ -772,7 +793,7 @@ impl Engine {
                 return result;
             };
             slot = id;
-            let served = self.unmerge_mm(id, &mm);
+            let served = self.unmerge_mm(id, &mm, which);
             self.state.lock().report(id);
             if served == Err(ERESTARTSYS) {
                 return served;
@@ -781,12 +802,13 @@ impl Engine {
         }
     }
 
-    /// Gives one process back pages of its own, and forgets what is known of its pages, but for those that stay
-    /// merged.
+    /// Gives one process back pages of its own in these VMAs, and forgets what is known of its pages, but for
+    /// those that stay merged.
     ///
     /// `mmap_lock` is given up again and again: rksmd merges nothing meanwhile, and the kernel unmerges what it
     /// moves to another address, so nothing is missed. It is waited for without any lock of the engine.
-    fn unmerge_mm(&self, slot: SlotId, mm: &Mm) -> Result {
+    fn unmerge_mm(&self, slot: SlotId, mm: &Mm, which: Which) -> Result {
+        let mut result = Ok(());
         let mut addr = 0;
         let mut attempts = SETTLE_ATTEMPTS;
         loop {
@@ -796,31 +818,43 @@ impl Engine {
             };
             let lock = MmapLock::killable(&user)?;
             let mut left = HOLD_VMAS;
-            let (step, end) = match MergeableVma::next(&lock, addr, &mut left) {
+            let (step, end) = match MergeableVma::next(&lock, addr, which, &mut left) {
                 Next::Vma(vma) => (vma.unmerge(&user, addr, vma.end()), false),
                 Next::GoOn(next) => (Unmerged::nothing(next), false),
                 Next::None => (Unmerged::nothing(usize::MAX), true),
             };
             drop(lock);
             drop(user);
-            self.forget_unmerged(slot, addr, step.reached, &mut attempts);
+            self.forget_unmerged(slot, mm, addr, &step, &mut attempts);
             step.result?;
+            if !step.unserved().is_empty() {
+                result = Err(EBUSY);
+            }
             if end {
                 break;
             }
             addr = step.reached;
         }
-        Ok(())
+        result
     }
 
-    /// Forgets what is known of the pages in `from..to`, which were unmerged. What is locked by others is tried again
+    /// Forgets what is known of the pages from `addr` on that were unmerged. What is locked by others is tried again
     /// after a while, as often as there are `attempts` left.
-    fn forget_unmerged(&self, slot: SlotId, from: usize, to: usize, attempts: &mut u32) {
-        let mut from = from;
+    fn forget_unmerged(
+        &self,
+        slot: SlotId,
+        mm: &Mm,
+        addr: usize,
+        step: &Unmerged,
+        attempts: &mut u32,
+    ) {
+        let mut from = addr;
         loop {
             let mut state = self.state.lock();
             let mut budget = Forget::new();
-            let more = state.forget_range(slot, from, to, &mut budget);
+            // What cannot be known now is left for the next round.
+            let keep = |addr, word: &PageWord| is_merged(mm, addr, word).unwrap_or(true);
+            let more = state.forget_range(slot, from, step.reached, &mut budget, keep);
             self.publish_stats(&state);
             drop(state);
             if budget.was_busy() && *attempts != 0 {
@@ -838,8 +872,8 @@ impl Engine {
 
     /// Forgets who is gone, and frees nodes whose pages are gone, all of them; with `force`, also nodes
     /// whose pages are left in the swap cache, or mapped by processes that are not registered (a fork's other
-    /// half).
-    fn release_idle(&self, force: bool) {
+    /// half). Returns whether nodes are left.
+    fn release_idle(&self, force: bool) -> bool {
         let mut stale = Some(Released::nothing());
         let mut attempts = SETTLE_ATTEMPTS;
         loop {
@@ -861,10 +895,46 @@ impl Engine {
             // Those that are left may be locked, but not for long.
             attempts = attempts.saturating_sub(1);
             if !left || !force || attempts == 0 {
-                return;
+                return left;
             }
             fsleep(Delta::from_millis(SETTLE_MS));
         }
+    }
+
+    /// Waits until the pages of all nodes without known mappings have been unlocked at least once. Returns
+    /// whether that came about in time.
+    fn see_all_unlocked(&self) -> bool {
+        let mut after = None;
+        for _ in 0..SETTLE_ATTEMPTS {
+            loop {
+                let state = self.state.lock();
+                match state.core.see_unlocked(after) {
+                    Ok(None) => return true,
+                    Ok(some) => after = some,
+                    Err(before) => {
+                        after = before;
+                        break;
+                    }
+                }
+            }
+            fsleep(Delta::from_millis(SETTLE_MS));
+        }
+        false
+    }
+}
+
+/// Whether the page at `addr`, of which `word` is remembered, is still merged; `None` if that cannot be known now.
+fn is_merged(mm: &Mm, addr: usize, word: &PageWord) -> Option<bool> {
+    let PageState::Merged(Some(node)) = word.state() else {
+        return Some(false);
+    };
+    match MmapLock::try_new(mm) {
+        Ok(lock) => {
+            let vma = MergeableVma::find(&lock, addr, Which::MayBeMerged);
+            Some(vma.is_some_and(|vma| vma.maps(addr, node)))
+        }
+        Err(NotLocked::Contended) => None,
+        Err(NotLocked::Exiting) => Some(false),
     }
 }
 
@@ -880,13 +950,13 @@ fn unshare(mm: &MmWithUser, addr: usize) -> bool {
     let Ok(lock) = MmapLock::try_new(mm) else {
         return false;
     };
-    let Some(vma) = MergeableVma::at(&lock, addr) else {
+    let Some(vma) = MergeableVma::find(&lock, addr, Which::MayBeMerged) else {
         // Unmapped.
         return true;
     };
     let end = addr.saturating_add(PAGE_SIZE);
     let done = vma.unmerge(mm, addr, end);
-    done.result.is_ok() && done.reached >= end
+    done.result.is_ok() && done.reached >= end && done.unserved().is_empty()
 }
 
 /// Merges the page at `place`, which is in `vma`, into `kpage`, the page of `node`, and lists it there by `item`.

@@ -22,7 +22,7 @@ mod stats;
 
 use crate::mm::{
     intree, kthread,
-    stable::{Detached, ItemBox, NodeBox},
+    stable::{Detached, ItemBox, NodeBox, NodePage},
     unload,
     word::{PageState, PageWord},
 };
@@ -170,9 +170,11 @@ pub(crate) struct State {
     map_bytes: usize,
     /// How many of [`Self::mms`] are gone.
     dying: usize,
-    /// Merged pages that are to be ordinary ones again, because no other page could be merged with them, and the keys
-    /// of their nodes.
-    undo: KVec<(Place, StableKey)>,
+    /// Merged pages that are to be ordinary ones again: because no other page could be merged with them, in
+    /// which case this is the key of the node; or because they are of no node.
+    undo: KVec<(Place, Option<StableKey>)>,
+    /// The newest address space when all pages were unmerged last.
+    unmerged_to: SlotId,
 }
 
 /// What is known of all pages together.
@@ -206,6 +208,10 @@ struct Core {
     pass: u32,
     /// Pages that were written to soon after they were merged.
     soon_broken: usize,
+    /// Whether VMAs that are not mergeable may have merged pages.
+    has_strays: bool,
+    /// Whether this pass has found such pages.
+    found_strays: bool,
     /// How far [`Core::bring_home`] has come, and whether in the tree of full nodes.
     brought: (bool, Option<StableKey>),
     /// Nodes whose pages are gone are being freed, all of them: how far that has come.
@@ -382,7 +388,11 @@ impl Engine {
         if state.core.pages == 0 && !self.should_scan() {
             state.core.filter = Filter::new();
         }
-        let force = self.run() == run::UNMERGE && !self.unmerging.load(Relaxed);
+        // An address space that came since all were unmerged may have merged pages: the other half of a fork
+        // that was not registered before.
+        let force = self.run() == run::UNMERGE
+            && !self.unmerging.load(Relaxed)
+            && self.registry.lock().newest() == state.unmerged_to;
         state.core.sweep_limbo(LIMBO_SWEEP, force);
         if self.run() == run::MERGE {
             let pause = self.stable_node_chains_prune_millisecs.load(Relaxed);
@@ -569,6 +579,8 @@ impl State {
                 events: 1,
                 pass: 0,
                 soon_broken: 0,
+                has_strays: false,
+                found_strays: false,
                 brought: (false, None),
                 releasing: None,
                 swept: None,
@@ -582,6 +594,7 @@ impl State {
             map_bytes: 0,
             dying: 0,
             undo: KVec::with_capacity(UNDO_PAGES, GFP_KERNEL)?,
+            unmerged_to: 0,
         })
     }
 
@@ -610,14 +623,16 @@ impl State {
         left
     }
 
-    /// Forgets the pages in `from..to` of an address space whose merged pages are not locked by another task. Goes
-    /// through as many leaves as `budget` says. Returns where to go on, if there are more.
+    /// Forgets the pages in `from..to` of an address space that `keep` does not keep, and whose merged pages
+    /// are not locked by another task. Goes through as many leaves as `budget` says. Returns where to go on, if
+    /// there are more.
     fn forget_range(
         &mut self,
         slot: SlotId,
         from: usize,
         to: usize,
         budget: &mut Forget,
+        mut keep: impl FnMut(usize, &PageWord) -> bool,
     ) -> Option<usize> {
         let State { mms, core, .. } = self;
         let known = mms.get_mut(&slot)?;
@@ -627,6 +642,9 @@ impl State {
                 return Some(next);
             };
             next = known.pages.retain_leaf(next, to, |addr, word| {
+                if keep(addr, word) {
+                    return true;
+                }
                 let forgotten = core.leave(Place { slot, addr }, word);
                 budget.busy |= !forgotten;
                 !forgotten
@@ -648,7 +666,7 @@ impl State {
             let Some((slot, from)) = next else {
                 break;
             };
-            let more = self.forget_range(slot, from, usize::MAX, &mut budget);
+            let more = self.forget_range(slot, from, usize::MAX, &mut budget, |_, _| false);
             let Some(known) = self.mms.get_mut(&slot) else {
                 break;
             };
@@ -1014,6 +1032,27 @@ impl Core {
         crate::mm::cond_resched();
     }
 
+    /// Whether the pages of all nodes without known mappings have been unlocked at least once, of those behind
+    /// `after` at which it looks this time. Returns the last one of these; `Err`: that one is locked.
+    fn see_unlocked(
+        &self,
+        after: Option<StableKey>,
+    ) -> Result<Option<StableKey>, Option<StableKey>> {
+        let mut last = after;
+        for _ in 0..LIMBO_SWEEP {
+            let Some(key) = self.index.next_limbo(last) else {
+                return Ok(None);
+            };
+            let node = self.index.node(key);
+            if node.is_some_and(|node| matches!(node.locked_page(), NodePage::Busy)) {
+                return Err(last);
+            }
+            last = Some(key);
+            crate::mm::cond_resched();
+        }
+        Ok(last)
+    }
+
     /// Frees a node without known mappings if its page is gone.
     fn settle(&mut self, key: StableKey, force: bool) {
         let Some(node) = self.index.node(key).filter(|node| node.items() == 0) else {
@@ -1058,7 +1097,7 @@ impl Drop for State {
             if let Some(known) = self.mms.get_mut(&slot) {
                 known.forgotten_to = Some(0);
             }
-            self.forget_range(slot, 0, usize::MAX, &mut budget);
+            self.forget_range(slot, 0, usize::MAX, &mut budget, |_, _| false);
             self.remove_mm(slot);
         }
         self.core.swept = None;

@@ -127,6 +127,11 @@ impl Registry {
         self.live.cursor_back().map_or(0, |last| *last.current().0)
     }
 
+    /// The number of the newest one that ever was.
+    pub(crate) fn newest(&self) -> SlotId {
+        self.next_id.saturating_sub(1)
+    }
+
     /// Takes one that is exiting.
     pub(crate) fn take_dead(&mut self) -> Option<(SlotId, ARef<Mm>)> {
         let id = *self.dead.cursor_front()?.current().0;

@@ -17,7 +17,7 @@ use crate::mm::{
     mmap_lock::{MmapLock, NotLocked},
     stable::NodeId,
     trace,
-    vma::{MergeableVma, Next, HOLD_VMAS},
+    vma::{MergeableVma, Next, Which, HOLD_VMAS},
     walk::{self, Batch, Seen, BATCH_PAGES},
     word::{PageState, PageWord},
 };
@@ -92,6 +92,8 @@ pub(super) enum CandidateKind {
     Unlisted(NodeId),
     /// An anonymous page that waits, and that may be all zeroes.
     Zero,
+    /// A KSM page of no node: unshared by this process only when it is written to, and found by no rmap walk.
+    Ownerless,
 }
 
 /// How long to wait, in milliseconds, when all address spaces that are left of a pass are locked by others.
@@ -122,6 +124,44 @@ impl Scratch {
             *place = Some(candidate);
             self.len = self.len.saturating_add(1);
         }
+    }
+}
+
+/// Tells merged pages that are there to stay from those that are gone, where the walk did not come by them.
+struct GapCheck<'a> {
+    mm: &'a Mm,
+    /// Taken when there is something to look at.
+    lock: Option<Result<MmapLock<'a>, NotLocked>>,
+    /// A page is still merged, in a VMA that is not mergeable.
+    found_stray: bool,
+}
+
+impl<'a> GapCheck<'a> {
+    fn new(mm: &'a Mm) -> Self {
+        Self {
+            mm,
+            lock: None,
+            found_stray: false,
+        }
+    }
+
+    /// Whether the page at `addr`, of which `word` is remembered, is still merged, or may be.
+    fn keeps(&mut self, addr: usize, word: &PageWord) -> bool {
+        let PageState::Merged(Some(node)) = word.state() else {
+            return false;
+        };
+        let mm = self.mm;
+        let lock = match self.lock.get_or_insert_with(|| MmapLock::try_new(mm)) {
+            Ok(lock) => lock,
+            Err(NotLocked::Contended) => return true,
+            Err(NotLocked::Exiting) => return false,
+        };
+        let Some(vma) = MergeableVma::find(lock, addr, Which::MayBeMerged) else {
+            return false;
+        };
+        let keeps = vma.maps(addr, node);
+        self.found_stray |= keeps && !vma.is_mergeable();
+        keeps
     }
 }
 
@@ -227,6 +267,8 @@ impl Engine {
 
     fn start_pass(&self, state: &mut State, current: &Current) {
         let last = self.registry.lock().last_id();
+        let core = &mut state.core;
+        core.has_strays = core::mem::take(&mut core.found_strays);
         let before = state.cursor.events;
         let mut at = Position::new();
         at.begin(last);
@@ -353,6 +395,7 @@ impl Engine {
                     CandidateKind::Steady(..) => {}
                     CandidateKind::Unlisted(node) => state.list(mm, place, node),
                     CandidateKind::Zero => state.merge_zero(mm, place),
+                    CandidateKind::Ownerless => state.undo_later(place, None),
                 }
             }
         }
@@ -372,6 +415,10 @@ impl Engine {
         scratch.batch.clear();
         let hasher = self.hasher(&state.core);
         let mm = lock.mm();
+        let which = match state.core.has_strays {
+            true => Which::MayBeMerged,
+            false => Which::Mergeable,
+        };
         let from = state.cursor.at.addr();
         let mut next = from;
         let mut vmas = HOLD_VMAS;
@@ -379,7 +426,7 @@ impl Engine {
         let mut skipped = None;
         let mut newly_skipped = 0;
         while !scratch.batch.is_full(budget) {
-            let vma = match MergeableVma::next(&lock, next, &mut vmas) {
+            let vma = match MergeableVma::next(&lock, next, which, &mut vmas) {
                 Next::Vma(vma) => vma,
                 Next::GoOn(addr) => {
                     next = addr;
@@ -400,7 +447,9 @@ impl Engine {
                 Err(before) => before,
             };
             let batch = &mut scratch.batch;
+            let before = batch.pages().len();
             next = walk::fill(&vma, start, limit, budget, hasher, batch);
+            state.core.found_strays |= !vma.is_mergeable() && batch.pages().len() != before;
         }
         // What was seen is compared later anyway.
         drop(lock);
@@ -412,7 +461,7 @@ impl Engine {
             return true;
         }
         let (gap_end, last) = skipped.unwrap_or((usize::MAX, usize::MAX));
-        if let Some(addr) = state.forget_range(slot, from, gap_end, &mut left) {
+        if let Some(addr) = state.forget_gap(mm, slot, from, gap_end, &mut left) {
             // That is enough for once.
             state.cursor.at.move_to(addr);
             return true;
@@ -468,6 +517,22 @@ impl State {
         }
     }
 
+    /// Forgets what is remembered of `from..to`, where no page to be looked at is left. Goes through as
+    /// many leaves as `budget` says. Returns where to go on, if there are more.
+    fn forget_gap(
+        &mut self,
+        mm: &Mm,
+        slot: SlotId,
+        from: usize,
+        to: usize,
+        budget: &mut Forget,
+    ) -> Option<usize> {
+        let mut check = GapCheck::new(mm);
+        let more = self.forget_range(slot, from, to, budget, |addr, word| check.keeps(addr, word));
+        self.core.found_strays |= check.found_stray;
+        more
+    }
+
     /// Compares the pages of a batch, which covers `from..to`, with what is remembered of them. What is
     /// remembered of addresses without a page is outdated and goes, as much of it as `budget` says. Returns
     /// how far this came.
@@ -487,7 +552,7 @@ impl State {
             let leaf_end = PageMap::<PageWord>::leaf_end(addr);
             // Up to the first page, then from there on together with the pages of its leaf.
             if covered < addr {
-                if let Some(left) = self.forget_range(slot, covered, addr, budget) {
+                if let Some(left) = self.forget_gap(mm, slot, covered, addr, budget) {
                     return left;
                 }
             }
@@ -501,7 +566,7 @@ impl State {
             };
         }
         if covered < to {
-            if let Some(left) = self.forget_range(slot, covered, to, budget) {
+            if let Some(left) = self.forget_gap(mm, slot, covered, to, budget) {
                 return left;
             }
         }
@@ -563,6 +628,7 @@ impl State {
                 }
             }
             let new = count.saturating_sub(leaf.len());
+            let mut check = GapCheck::new(mm);
             for nth in first..end {
                 let Some(&page) = scratch.batch.pages().get(nth) else {
                     break;
@@ -572,10 +638,10 @@ impl State {
                     match leaf.seek(addr) {
                         Found::Passed(addr, word) => {
                             let place = Place { slot, addr };
-                            if core.leave(place, word) {
-                                drop(leaf.remove_passed());
-                            } else {
+                            if check.keeps(addr, word) || !core.leave(place, word) {
                                 leaf.keep_passed();
+                            } else {
+                                drop(leaf.remove_passed());
                             }
                         }
                         other => break other,
@@ -590,12 +656,13 @@ impl State {
                         None
                     }
                     (_, Seen::Ksm(Some(node))) => Some(CandidateKind::Unlisted(node)),
-                    (_, Seen::Ksm(None)) => None,
+                    (_, Seen::Ksm(None)) => Some(CandidateKind::Ownerless),
                 };
                 if let Some(kind) = kind {
                     scratch.push(Candidate { addr, kind });
                 }
             }
+            core.found_strays |= check.found_stray;
         }
         known.pages.prune(addr);
         known.note(addr, changes, core);
@@ -704,11 +771,11 @@ impl Core {
             }
             (_, Seen::Ksm(Some(node))) => Some(CandidateKind::Unlisted(node)),
             (_, Seen::Ksm(None)) => {
-                // Of no node: nobody can find its other mappings, so it is left alone until it is
-                // written to.
                 let sample = word.sample();
-                self.renew(place, word, sample);
-                None
+                if self.release_item(word) {
+                    self.replace(place, word, PageWord::seen(sample));
+                }
+                Some(CandidateKind::Ownerless)
             }
         }
     }

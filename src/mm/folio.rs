@@ -389,6 +389,15 @@ impl LockedPage {
         // SAFETY: the folio is valid and locked by the type invariants.
         unsafe { ffi::rksm_folio_set_ksm_node(self.folio(), core::ptr::null_mut()) };
     }
+
+    /// Whether this KSM page, which `vma` maps at `addr`, is mapped by processes of which not all are certain to
+    /// have it in a mergeable VMA. Takes the kernel's anon_vma lock, and page-table locks.
+    pub(super) fn may_have_strays(&self, vma: &MergeableVma<'_>, addr: usize) -> bool {
+        let (page, mm) = (self.as_ptr(), vma.mm().as_raw());
+        // SAFETY: The folio is locked, kept, and one of a stable node, by the type invariants and our caller.
+        // The mmap lock of `mm` is held by the type of `vma`.
+        unsafe { ffi::rksm_page_mapped_by_strangers(page, mm, addr, MAX_RELATIVES) != 0 }
+    }
 }
 
 impl Drop for LockedPage {

@@ -2,7 +2,12 @@
 
 //! One page-table entry under its lock, and the MMU notifier around changes to it.
 
-use super::{ffi, folio::PageRef, vma::MergeableVma};
+use super::{
+    ffi,
+    folio::{node_id_of, PageRef},
+    stable::NodeId,
+    vma::MergeableVma,
+};
 use core::{
     marker::PhantomData,
     mem::MaybeUninit,
@@ -127,6 +132,28 @@ impl<'a> PteLock<'a> {
         }
     }
 
+    /// The node of the KSM page that is mapped, or that was and is being migrated.
+    pub(super) fn node_id(&self) -> Option<NodeId> {
+        let entry = self.get();
+        // SAFETY: Looks at a value. The page is kept by its mapping, under the lock; the folio of a migration
+        // entry is locked by the task that migrates it, and kept until the entry is replaced under the lock
+        // that is held here.
+        unsafe {
+            let folio = if ffi::rksm_pte_present(entry) {
+                let page = NonNull::new(self.normal_page(entry))?;
+                ffi::rksm_page_folio(page.as_ptr())
+            } else if ffi::rksm_pte_none(entry) {
+                return None;
+            } else {
+                ffi::rksm_migration_folio(entry)
+            };
+            if folio.is_null() {
+                return None;
+            }
+            node_id_of(folio)
+        }
+    }
+
     /// Marks the copy that an unshare fault left here as worth keeping.
     ///
     /// The fault leaves copy and entry clean. Once such a page is shared over a fork, one process
@@ -138,6 +165,12 @@ impl<'a> PteLock<'a> {
             // which its lock is not needed while it is mapped, as it is under the page-table lock.
             unsafe { ffi::rksm_folio_keep_dirty(page.folio()) };
         }
+    }
+
+    /// Whether an unshare fault here is certain not to be served: a userfaultfd monitor waits for it.
+    pub(super) fn is_unservable(&self) -> bool {
+        // SAFETY: Looks at a value, and at the VMA, which is stable by its type.
+        unsafe { ffi::rksm_pte_unservable(self.vma.as_ptr(), self.get()) }
     }
 
     /// The entry, if it maps `page` and may be changed to map another page.

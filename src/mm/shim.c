@@ -18,6 +18,7 @@
 #include <linux/sched/mm.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
+#include <linux/userfaultfd_k.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 #include <asm/tlbflush.h>
@@ -549,6 +550,22 @@ void rksm_put_anon_vma(struct anon_vma *anon_vma)
 bool rksm_vma_mergeable(struct vm_area_struct *vma)
 {
 	return (vma->vm_flags & VM_MERGEABLE) && vma->anon_vma;
+}
+
+/* VM_MERGEABLE can be lost while pages stay merged, but none of these is gained. */
+bool rksm_vma_may_be_merged(struct vm_area_struct *vma)
+{
+	return vma->anon_vma && !(vma->vm_flags & (VM_SPECIAL | VM_HUGETLB));
+}
+
+/*
+ * An unshare fault there would be handed to a userfaultfd monitor, which cannot
+ * be waited for: it would fail (and, with CONFIG_DEBUG_VM, say so in the log).
+ */
+bool rksm_pte_unservable(struct vm_area_struct *vma, pte_t pte)
+{
+	return pte_present(pte) && userfaultfd_pte_rwp(vma, pte) && pte_protnone(pte) &&
+	       vma_is_accessible(vma) && !userfaultfd_rwp_async(vma);
 }
 
 struct rksm_strangers {

@@ -113,6 +113,8 @@ void rksm_put_anon_vma(struct anon_vma *anon_vma);
 int rksm_page_mapped_by_strangers(struct page *page, struct mm_struct *mm,
 				  unsigned long addr, int most);
 bool rksm_vma_mergeable(struct vm_area_struct *vma);
+bool rksm_vma_may_be_merged(struct vm_area_struct *vma);
+bool rksm_pte_unservable(struct vm_area_struct *vma, pte_t pte);
 unsigned long rksm_vma_page_index(struct vm_area_struct *vma, unsigned long addr);
 void rksm_mm_add_merging(struct mm_struct *mm, long n);
 void rksm_mm_set_rmap_items(struct mm_struct *mm, unsigned long n);

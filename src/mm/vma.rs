@@ -7,7 +7,7 @@ use super::{
     folio::{LockedPage, PageRef},
     mmap_lock::MmapLock,
     pte::{NotifierRange, PteLock},
-    stable::{ItemBox, NodeBox},
+    stable::{ItemBox, NodeBox, NodeId},
     trace,
     walk::{self, Search},
 };
@@ -19,7 +19,8 @@ use kernel::{
     prelude::*,
 };
 
-/// A VMA with `VM_MERGEABLE` set and an `anon_vma`, under `mmap_lock` held for reading.
+/// A VMA that may hold merged pages, under `mmap_lock` held for reading: it has an `anon_vma`, and most
+/// often `VM_MERGEABLE`, see [`Which`].
 ///
 /// # Invariants
 ///
@@ -29,6 +30,17 @@ use kernel::{
 pub(crate) struct MergeableVma<'a> {
     vma: NonNull<bindings::vm_area_struct>,
     mm: &'a Mm,
+    is_mergeable: bool,
+}
+
+/// Which VMAs to look at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// Those with `VM_MERGEABLE`.
+    Mergeable,
+    /// All that may hold KSM pages. `MADV_UNMERGEABLE` takes the flag away even if pages of the VMA could
+    /// not be unshared.
+    MayBeMerged,
 }
 
 /// The most VMAs that are looked at under one hold of `mmap_lock`, as none of them may be mergeable.
@@ -56,22 +68,47 @@ pub(crate) fn is_abandoned(mm: &MmWithUser) -> bool {
 
 /// What [`MergeableVma::unmerge`] came to.
 pub(crate) struct Unmerged {
-    /// Where to go on: nothing before this address is left.
+    /// Where to go on: nothing before this address is left, but the pages that could not be served.
     pub(crate) reached: usize,
     /// Why it stopped there, if it was not for having done enough under one hold of `mmap_lock`: `ENOMEM`
     /// without memory for a copy, `ERESTARTSYS` when the calling task has a signal pending.
     pub(crate) result: Result,
+    /// The addresses of pages that are still merged, as the fault did not serve them.
+    unserved: [usize; HOLD_UNMERGES],
+    count: usize,
 }
 
 impl Unmerged {
-    /// Nothing was to be done before `reached`.
-    pub(crate) fn nothing(reached: usize) -> Self {
+    fn new(from: usize) -> Self {
         Self {
-            reached,
+            reached: from,
             result: Ok(()),
+            unserved: [0; HOLD_UNMERGES],
+            count: 0,
         }
     }
+
+    /// Nothing was to be done before `reached`.
+    pub(crate) fn nothing(reached: usize) -> Self {
+        Self::new(reached)
+    }
+
+    fn push_unserved(&mut self, addr: usize) {
+        if let Some(slot) = self.unserved.get_mut(self.count) {
+            *slot = addr;
+            self.count = self.count.saturating_add(1);
+        }
+    }
+
+    /// The pages that are still merged, in the order of their addresses.
+    pub(crate) fn unserved(&self) -> &[usize] {
+        self.unserved.get(..self.count).unwrap_or(&[])
+    }
 }
+
+/// How often to try again, when a fault leaves a page merged without an error: as when it had to wait for a migration,
+/// of which there is one after the other while memory goes offline. Fewer than [`HOLD_UNMERGES`].
+const UNSHARE_ATTEMPTS: usize = 48;
 
 /// Outcomes of a fault after which trying again is no use.
 const HOPELESS: u32 = bindings::vm_fault_reason_VM_FAULT_SIGBUS
@@ -83,24 +120,47 @@ impl<'a> MergeableVma<'a> {
     /// # Safety
     ///
     /// `vma` is a VMA of `mm`, whose `mmap_lock` is held for reading for `'a`.
-    unsafe fn new(vma: NonNull<bindings::vm_area_struct>, mm: &'a Mm) -> Option<Self> {
+    unsafe fn new(
+        vma: NonNull<bindings::vm_area_struct>,
+        mm: &'a Mm,
+        which: Which,
+    ) -> Option<Self> {
         // SAFETY: `vma` is valid and its flags are stable, as `mmap_lock` is held.
-        // INVARIANT: the test includes the anon_vma; the rest is the caller's promise.
-        unsafe { ffi::rksm_vma_mergeable(vma.as_ptr()) }.then_some(Self { vma, mm })
+        let is_mergeable = unsafe { ffi::rksm_vma_mergeable(vma.as_ptr()) };
+        let found = is_mergeable
+            || which == Which::MayBeMerged
+                // SAFETY: As for the flags above: `mmap_lock` is held.
+                && unsafe { ffi::rksm_vma_may_be_merged(vma.as_ptr()) };
+        // INVARIANT: Both tests include the anon_vma; the rest is the caller's promise.
+        found.then_some(Self {
+            vma,
+            mm,
+            is_mergeable,
+        })
     }
 
     /// The mergeable VMA that holds `addr`.
     pub(crate) fn at(lock: &'a MmapLock<'_>, addr: usize) -> Option<Self> {
+        Self::find(lock, addr, Which::Mergeable)
+    }
+
+    /// The VMA that holds `addr`, if it is one of these.
+    pub(crate) fn find(lock: &'a MmapLock<'_>, addr: usize, which: Which) -> Option<Self> {
         let mm = lock.mm();
         // SAFETY: `mmap_lock` is held for reading by the type of `lock`.
         let vma = NonNull::new(unsafe { bindings::vma_lookup(mm.as_raw(), addr) })?;
         // SAFETY: The VMA was found under `lock`, which is held for 'a.
-        unsafe { Self::new(vma, mm) }
+        unsafe { Self::new(vma, mm, which) }
     }
 
-    /// The first mergeable VMA that ends after `addr`. `left` is how many VMAs may still be looked at under
+    /// The first of these VMAs that ends after `addr`. `left` is how many VMAs may still be looked at under
     /// this hold of the lock, at first [`HOLD_VMAS`].
-    pub(crate) fn next(lock: &'a MmapLock<'_>, addr: usize, left: &mut usize) -> Next<'a> {
+    pub(crate) fn next(
+        lock: &'a MmapLock<'_>,
+        addr: usize,
+        which: Which,
+        left: &mut usize,
+    ) -> Next<'a> {
         let mm = lock.mm();
         let mut from = addr;
         while *left != 0 {
@@ -110,7 +170,7 @@ impl<'a> MergeableVma<'a> {
                 return Next::None;
             };
             // SAFETY: The VMA was found under `lock`, which is held for 'a.
-            if let Some(found) = unsafe { Self::new(vma, mm) } {
+            if let Some(found) = unsafe { Self::new(vma, mm, which) } {
                 return Next::Vma(found);
             }
             // SAFETY: The VMA is valid while `lock` is held.
@@ -128,6 +188,12 @@ impl<'a> MergeableVma<'a> {
         self.mm
     }
 
+    /// Whether it has `VM_MERGEABLE`. If not, nothing of it may be merged, but it may have merged pages.
+    #[inline]
+    pub(crate) fn is_mergeable(&self) -> bool {
+        self.is_mergeable
+    }
+
     /// The first address.
     #[inline]
     pub(crate) fn start(&self) -> usize {
@@ -140,6 +206,11 @@ impl<'a> MergeableVma<'a> {
     pub(crate) fn end(&self) -> usize {
         // SAFETY: The VMA is valid, and its lock held, by the type invariants.
         unsafe { VmaRef::from_raw(self.as_ptr()) }.end()
+    }
+
+    /// Whether the page at `addr` is a KSM page of this node, also while it is being migrated.
+    pub(crate) fn maps(&self, addr: usize, node: NodeId) -> bool {
+        PteLock::new(self, addr).is_some_and(|pte| pte.node_id() == Some(node))
     }
 
     /// The anonymous page at `addr`, with a reference.
@@ -157,13 +228,16 @@ impl<'a> MergeableVma<'a> {
     /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
     /// not there any more. Of a page that is shared over a fork, see [`LockedPage::refuse_strangers`] for
     /// `EMLINK` and `EBUSY`. Takes the folio lock and a page-table lock.
+    ///
+    /// Returns whether a process that shares the page may have opted out meanwhile: its mapping stays merged
+    /// then, in a VMA that is not mergeable any more.
     pub(crate) fn publish(
         &self,
         addr: usize,
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
-    ) -> Result {
+    ) -> Result<bool> {
         let pfn = page.pfn();
         let result = self.try_publish(addr, page, node, item);
         trace::merge_with_ksm_page(true, pfn, ptr::null_mut(), item, self.mm(), &result);
@@ -176,7 +250,7 @@ impl<'a> MergeableVma<'a> {
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
-    ) -> Result {
+    ) -> Result<bool> {
         let page = lock_plain(page)?;
         // Others who map a huge page shall not lose it in vain.
         if page.is_large() {
@@ -191,7 +265,9 @@ impl<'a> MergeableVma<'a> {
         // it is either mapped here only, or shared by a fork that is over, and so write-protected
         // everywhere, and known to be so by all CPUs.
         unsafe { node.publish(&page, item, self, addr, shared) };
-        Ok(())
+        // What opts out from here on finds a KSM page, and unshares it.
+        let strays = shared && page.may_have_strays(self, addr);
+        Ok(strays)
     }
 
     /// Maps `kpage`, the page of `node`, at `addr` in place of `page`, if both have the same
@@ -334,12 +410,13 @@ impl<'a> MergeableVma<'a> {
     pub(crate) fn unmerge(&self, user: &MmWithUser, start: usize, end: usize) -> Unmerged {
         let mut from = start.max(self.start());
         let end = end.min(self.end());
-        let mut done = Unmerged::nothing(from);
+        let mut done = Unmerged::new(from);
         if !ptr::eq::<Mm>(&**user, self.mm) {
             // Another address space's reference keeps this one from nothing.
             done.result = Err(EINVAL);
             return done;
         }
+        let mut attempts = (from, 0);
         for _ in 0..HOLD_UNMERGES {
             // SAFETY: no precondition but being allowed to sleep.
             unsafe { ffi::rksm_cond_resched() };
@@ -357,8 +434,17 @@ impl<'a> MergeableVma<'a> {
                     break;
                 }
             };
-            // Again from the same address: the fault may back out, e.g. when another one raced.
             from = addr;
+            attempts = match attempts {
+                (last, count) if last == addr => (addr, count + 1),
+                _ => (addr, 0),
+            };
+            let behind = addr.saturating_add(PAGE_SIZE);
+            if attempts.1 >= UNSHARE_ATTEMPTS || self.is_unservable(addr) {
+                done.push_unserved(addr);
+                from = behind;
+                continue;
+            }
             // SAFETY: `mmap_lock` is held by the type invariant and `addr` lies in the VMA; `user` keeps the
             // address space from being torn down. Without FAULT_FLAG_ALLOW_RETRY the fault does not drop the
             // lock.
@@ -371,10 +457,14 @@ impl<'a> MergeableVma<'a> {
                 pte.keep_copy();
             }
             if ret & HOPELESS != 0 {
-                // The backing file was truncated and its private pages went with it, or the memory
-                // of the page is broken.
-                from = addr.saturating_add(PAGE_SIZE);
+                // The backing file was truncated and its private pages went with it; or the fault was for a
+                // userfaultfd monitor, or the memory of the page is broken, and the page is still there.
+                if let Search::Found(_) = walk::next_ksm_page(self, addr, behind) {
+                    done.push_unserved(addr);
+                }
+                from = behind;
             }
+            // Else again from the same address: the fault may back out, e.g. when another one raced.
         }
         if done.result.is_err() {
             // The page at which it stopped may have been served.
@@ -384,6 +474,11 @@ impl<'a> MergeableVma<'a> {
         }
         done.reached = from;
         done
+    }
+
+    /// Whether an unshare fault at `addr` is certain not to be served.
+    fn is_unservable(&self, addr: usize) -> bool {
+        PteLock::new(self, addr).is_some_and(|pte| pte.is_unservable())
     }
 }
 

@@ -201,7 +201,8 @@ impl Batch {
 /// The batch was cleared before its first area; areas come in the order of their addresses.
 ///
 /// Samples are taken in place by `hasher`, under the page-table lock, which is what keeps the pages. No
-/// reference is taken. A page-table lock is held for [`LOCK_ENTRIES`] entries at most.
+/// reference is taken. A page-table lock is held for [`LOCK_ENTRIES`] entries at most. Of a VMA that is not
+/// mergeable it adds KSM pages only.
 pub(crate) fn fill(
     vma: &MergeableVma<'_>,
     from: usize,
@@ -219,6 +220,7 @@ pub(crate) fn fill(
         batch,
         max,
         hasher,
+        ksm_only: !vma.is_mergeable(),
         reached: &mut reached,
     };
     walk(vma, from, end, &mut visit);
@@ -266,6 +268,8 @@ enum Visit<'a> {
         batch: &'a mut Batch,
         max: usize,
         hasher: &'a Hasher,
+        /// Whether only KSM pages matter.
+        ksm_only: bool,
         /// How far the walk came, if it ended for having gone through many page tables.
         reached: &'a mut usize,
     },
@@ -310,8 +314,12 @@ impl Visit<'_> {
         let sound = ksm || anon && !unsafe { ffi::rksm_page_test_hwpoison(page.as_ptr()) };
         match self {
             Visit::Scan {
-                batch, max, hasher, ..
-            } if sound => {
+                batch,
+                max,
+                hasher,
+                ksm_only,
+                ..
+            } if sound && (ksm || !*ksm_only) => {
                 batch.push(if ksm {
                     // SAFETY: as above.
                     SeenPage::ksm(addr, unsafe { node_id_of(folio) })
@@ -402,11 +410,21 @@ impl Visit<'_> {
             return None;
         }
         let result = if let Visit::Scan {
-            batch, max, hasher, ..
+            batch,
+            max,
+            hasher,
+            ksm_only,
+            ..
         } = self
         {
             // SAFETY: the entries of `addr..end` start at `first`, and their lock is held.
-            unsafe { scan_entries(first, addr, end, batch, *max, hasher) }
+            unsafe {
+                if *ksm_only {
+                    scan_entries::<true>(first, addr, end, batch, *max, hasher)
+                } else {
+                    scan_entries::<false>(first, addr, end, batch, *max, hasher)
+                }
+            }
         } else {
             let end = end.min(addr.saturating_add(LOCK_ENTRIES * PAGE_SIZE));
             let over = (addr..end)
@@ -507,13 +525,13 @@ unsafe fn are_empty(first: *const bindings::pte_t) -> bool {
     left | right == 0
 }
 
-/// Puts the anonymous pages of `addr..end` into `batch`. Returns whether it is full, and how far this came
+/// Puts the anonymous pages of `addr..end` into `batch`, or the KSM pages among them. Returns whether it is full, and how far this came
 /// when [`LOCK_ENTRIES`] were looked at, those that are empty left aside.
 ///
 /// # Safety
 ///
 /// The page-table entries of `addr..end` start at `first`, and their lock is held.
-unsafe fn scan_entries(
+unsafe fn scan_entries<const KSM_ONLY: bool>(
     first: *mut bindings::pte_t,
     addr: usize,
     end: usize,
@@ -550,6 +568,8 @@ unsafe fn scan_entries(
         }
         batch.push(if is_ksm_mapping(mapped.mapping) {
             SeenPage::ksm(addr, NodeId::of_mapping(mapped.mapping))
+        } else if KSM_ONLY {
+            continue;
         } else {
             // SAFETY: as above.
             let content = unsafe { Content::new(mapped.content) };

@@ -24,6 +24,7 @@ pub mod patience;
 pub mod prng;
 pub mod proc;
 pub mod region;
+pub mod rwp;
 pub mod scan;
 pub mod swap;
 pub mod sys;

@@ -258,6 +258,11 @@ impl Region {
         self.content.truncate(keep);
         Ok(())
     }
+
+    /// Unmaps all pages. A region that is only dropped stays mapped until the process exits.
+    pub fn unmap(mut self) -> Result<()> {
+        self.truncate(0)
+    }
 }
 
 #[cfg(test)]

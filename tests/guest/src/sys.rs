@@ -121,6 +121,16 @@ pub fn set_nice(pid: u32, nice: i32) -> io::Result<()> {
     check(ret.into()).map(drop)
 }
 
+/// Lets this process, and its children to be, run on one CPU only.
+pub fn run_on(cpu: usize) -> io::Result<()> {
+    let mut set = [0u64; 16];
+    set[cpu / 64] |= 1 << (cpu % 64);
+    // SAFETY: the set is as large as is said, and outlives the call.
+    let ret =
+        unsafe { libc::sched_setaffinity(0, std::mem::size_of_val(&set), set.as_ptr().cast()) };
+    check(ret.into()).map(drop)
+}
+
 /// Makes orphaned descendants children of this process.
 pub fn become_subreaper() -> io::Result<()> {
     let on: libc::c_ulong = 1;

@@ -38,6 +38,7 @@ mod stall;
 mod swap;
 mod trace;
 mod unmerge;
+mod unserved;
 mod uprobe;
 mod vmops;
 mod vmstat;
@@ -65,6 +66,7 @@ pub const ALL: &[&Theme] = &[
     &unmerge::THEME,
     &registration::THEME,
     &exit::THEME,
+    &unserved::THEME,
     &stall::THEME,
     &vmops::THEME,
     &huge::THEME,

@@ -126,6 +126,7 @@ impl Pair {
             self.last = id;
             self.live.insert(id, mm);
         }
+        assert_eq!(self.registry.newest(), self.last);
     }
 
     fn exit(&mut self, mm: usize) {

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Merged pages that cannot be given back, because a userfaultfd monitor protects them from any access: they stay
+//! listed, movable and counted, and `run=2` says so.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use anyhow::{ensure, Result};
+
+use super::tests;
+use crate::engine;
+use crate::harness::{skip, Module, Outcome, Theme, Verdict, PASS};
+use crate::module;
+use crate::numa;
+use crate::pageflags::{merged, Span};
+use crate::proc;
+use crate::region::Region;
+use crate::rwp::Rwp;
+use crate::scan;
+use crate::sys;
+use crate::worker::Worker;
+
+pub const THEME: Theme = Theme {
+    name: "unserved",
+    about: "merged pages that cannot be given back stay listed, and run=2 says so",
+    module: Module::Loaded,
+    tests: tests![
+        ("run-2-on-protected-pages", 90, run_2),
+        ("run-2-on-one-protected-page", 90, one),
+        ("run-2-while-memory-is-mapped", 90, while_mapping),
+        ("run-2-on-protected-zero-pages", 90, zeroes),
+        ("pages-that-unmergeable-leaves", 90, unmergeable),
+        ("pages-that-unmergeable-leaves-behind-one", 90, behind_one),
+        ("children-of-such-pages", 90, children),
+    ],
+};
+
+const N: usize = 48;
+const ALL: usize = 2 * N;
+const NO_MODE: &str = "the kernel has no UFFDIO_RWPROTECT";
+const IN_TREE: &str = "the in-tree engine forgets such pages";
+
+fn part(span: Span, pages: usize) -> Span {
+    Span { pages, ..span }
+}
+
+/// Two halves with the same content, merged, and a descriptor that all of it is registered with.
+fn two_halves() -> Result<Option<(Region, Span, Rwp)>> {
+    two_halves_of(N)
+}
+
+fn two_halves_of(n: usize) -> Result<Option<(Region, Span, Rwp)>> {
+    let mut region = Region::new(2 * n)?;
+    region.advise(0, 2 * n, libc::MADV_NOHUGEPAGE)?;
+    region.fill(0, n, 100, 1);
+    region.fill(n, n, 100, 1);
+    region.advise(0, 2 * n, libc::MADV_MERGEABLE)?;
+    scan::until_merged(n as u64, n as u64)?;
+    scan::stop()?;
+    let span = region.span();
+    Ok(Rwp::new(span)?.map(|uffd| (region, span, uffd)))
+}
+
+/// Checks that `count` pages are merged and listed, and that rmap finds all of them.
+fn ensure_listed(span: Span, count: usize) -> Result<()> {
+    ensure!(
+        merged(span)? == count,
+        "{} of {count} pages are merged",
+        merged(span)?
+    );
+    let listed = proc::ksm_stat(span.pid, "ksm_merging_pages")?;
+    ensure!(
+        listed == count as i64,
+        "{listed} of {count} merged pages are listed"
+    );
+    if let Some((a, b)) = numa::two_nodes()? {
+        for node in [a, b] {
+            numa::move_all_to(span, node)?;
+        }
+    }
+    Ok(())
+}
+
+fn ensure_refused() -> Result<()> {
+    let errno = engine::refused("run", "2")?;
+    ensure!(errno == Some(libc::EBUSY), "run=2 ended with {errno:?}");
+    ensure!(engine::read("run")? == 0);
+    Ok(())
+}
+
+/// When the protection is gone, everything is given back.
+fn ensure_served(region: &Region, span: Span) -> Outcome {
+    engine::write("run", 2)?;
+    ensure!(
+        merged(span)? == 0,
+        "{} pages are still merged",
+        merged(span)?
+    );
+    engine::check_clean().or_else(|_| {
+        ensure!(engine::read("pages_shared")? == 0);
+        Ok(())
+    })?;
+    region.verify()?;
+    PASS
+}
+
+fn run_2() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    let Some((region, span, uffd)) = two_halves()? else {
+        return skip(NO_MODE);
+    };
+    uffd.protect(span, true)?;
+    ensure_refused()?;
+    let c = engine::counters()?;
+    ensure!((c.shared, c.sharing) == (N as u64, N as u64), "{c:?}");
+    ensure_listed(span, ALL)?;
+    let unload = module::unload().err().and_then(|err| err.raw_os_error());
+    ensure!(unload == Some(libc::EBUSY), "unloading: {unload:?}");
+    uffd.protect(span, false)?;
+    region.verify()?;
+    ensure_served(&region, span)
+}
+
+fn one() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    let Some((region, span, uffd)) = two_halves()? else {
+        return skip(NO_MODE);
+    };
+    uffd.protect(part(span, 1), true)?;
+    ensure_refused()?;
+    // All others are served, also those behind it.
+    ensure_listed(part(span, 1), 1)?;
+    ensure!(merged(span)? == 1, "{} pages are merged", merged(span)?);
+    uffd.protect(part(span, 1), false)?;
+    ensure_served(&region, span)
+}
+
+/// Other threads of the process wait for the `mmap_lock` that `run=2` has, and for the CPU when they get it: what was
+/// given back is listed no more all the same.
+fn while_mapping() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    let n = 8 * N;
+    let Some((region, span, uffd)) = two_halves_of(n)? else {
+        return skip(NO_MODE);
+    };
+    uffd.protect(part(span, n), true)?;
+    sys::run_on(0)?;
+    let stop = AtomicBool::new(false);
+    let map = || -> Result<()> {
+        while !stop.load(Relaxed) {
+            Region::new(1)?.unmap()?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads = [(); 16].map(|()| scope.spawn(map));
+        let refused = ensure_refused();
+        stop.store(true, Relaxed);
+        for thread in threads {
+            thread.join().unwrap_or(Ok(()))?;
+        }
+        refused
+    })?;
+    let c = engine::counters()?;
+    ensure!((c.shared, c.sharing) == (n as u64, 0), "{c:?}");
+    ensure_listed(part(span, n), n)?;
+    uffd.protect(part(span, n), false)?;
+    ensure_served(&region, span)
+}
+
+fn zeroes() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    engine::write("use_zero_pages", 1)?;
+    let mut region = Region::new(N)?;
+    region.advise(0, N, libc::MADV_NOHUGEPAGE)?;
+    region.fill(0, N, 0, 0);
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+    scan::until("zero pages", 12, || {
+        Ok(engine::read("ksm_zero_pages")? == N as u64)
+    })?;
+    scan::stop()?;
+    let span = region.span();
+    let Some(uffd) = Rwp::new(span)? else {
+        return skip(NO_MODE);
+    };
+    uffd.protect(part(span, 5), true)?;
+    ensure_refused()?;
+    let left = engine::read("ksm_zero_pages")?;
+    ensure!(left == 5, "{left} zero pages are left");
+    uffd.protect(part(span, 5), false)?;
+    engine::write("run", 2)?;
+    ensure!(engine::read("ksm_zero_pages")? == 0);
+    region.verify()?;
+    PASS
+}
+
+/// In-tree `MADV_UNMERGEABLE` says that it was done, and leaves protected pages merged in an area that is not
+/// mergeable any more.
+fn unmergeable() -> Outcome {
+    left_behind(ALL, ALL)
+}
+
+/// It even stops at the first one.
+fn behind_one() -> Outcome {
+    left_behind(1, ALL)
+}
+
+fn left_behind(protected: usize, left: usize) -> Outcome {
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    let Some((region, span, uffd)) = two_halves()? else {
+        return skip(NO_MODE);
+    };
+    uffd.protect(part(span, protected), true)?;
+    region.advise(0, ALL, libc::MADV_UNMERGEABLE)?;
+    uffd.protect(part(span, protected), false)?;
+    if merged(span)? != left {
+        return Ok(Verdict::Skip("the kernel unshares such pages".into()));
+    }
+    // They are not forgotten by the scan,
+    for _ in 0..3 {
+        scan::passes(1)?;
+        ensure_listed(span, left)?;
+    }
+    scan::stop()?;
+    // nor by run=2.
+    ensure_served(&region, span)
+}
+
+/// A child has them in an area that never was mergeable.
+fn children() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    let Some((mut region, span, uffd)) = two_halves()? else {
+        return skip(NO_MODE);
+    };
+    uffd.protect(part(span, 1), true)?;
+    region.advise(0, ALL, libc::MADV_UNMERGEABLE)?;
+    uffd.protect(part(span, 1), false)?;
+    scan::passes(2)?;
+    let mut child = Worker::inheriting(&mut region)?;
+    scan::passes(2)?;
+    ensure_listed(child.span(), child.merged()?)?;
+    // Their parent goes, and with it what led to its children.
+    region.dontneed(0, ALL)?;
+    scan::passes(2)?;
+    scan::stop()?;
+    ensure!(
+        child.merged()? == ALL,
+        "{} pages are merged",
+        child.merged()?
+    );
+    ensure_listed(child.span(), ALL)?;
+    child.verify()?;
+    engine::write("run", 2)?;
+    ensure!(child.merged()? == 0);
+    child.verify()?;
+    PASS
+}
