@@ -340,7 +340,7 @@ impl State {
         else {
             return self.wait(place, sum);
         };
-        if may_be_shared {
+        if may_be_shared || other_page.is_large() {
             let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
                 return;
             };
@@ -348,7 +348,25 @@ impl State {
                 // Shared by fork: nothing to gain.
                 return;
             }
-            if sum.is_unknown() && page.differs_from(&other_page) {
+            // A split cannot be undone, so both pages have to be fit for merging, and equal, before either
+            // huge page is split.
+            let large = page.is_large() || other_page.is_large();
+            if large {
+                // References on the other one were counted before there was a second one of ours, if both are
+                // parts of one huge page.
+                if other_page.is_locked() || !other_vma.maps_unmarked(other.addr, &other_page) {
+                    return self.wait(place, sum);
+                }
+                let held = !page.shares_folio_with(&other_page) && page.is_held_by_others();
+                if held || page.is_locked() || !vma.maps_unmarked(place.addr, &page) {
+                    return self.core.try_again();
+                }
+            }
+            if (large || sum.is_unknown()) && page.differs_from(&other_page) {
+                if !sum.is_unknown() {
+                    // The other one changed where the sample does not look.
+                    return self.wait(place, sum);
+                }
                 // From now on both need their checksums.
                 let sums = (page.checksum(hasher), other_page.checksum(hasher));
                 drop((page, other_page));

@@ -112,6 +112,17 @@ impl PageRef {
         unsafe { ffi::rksm_page_test_hwpoison(self.as_ptr()) }
     }
 
+    /// Whether both are parts of one folio.
+    pub(crate) fn shares_folio_with(&self, other: &PageRef) -> bool {
+        self.folio() == other.folio()
+    }
+
+    /// Whether somebody has the folio locked: a hint.
+    pub(crate) fn is_locked(&self) -> bool {
+        // SAFETY: by the type invariant the folio is valid.
+        unsafe { ffi::rksm_folio_test_locked(self.folio()) }
+    }
+
     /// Whether somebody besides us, the page tables and the swap cache holds a reference on the folio.
     /// Without the folio lock, and of one that is mapped, the answer is a hint.
     pub(crate) fn is_held_by_others(&self) -> bool {
@@ -321,10 +332,6 @@ impl LockedPage {
     pub(crate) fn split(&self) -> Result {
         if !self.is_large() {
             return Ok(());
-        }
-        // Seen here it costs no lock of all who map it.
-        if self.is_held_by_others() {
-            return Err(EBUSY);
         }
         // SAFETY: the folio is locked and we hold a reference, by the type invariants. The split
         // leaves `page` locked and moves our reference to its new folio.

@@ -7,6 +7,7 @@ use super::{
     folio::{node_id_of, PageRef},
     stable::NodeId,
     vma::MergeableVma,
+    walk::PMD_SIZE,
 };
 use core::{
     marker::PhantomData,
@@ -236,6 +237,43 @@ impl<'a> PteLock<'a> {
         // SAFETY: mapped and locked by the type invariant.
         unsafe { ffi::rksm_set_pte(self.vma.mm().as_raw(), self.addr, self.pte, entry) };
     }
+}
+
+/// Whether `vma` maps `page` at `addr`, on its own or as part of a huge page, without a userfaultfd mark.
+///
+/// The answer is a hint, since the page-table lock is given up again.
+pub(super) fn maps_unmarked(vma: &MergeableVma<'_>, addr: usize, page: &PageRef) -> bool {
+    let mm = vma.mm().as_raw();
+    // SAFETY: `mmap_lock` is held by the type invariant of `vma`, so the tables above page tables are not
+    // freed.
+    let pmd = unsafe { ffi::rksm_find_pmd(mm, addr) };
+    if pmd.is_null() {
+        return false;
+    }
+    // SAFETY: the entry can be read at any time, as its table is not freed.
+    if !unsafe { ffi::rksm_pmd_leaf(ffi::rksm_pmd_lockless(pmd)) } {
+        return PteLock::new(vma, addr).is_some_and(|pte| pte.mergeable(page).is_ok());
+    }
+    // SAFETY: the mm has users by its type, and the table of `pmd` is not freed.
+    let ptl = unsafe { ffi::rksm_pmd_lock(mm, pmd) };
+    // SAFETY: the lock of the entry is held, so it maps what it maps until that is given up; `addr` lies in the
+    // huge page, so the page sought is part of it.
+    let unmarked = unsafe {
+        let entry = ffi::rksm_pmd_lockless(pmd);
+        // It may have been split or moved before the lock was taken.
+        if ffi::rksm_pmd_present(entry) && ffi::rksm_pmd_leaf(entry) {
+            let first = ffi::rksm_normal_page_pmd(vma.as_ptr(), addr, entry);
+            let nth = (addr & (PMD_SIZE - 1)) / PAGE_SIZE;
+            !first.is_null()
+                && ffi::rksm_nth_page(first, nth) == page.as_ptr()
+                && !ffi::rksm_pmd_uffd(entry)
+        } else {
+            false
+        }
+    };
+    // SAFETY: locked above.
+    unsafe { ffi::rksm_ptl_unlock(ptl) };
+    unmarked
 }
 
 impl Drop for PteLock<'_> {

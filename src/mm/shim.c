@@ -117,6 +117,11 @@ bool rksm_folio_test_swapcache(const struct folio *folio)
 	return folio_test_swapcache(folio);
 }
 
+bool rksm_folio_test_locked(const struct folio *folio)
+{
+	return folio_test_locked(folio);
+}
+
 bool rksm_page_test_hwpoison(const struct page *page)
 {
 	return PageHWPoison(page);
@@ -362,6 +367,17 @@ bool rksm_pmd_present(pmd_t pmd)
 bool rksm_pmd_leaf(pmd_t pmd)
 {
 	return pmd_leaf(pmd);
+}
+
+bool rksm_pmd_uffd(pmd_t pmd)
+{
+	return pmd_uffd(pmd);
+}
+
+/* NULL if there is no table that could have the entry.  It may be an empty one. */
+pmd_t *rksm_find_pmd(struct mm_struct *mm, unsigned long addr)
+{
+	return mm_find_pmd(mm, addr);
 }
 
 spinlock_t *rksm_pmd_lock(struct mm_struct *mm, pmd_t *pmd)

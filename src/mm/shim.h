@@ -35,6 +35,7 @@ bool rksm_folio_test_plain_anon(const struct folio *folio);
 bool rksm_folio_maybe_batched(struct folio *folio);
 bool rksm_folio_test_large(const struct folio *folio);
 bool rksm_folio_test_swapcache(const struct folio *folio);
+bool rksm_folio_test_locked(const struct folio *folio);
 bool rksm_page_test_hwpoison(const struct page *page);
 bool rksm_folio_mapped(const struct folio *folio);
 int rksm_folio_mapcount(const struct folio *folio);
@@ -76,6 +77,8 @@ int rksm_walk_vma(struct vm_area_struct *vma, unsigned long start, unsigned long
 pmd_t rksm_pmd_lockless(pmd_t *pmd);
 bool rksm_pmd_present(pmd_t pmd);
 bool rksm_pmd_leaf(pmd_t pmd);
+bool rksm_pmd_uffd(pmd_t pmd);
+pmd_t *rksm_find_pmd(struct mm_struct *mm, unsigned long addr);
 spinlock_t *rksm_pmd_lock(struct mm_struct *mm, pmd_t *pmd);
 void rksm_ptl_unlock(spinlock_t *ptl);
 pte_t *rksm_pte_lock(struct mm_struct *mm, pmd_t *pmd, unsigned long addr, spinlock_t **ptl);

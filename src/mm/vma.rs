@@ -6,7 +6,7 @@ use super::{
     ffi,
     folio::{LockedPage, PageRef},
     mmap_lock::MmapLock,
-    pte::{NotifierRange, PteLock},
+    pte::{self, NotifierRange, PteLock},
     stable::{ItemBox, NodeBox, NodeId},
     trace,
     walk::{self, Search},
@@ -222,6 +222,28 @@ impl<'a> MergeableVma<'a> {
         }
     }
 
+    /// Whether `page` is mapped at `addr`, without a userfaultfd mark that forbids to merge it.
+    ///
+    /// A hint, for what is to be known before a step that cannot be undone.
+    pub(crate) fn maps_unmarked(&self, addr: usize, page: &PageRef) -> bool {
+        pte::maps_unmarked(self, addr, page)
+    }
+
+    /// Splits the folio of `page`, which is mapped at `addr`, if it is a large one, after everything that can be
+    /// known to keep the page from being merged: `fits` says what else there is.
+    ///
+    /// A split cannot be undone, and khugepaged may take long to put the parts together again.
+    fn make_small(&self, addr: usize, page: &LockedPage, fits: impl FnOnce() -> Result) -> Result {
+        if !page.is_large() {
+            return Ok(());
+        }
+        if page.is_held_by_others() || !self.maps_unmarked(addr, page) {
+            return Err(EBUSY);
+        }
+        fits()?;
+        page.split()
+    }
+
     /// Makes the page at `addr` the page of `node`, with `item` as the first place that maps it.
     ///
     /// The page is split off its huge page if need be, write-protected, and left alone with
@@ -252,11 +274,8 @@ impl<'a> MergeableVma<'a> {
         item: &mut ItemBox,
     ) -> Result<bool> {
         let page = lock_plain(page)?;
-        // Others who map a huge page shall not lose it in vain.
-        if page.is_large() {
-            page.refuse_strangers(self, addr)?;
-            page.split()?;
-        }
+        let fits = || page.refuse_strangers(self, addr).map(drop);
+        self.make_small(addr, &page, fits)?;
         // Asked before `write_protect` sees the page mapped here: at any time after that we may give it up, and
         // the only mapping be a relative's.
         let shared = page.refuse_strangers(self, addr)?;
@@ -276,7 +295,7 @@ impl<'a> MergeableVma<'a> {
     /// Nobody can reach `page` through this mapping from before the comparison to the end, as the entry
     /// is cleared meanwhile; and `kpage` is write-protected wherever it is mapped. If they differ,
     /// the entry is put back as it was, and the result is `EAGAIN`. Other errors are as in
-    /// [`Self::publish`].
+    /// [`Self::publish`]. A part of a huge page is compared before that is split, too.
     pub(crate) fn join(
         &self,
         addr: usize,
@@ -301,7 +320,12 @@ impl<'a> MergeableVma<'a> {
         if kpage.node_id() != node.id() {
             return Err(EBUSY);
         }
-        let page = lock_small(page)?;
+        let page = lock_plain(page)?;
+        let fits = || match page.differs_from(kpage) {
+            true => Err(EAGAIN),
+            false => Ok(()),
+        };
+        self.make_small(addr, &page, fits)?;
         if page.is_large() {
             return Err(EBUSY);
         }
@@ -344,7 +368,12 @@ impl<'a> MergeableVma<'a> {
     }
 
     fn try_join_zero(&self, addr: usize, page: PageRef) -> Result {
-        let page = lock_small(page)?;
+        let page = lock_plain(page)?;
+        let fits = || match page.is_zero() {
+            true => Ok(()),
+            false => Err(EAGAIN),
+        };
+        self.make_small(addr, &page, fits)?;
         if page.is_large() {
             return Err(EBUSY);
         }
@@ -489,12 +518,5 @@ fn lock_plain(page: PageRef) -> Result<LockedPage> {
     if !page.is_plain_anon() || page.is_poisoned() {
         return Err(EBUSY);
     }
-    Ok(page)
-}
-
-/// Locks a page that can be merged and splits it off its folio.
-fn lock_small(page: PageRef) -> Result<LockedPage> {
-    let page = lock_plain(page)?;
-    page.split()?;
     Ok(page)
 }

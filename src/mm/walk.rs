@@ -586,7 +586,7 @@ unsafe fn scan_entries<const KSM_ONLY: bool>(
 }
 
 /// The size of what one entry of the second-lowest level of page tables maps.
-const PMD_SIZE: usize = 1 << 21;
+pub(super) const PMD_SIZE: usize = 1 << 21;
 
 fn walk(vma: &MergeableVma<'_>, start: usize, end: usize, visit: &mut Visit<'_>) {
     let start = start.max(vma.start());
