@@ -8,24 +8,25 @@
 use super::{
     checksum::{Checksum, Hasher, Sample},
     index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
-    pagemap::Found,
-    scan::{known_mm, Candidate, CandidateKind, Cursor},
-    Core, Engine, Forget, Released, State, GFP_SCAN, LIMBO_SWEEP,
+    pagemap::{Found, Moment},
+    scan::{known_mm, seconds_since, Candidate, CandidateKind, Cursor},
+    Core, Engine, Forget, MmState, Released, State, GFP_SCAN, LIMBO_SWEEP,
 };
 use crate::mm::{
     folio::{LockedPage, PageRef},
     intree,
     mmap_lock::{MmapLock, NotLocked},
     stable::{ItemBox, NodeBox, NodeId, NodePage},
-    vma::{is_abandoned, MergeableVma, Next, Unmerged, Which, HOLD_VMAS},
+    vma::{is_abandoned, MergeableVma, Next, SplitPolicy, Unmerged, Which, HOLD_VMAS},
     word::{PageState, PageWord},
 };
 use kernel::{
     mm::{Mm, MmWithUser, MmWithUserAsync},
     page::PAGE_SIZE,
     prelude::*,
+    rbtree::RBTree,
     sync::{aref::ARef, atomic::Relaxed},
-    time::{delay::fsleep, Delta},
+    time::{delay::fsleep, Delta, Instant, Monotonic},
 };
 
 /// What came of looking for a merged page to join.
@@ -40,6 +41,91 @@ pub(super) enum Joined {
     NoneFits(Checksum, bool),
     /// Nothing can be done with the page now.
     Hopeless,
+    /// The page is part of a huge page that is to stay whole for a while. It is looked at again afterwards.
+    LeftWhole,
+}
+
+impl Joined {
+    /// What came of it when merging failed for another reason than the content.
+    fn failed(err: Error) -> Self {
+        match err {
+            err if err == E2BIG => Self::LeftWhole,
+            _ => Self::Hopeless,
+        }
+    }
+}
+
+/// Says whether the huge page that a page is part of may be split.
+struct Splits<'a> {
+    mms: &'a mut RBTree<SlotId, MmState>,
+    place: Place,
+    pass: u32,
+    began: Instant<Monotonic>,
+    /// That it may is known already.
+    decided: bool,
+}
+
+impl<'a> Splits<'a> {
+    /// For the page at `place`; and what else is known.
+    fn of(state: &'a mut State, place: Place) -> (Self, &'a mut Core) {
+        let State { mms, core, .. } = state;
+        let splits = Self {
+            mms,
+            place,
+            pass: core.pass,
+            began: core.born,
+            decided: false,
+        };
+        (splits, core)
+    }
+
+    /// The same for a page of whose huge page it is known that it may be split.
+    fn decided(state: &'a mut State, place: Place) -> (Self, &'a mut Core) {
+        let (splits, core) = Self::of(state, place);
+        let splits = Self {
+            decided: true,
+            ..splits
+        };
+        (splits, core)
+    }
+
+    /// Whether `page` is part of a huge page that is to stay whole, as far as that can be told without noting
+    /// anything.
+    fn keep_whole(&self, page: &PageRef) -> bool {
+        if !page.is_large() || self.decided {
+            return false;
+        }
+        let known = self.mms.get(&self.place.slot);
+        known.is_some_and(|known| {
+            let second = seconds_since(self.began);
+            known.pages.keeps_whole(self.place.addr, second)
+        })
+    }
+
+    fn now(&self) -> Moment {
+        Moment {
+            pass: self.pass,
+            second: seconds_since(self.began),
+        }
+    }
+}
+
+impl SplitPolicy for Splits<'_> {
+    fn may_split(&mut self) -> bool {
+        if self.decided {
+            return true;
+        }
+        let now = self.now();
+        let known = self.mms.get_mut(&self.place.slot);
+        known.is_none_or(|known| known.pages.may_split(self.place.addr, now))
+    }
+
+    fn was_split(&mut self) {
+        let now = self.now();
+        if let Some(known) = self.mms.get_mut(&self.place.slot) {
+            known.pages.note_split(self.place.addr, now);
+        }
+    }
 }
 
 impl State {
@@ -162,7 +248,7 @@ impl State {
         {
             match self.join_zero(vma, place) {
                 Ok(()) => return Joined::Yes,
-                Err(err) if err != EAGAIN => return Joined::Hopeless,
+                Err(err) if err != EAGAIN => return Joined::failed(err),
                 // Not all zeroes.
                 _ => {}
             }
@@ -171,7 +257,7 @@ impl State {
         match self.core.index.nodes_like(sample) {
             NodesLike::Alike(nodes) => match self.join_one_of(vma, place, nodes, Some(hasher)) {
                 Some(Ok(())) => return Joined::Yes,
-                Some(Err(err)) if err != EAGAIN => return Joined::Hopeless,
+                Some(Err(err)) if err != EAGAIN => return Joined::failed(err),
                 None if nodes.sum().is_unknown() => return Joined::NoneFits(unknown, true),
                 _ => {}
             },
@@ -199,7 +285,7 @@ impl State {
         };
         match joined {
             Some(Ok(())) => Joined::Yes,
-            Some(Err(err)) if err != EAGAIN => Joined::Hopeless,
+            Some(Err(err)) if err != EAGAIN => Joined::failed(err),
             _ => Joined::NoneFits(sum, may_be_shared),
         }
     }
@@ -215,7 +301,11 @@ impl State {
         if !page.is_zero() {
             return Err(EAGAIN);
         }
-        vma.join_zero(place.addr, page)?;
+        let (mut splits, _) = Splits::of(self, place);
+        if splits.keep_whole(&page) {
+            return Err(E2BIG);
+        }
+        vma.join_zero(place.addr, page, &mut splits)?;
         self.forget(place);
         Ok(())
     }
@@ -268,7 +358,8 @@ impl State {
         key: StableKey,
         guessing: Option<&Hasher>,
     ) -> Option<Result> {
-        let result = self.core.join_node(vma, place, key, guessing)?;
+        let (mut splits, core) = Splits::of(self, place);
+        let result = core.join_node(vma, key, guessing, &mut splits)?;
         Some(result.map(|item| self.merged(place, item, key)))
     }
 
@@ -352,6 +443,13 @@ impl State {
             // huge page is split.
             let large = page.is_large() || other_page.is_large();
             if large {
+                if Splits::of(self, place).0.keep_whole(&page) {
+                    // It comes by again when it may be split.
+                    return;
+                }
+                if Splits::of(self, other).0.keep_whole(&other_page) {
+                    return self.wait(place, sum);
+                }
                 // References on the other one were counted before there was a second one of ours, if both are
                 // parts of one huge page.
                 if other_page.is_locked() || !other_vma.maps_unmarked(other.addr, &other_page) {
@@ -372,6 +470,12 @@ impl State {
                 drop((page, other_page));
                 return self.part(sum, place, sums.0, other, sums.1);
             }
+            if page.is_large() && !Splits::of(self, place).0.may_split() {
+                return;
+            }
+            if other_page.is_large() && !Splits::of(self, other).0.may_split() {
+                return self.wait(place, sum);
+            }
         }
         drop(other_page);
         let (this, other) = ((&vma, place), (&other_vma, other));
@@ -387,7 +491,7 @@ impl State {
     }
 
     /// Makes the first page a merged page, and merges the other one into it. If it is the latter that
-    /// fails, the first is undone, and waits.
+    /// fails, the first is undone, and waits. Huge pages that they are parts of may be split, that is decided.
     fn merge_into_first(
         &mut self,
         (vma, place): (&MergeableVma<'_>, Place),
@@ -439,11 +543,12 @@ impl State {
         key: StableKey,
     ) -> Result {
         let item = {
-            let node = self.core.index.node(key).ok_or(EBUSY)?;
+            let (mut splits, core) = Splits::decided(self, place);
+            let node = core.index.node(key).ok_or(EBUSY)?;
             let NodePage::Locked(kpage) = node.locked_page() else {
                 return Err(EBUSY);
             };
-            join_page(vma, place, &kpage, node, item, &self.core)?
+            join_page(vma, &kpage, node, item, core, &mut splits)?
         };
         self.merged(place, item, key);
         Ok(())
@@ -457,11 +562,11 @@ impl State {
         mut item: ItemBox,
         sum: Checksum,
     ) -> Result<StableKey> {
-        let core = &mut self.core;
+        let (mut splits, core) = Splits::decided(self, place);
         let key = core.index.new_key(sum);
         let node = NodeBox::new(key, GFP_SCAN)?;
         core.index.insert(key, node, GFP_SCAN)?;
-        match core.publish_at(vma, place, key, &mut item) {
+        match core.publish_at(vma, key, &mut item, &mut splits) {
             Ok(strays) => {
                 // The next steps, and the whole next pass, look for them.
                 core.has_strays |= strays;
@@ -566,15 +671,16 @@ impl Core {
         ItemBox::new(sample, self.pass, GFP_SCAN)
     }
 
-    /// Tries to merge the page at `place`, which is in `vma`, into the page of the node `key`. `None`:
+    /// Tries to merge the page that `splits` is about, which is in `vma`, into the page of the node `key`. `None`:
     /// that one takes no more pages, or is gone.
     fn join_node(
         &mut self,
         vma: &MergeableVma<'_>,
-        place: Place,
         key: StableKey,
         guessing: Option<&Hasher>,
+        splits: &mut Splits<'_>,
     ) -> Option<Result<ItemBox>> {
+        let place = splits.place;
         let node = self.index.node(key)?;
         if node.items() >= self.max_sharing {
             return None;
@@ -607,7 +713,7 @@ impl Core {
             Ok(item) => item,
             Err(err) => return Some(Err(err)),
         };
-        let result = join_page(vma, place, &kpage, node, item, self);
+        let result = join_page(vma, &kpage, node, item, self, splits);
         if let (Some(hasher), Err(EAGAIN)) = (guessing, result.as_ref().map_err(|err| *err)) {
             // Unless it is that the page has just been written to.
             let sample = vma.page_at(place.addr).map(|page| page.sample(hasher));
@@ -716,13 +822,14 @@ impl Core {
     fn publish_at(
         &self,
         vma: &MergeableVma<'_>,
-        place: Place,
         key: StableKey,
         item: &mut ItemBox,
+        splits: &mut Splits<'_>,
     ) -> Result<bool> {
+        let place = splits.place;
         let node = self.index.node(key).ok_or(EBUSY)?;
         let page = vma.page_at(place.addr).ok_or(EBUSY)?;
-        vma.publish(place.addr, page, node, item)
+        vma.publish(place.addr, page, node, item, splits)
     }
 }
 
@@ -977,27 +1084,34 @@ fn unshare(mm: &MmWithUser, addr: usize) -> bool {
     done.result.is_ok() && done.reached >= end && done.unserved().is_empty()
 }
 
-/// Merges the page at `place`, which is in `vma`, into `kpage`, the page of `node`, and lists it there by `item`.
-/// `EAGAIN` if they differ, or must not be merged.
+/// Merges the page that `splits` is about, which is in `vma`, into `kpage`, the page of `node`, and lists it there
+/// by `item`.
+///
+/// `EAGAIN` if they differ, or must not be merged; `E2BIG` if the page is part of a huge page that stays whole.
 fn join_page(
     vma: &MergeableVma<'_>,
-    place: Place,
     kpage: &LockedPage,
     node: &NodeBox,
     mut item: ItemBox,
     core: &Core,
+    splits: &mut Splits<'_>,
 ) -> Result<ItemBox> {
+    let addr = splits.place.addr;
     // Its lock may have been waited for, behind who has just given it up.
     if kpage.is_poisoned() {
         return Err(EBUSY);
     }
-    let page = vma.page_at(place.addr).ok_or(EBUSY)?;
+    let page = vma.page_at(addr).ok_or(EBUSY)?;
     // Neither moves: what we hold is this very page, and the merged one is locked. The next pass gives the
     // node another key.
     if core.by_node && page.memory_node() != kpage.memory_node() {
         node.set_strayed();
         return Err(EBUSY);
     }
-    vma.join(place.addr, page, kpage, node, &mut item)?;
+    // Asked once more when nothing else is in the way; but the pages need not be compared for nothing.
+    if splits.keep_whole(&page) {
+        return Err(E2BIG);
+    }
+    vma.join(addr, page, kpage, node, &mut item, splits)?;
     Ok(item)
 }

@@ -206,6 +206,8 @@ struct Core {
     events: u64,
     /// Numbers the passes.
     pass: u32,
+    /// When the engine was made.
+    born: Instant<Monotonic>,
     /// Pages that were written to soon after they were merged.
     soon_broken: usize,
     /// Whether VMAs that are not mergeable may have merged pages.
@@ -578,6 +580,7 @@ impl State {
                 refreshing: false,
                 events: 1,
                 pass: 0,
+                born: Instant::now(),
                 soon_broken: 0,
                 has_strays: false,
                 found_strays: false,

@@ -599,7 +599,8 @@ impl State {
                 // written to.
                 leaf.decide_skips(|words| words.iter().any(PageWord::is_merged));
             }
-            let news = self.cursor.news || leaf.is_owed_news() || core.refreshing;
+            let waited = leaf.end_wait(|| seconds_since(core.born));
+            let news = self.cursor.news || leaf.is_owed_news() || core.refreshing || waited;
             let end = first.saturating_add(count);
             // Without holes among the pages, most often all are known, or all are new.
             let dense = scratch
@@ -685,6 +686,11 @@ pub(super) fn known_mm<'a>(
         mms.try_create_and_insert(slot, known, GFP_SCAN).ok()?;
     }
     mms.get_mut(&slot)
+}
+
+/// How many seconds are over since `began`.
+pub(super) fn seconds_since(began: Instant<Monotonic>) -> u64 {
+    u64::try_from(began.elapsed().as_millis() / 1000).unwrap_or(0)
 }
 
 impl Core {

@@ -110,6 +110,15 @@ impl Unmerged {
 /// of which there is one after the other while memory goes offline. Fewer than [`HOLD_UNMERGES`].
 const UNSHARE_ATTEMPTS: usize = 48;
 
+/// Decides whether huge pages are split for a part that merges.
+pub(crate) trait SplitPolicy {
+    /// Whether the huge page may be split. Nothing else is known to be in the way.
+    fn may_split(&mut self) -> bool;
+
+    /// Notes that it was.
+    fn was_split(&mut self);
+}
+
 /// Outcomes of a fault after which trying again is no use.
 const HOPELESS: u32 = bindings::vm_fault_reason_VM_FAULT_SIGBUS
     | bindings::vm_fault_reason_VM_FAULT_SIGSEGV
@@ -230,10 +239,17 @@ impl<'a> MergeableVma<'a> {
     }
 
     /// Splits the folio of `page`, which is mapped at `addr`, if it is a large one, after everything that can be
-    /// known to keep the page from being merged: `fits` says what else there is.
+    /// known to keep the page from being merged: `fits` says what else there is, and `splits` has the last
+    /// word (`E2BIG`).
     ///
     /// A split cannot be undone, and khugepaged may take long to put the parts together again.
-    fn make_small(&self, addr: usize, page: &LockedPage, fits: impl FnOnce() -> Result) -> Result {
+    fn make_small(
+        &self,
+        addr: usize,
+        page: &LockedPage,
+        fits: impl FnOnce() -> Result,
+        splits: &mut dyn SplitPolicy,
+    ) -> Result {
         if !page.is_large() {
             return Ok(());
         }
@@ -241,15 +257,21 @@ impl<'a> MergeableVma<'a> {
             return Err(EBUSY);
         }
         fits()?;
-        page.split()
+        if !splits.may_split() {
+            return Err(E2BIG);
+        }
+        page.split()?;
+        splits.was_split();
+        Ok(())
     }
 
     /// Makes the page at `addr` the page of `node`, with `item` as the first place that maps it.
     ///
     /// The page is split off its huge page if need be, write-protected, and left alone with
     /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
-    /// not there any more. Of a page that is shared over a fork, see [`LockedPage::refuse_strangers`] for
-    /// `EMLINK` and `EBUSY`. Takes the folio lock and a page-table lock.
+    /// not there any more; with `E2BIG` if it is part of a huge page that `splits` wants whole. Of a page that
+    /// is shared over a fork, see [`LockedPage::refuse_strangers`] for `EMLINK` and `EBUSY`. Takes the folio
+    /// lock and a page-table lock.
     ///
     /// Returns whether a process that shares the page may have opted out meanwhile: its mapping stays merged
     /// then, in a VMA that is not mergeable any more.
@@ -259,9 +281,10 @@ impl<'a> MergeableVma<'a> {
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
+        splits: &mut dyn SplitPolicy,
     ) -> Result<bool> {
         let pfn = page.pfn();
-        let result = self.try_publish(addr, page, node, item);
+        let result = self.try_publish(addr, page, node, item, splits);
         trace::merge_with_ksm_page(true, pfn, ptr::null_mut(), item, self.mm(), &result);
         result
     }
@@ -272,10 +295,11 @@ impl<'a> MergeableVma<'a> {
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
+        splits: &mut dyn SplitPolicy,
     ) -> Result<bool> {
         let page = lock_plain(page)?;
         let fits = || page.refuse_strangers(self, addr).map(drop);
-        self.make_small(addr, &page, fits)?;
+        self.make_small(addr, &page, fits, splits)?;
         // Asked before `write_protect` sees the page mapped here: at any time after that we may give it up, and
         // the only mapping be a relative's.
         let shared = page.refuse_strangers(self, addr)?;
@@ -303,8 +327,9 @@ impl<'a> MergeableVma<'a> {
         kpage: &LockedPage,
         node: &NodeBox,
         item: &mut ItemBox,
+        splits: &mut dyn SplitPolicy,
     ) -> Result {
-        let result = self.try_join(addr, page, kpage, node, item);
+        let result = self.try_join(addr, page, kpage, node, item, splits);
         trace::merge_with_ksm_page(false, kpage.pfn(), kpage.as_ptr(), item, self.mm(), &result);
         result
     }
@@ -316,6 +341,7 @@ impl<'a> MergeableVma<'a> {
         kpage: &LockedPage,
         node: &NodeBox,
         item: &mut ItemBox,
+        splits: &mut dyn SplitPolicy,
     ) -> Result {
         if kpage.node_id() != node.id() {
             return Err(EBUSY);
@@ -325,7 +351,7 @@ impl<'a> MergeableVma<'a> {
             true => Err(EAGAIN),
             false => Ok(()),
         };
-        self.make_small(addr, &page, fits)?;
+        self.make_small(addr, &page, fits, splits)?;
         if page.is_large() {
             return Err(EBUSY);
         }
@@ -361,19 +387,24 @@ impl<'a> MergeableVma<'a> {
     /// tells such a zero page from others. Counts it with the address space and overall.
     ///
     /// Locks and errors are as in [`Self::join`].
-    pub(crate) fn join_zero(&self, addr: usize, page: PageRef) -> Result {
-        let result = self.try_join_zero(addr, page);
+    pub(crate) fn join_zero(
+        &self,
+        addr: usize,
+        page: PageRef,
+        splits: &mut dyn SplitPolicy,
+    ) -> Result {
+        let result = self.try_join_zero(addr, page, splits);
         trace::merge_with_zero_page(self.mm(), &result);
         result
     }
 
-    fn try_join_zero(&self, addr: usize, page: PageRef) -> Result {
+    fn try_join_zero(&self, addr: usize, page: PageRef, splits: &mut dyn SplitPolicy) -> Result {
         let page = lock_plain(page)?;
         let fits = || match page.is_zero() {
             true => Ok(()),
             false => Err(EAGAIN),
         };
-        self.make_small(addr, &page, fits)?;
+        self.make_small(addr, &page, fits, splits)?;
         if page.is_large() {
             return Err(EBUSY);
         }

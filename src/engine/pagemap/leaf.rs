@@ -21,6 +21,8 @@ pub(super) struct Leaf<W> {
     pub(super) trouble: u8,
     /// What is known of how much looking at the pages is worth.
     pub(super) age: Age,
+    /// Whether a huge page here may be split.
+    pub(super) splits: Splits,
 }
 
 /// For how long nothing has come of looking at the pages of a leaf.
@@ -72,6 +74,11 @@ impl Age {
         self.has(Self::OWED_NEWS)
     }
 
+    /// Notes that there is news for it in this pass.
+    pub(super) fn note_news(&mut self) {
+        self.set(Self::OWED_NEWS, true);
+    }
+
     /// Whether the pass with this number is still to be begun. (One that comes 256 passes after the last one
     /// that was is not; a leaf takes part in nearly all.)
     #[inline]
@@ -118,6 +125,86 @@ impl Age {
     pub(super) fn begin_anew(&mut self) {
         self.passes = 0;
         self.skips = 0;
+    }
+}
+
+/// A leaf waits for `1 << MAX_SPLIT_LEVEL` seconds at most before a huge page in it is split again.
+const MAX_SPLIT_LEVEL: u8 = 7;
+
+/// A moment, as [`Splits`] count.
+#[derive(Clone, Copy)]
+pub(crate) struct Moment {
+    /// The number of the pass.
+    pub(crate) pass: u32,
+    /// Seconds since any moment.
+    pub(crate) second: u64,
+}
+
+/// Whether huge pages in a leaf may be split.
+///
+/// A part that wants to be split off where there was a split in a pass before means that the pages were put
+/// together in between, most often by khugepaged, which would do so for ever. The leaf waits before it
+/// lets that happen again, twice as long each time: in seconds, which at one pass a second are as many
+/// passes. (A number of passes would be over at once where they follow each other without a pause,
+/// and never where one takes hours.)
+///
+/// A leaf has room for three bytes, so numbers are kept modulo 2¹⁶: once in 2¹⁶ passes or seconds one is taken for
+/// another, and a split is allowed, or put off, that should not be.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Splits {
+    /// How often it had to wait, and [`Self::SPLIT`], [`Self::WAITING`] or neither.
+    bits: u8,
+    /// The pass of the last split, or the second in which the wait is over.
+    when: [u8; 2],
+}
+
+impl Splits {
+    const LEVEL: u8 = MAX_SPLIT_LEVEL;
+    const SPLIT: u8 = 1 << 6;
+    const WAITING: u8 = 1 << 7;
+
+    fn set(&mut self, state: u8, level: u8, when: u16) {
+        self.bits = state | level;
+        self.when = when.to_le_bytes();
+    }
+
+    fn level(self) -> u8 {
+        self.bits & Self::LEVEL
+    }
+
+    fn when(self) -> u16 {
+        u16::from_le_bytes(self.when)
+    }
+
+    /// Whether a huge page is to stay whole still.
+    pub(super) fn is_waiting(self, second: u64) -> bool {
+        let left = self.when().wrapping_sub(second as u16);
+        self.bits & Self::WAITING != 0 && left != 0 && left <= 1 << MAX_SPLIT_LEVEL
+    }
+
+    /// Whether a huge page may be split. If there was a split in another pass, the wait begins.
+    pub(super) fn may_split(&mut self, now: Moment) -> bool {
+        if self.bits & Self::SPLIT != 0 && self.when() != now.pass as u16 {
+            let level = self.level().saturating_add(1).min(MAX_SPLIT_LEVEL);
+            let over = (now.second as u16).wrapping_add(1 << level);
+            self.set(Self::WAITING, level, over);
+        }
+        !self.is_waiting(now.second)
+    }
+
+    /// Notes that a huge page is split.
+    pub(super) fn note(&mut self, now: Moment) {
+        self.set(Self::SPLIT, self.level(), now.pass as u16);
+    }
+
+    /// Ends a wait that is over. Returns whether there was one.
+    #[inline]
+    pub(super) fn end_wait(&mut self, second: impl FnOnce() -> u64) -> bool {
+        if self.bits & Self::WAITING == 0 || self.is_waiting(second()) {
+            return false;
+        }
+        self.set(0, self.level(), 0);
+        true
     }
 }
 
@@ -283,10 +370,13 @@ impl<W> Many<W> {
 
 impl<W> Leaf<W> {
     pub(super) fn new(age: Age) -> Self {
+        // Many leaves have a single page.
+        const { assert!(size_of::<W>() != 8 || size_of::<Self>() == 24) };
         Self {
             content: Content::Nothing,
             trouble: 0,
             age,
+            splits: Splits::default(),
         }
     }
 

@@ -6,6 +6,7 @@ mod leaf;
 
 use core::mem::size_of;
 use kernel::{alloc::Flags, page::PAGE_SHIFT, prelude::*, rbtree::RBTree};
+pub(crate) use leaf::Moment;
 use leaf::{Age, Leaf, LEAF_PAGES, LEAF_SHIFT};
 
 /// How many leaves [`PageMap::next_skipped`] looks at; and after how many pages that are not skipped it ends: twice
@@ -260,6 +261,26 @@ impl<W> PageMap<W> {
         }
     }
 
+    /// Whether a huge page at `addr` is to stay whole, as it was just put together again.
+    pub(crate) fn keeps_whole(&self, addr: usize, second: u64) -> bool {
+        let leaf = self.leaves.get(&Slot::of(addr).leaf);
+        leaf.is_some_and(|leaf| leaf.splits.is_waiting(second))
+    }
+
+    /// Whether a huge page at `addr` may be split, for a part of it that will merge. That it was put together
+    /// again, and has to wait, is found out here.
+    pub(crate) fn may_split(&mut self, addr: usize, now: Moment) -> bool {
+        let leaf = self.leaves.get_mut(&Slot::of(addr).leaf);
+        leaf.is_none_or(|leaf| leaf.splits.may_split(now))
+    }
+
+    /// Notes that the huge page at `addr` is split.
+    pub(crate) fn note_split(&mut self, addr: usize, now: Moment) {
+        if let Some(leaf) = self.leaves.get_mut(&Slot::of(addr).leaf) {
+            leaf.splits.note(now);
+        }
+    }
+
     /// Calls `each` with the address and the word of every page of the leaf that `from` is in, or of the
     /// first one behind it, unless its pages gave too much trouble lately, and returns the last address of
     /// that leaf. `None`: there is no such leaf.
@@ -475,6 +496,17 @@ impl<W> LeafCursor<'_, W> {
     /// Whether there is news for the leaf that it has not seen yet.
     pub(crate) fn is_owed_news(&self) -> bool {
         self.leaf.age.is_owed_news()
+    }
+
+    /// Whether huge pages of the leaf may be split from now on, which they had to wait for.
+    #[inline]
+    pub(crate) fn end_wait(&mut self, second: impl FnOnce() -> u64) -> bool {
+        let ended = self.leaf.splits.end_wait(second);
+        if ended {
+            // The rest of the leaf may be looked at in other steps, or be skipped.
+            self.leaf.age.note_news();
+        }
+        ended
     }
 
     /// How many words the leaf has.

@@ -55,11 +55,11 @@ fn filled(seed: u64, step: u64) -> Result<Option<Region>> {
     Ok((huge_kib(&region)? != 0).then_some(region))
 }
 
-fn huge_kib(region: &Region) -> Result<i64> {
+pub(super) fn huge_kib(region: &Region) -> Result<i64> {
     crate::proc::anon_huge_kib(std::process::id(), region.addr()).context("AnonHugePages")
 }
 
-fn part(region: &Region, i: usize) -> Span {
+pub(super) fn part(region: &Region, i: usize) -> Span {
     Span {
         pid: std::process::id(),
         addr: region.at(i),

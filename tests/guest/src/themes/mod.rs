@@ -36,6 +36,7 @@ mod soak;
 mod softdirty;
 mod stall;
 mod swap;
+mod thp;
 mod trace;
 mod unmerge;
 mod unserved;
@@ -70,6 +71,7 @@ pub const ALL: &[&Theme] = &[
     &stall::THEME,
     &vmops::THEME,
     &huge::THEME,
+    &thp::THEME,
     &zero::THEME,
     &softdirty::THEME,
     &chains::THEME,

@@ -48,13 +48,17 @@ const N: usize = 32;
 
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
-const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
-const MODE_WP: u64 = 2;
+pub(super) const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+pub(super) const MODE_WP: u64 = 2;
 const MODE_MINOR: u64 = 4;
-const FEATURE_WP: u64 = 1;
+pub(super) const FEATURE_WP: u64 = 1;
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 
-fn ioctl<const W: usize>(fd: &OwnedFd, request: libc::c_ulong, mut arg: [u64; W]) -> Result<()> {
+pub(super) fn ioctl<const W: usize>(
+    fd: &OwnedFd,
+    request: libc::c_ulong,
+    mut arg: [u64; W],
+) -> Result<()> {
     // SAFETY: `arg` is as large as each request used here says, and outlives the call.
     let ret = unsafe { libc::ioctl(fd.as_raw_fd(), request, arg.as_mut_ptr()) };
     ensure!(
@@ -66,7 +70,7 @@ fn ioctl<const W: usize>(fd: &OwnedFd, request: libc::c_ulong, mut arg: [u64; W]
 }
 
 /// A userfaultfd for `pages` pages from `addr` on.
-fn userfaultfd(addr: usize, pages: usize, mode: u64, features: u64) -> Result<OwnedFd> {
+pub(super) fn userfaultfd(addr: usize, pages: usize, mode: u64, features: u64) -> Result<OwnedFd> {
     // SAFETY: the call takes flags only.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
     ensure!(fd >= 0, "userfaultfd: {}", std::io::Error::last_os_error());

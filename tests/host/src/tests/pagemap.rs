@@ -5,7 +5,7 @@
 mod pair;
 
 use super::counted::Counted;
-use crate::engine::pagemap::{Found, PageMap, Pass};
+use crate::engine::pagemap::{Found, Moment, PageMap, Pass};
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     page::{PAGE_MASK, PAGE_SIZE},
@@ -437,6 +437,99 @@ fn trouble_passes() {
     pair.remember(2 * LEAF, Plan::Never);
     assert_eq!(visited(&mut pair, 2 * LEAF), 1);
     pair.empty_by_removing();
+}
+
+/// When a huge page is split, in milliseconds, of which a part merges for good and which somebody puts together
+/// again `collapse` after each split; in `passes` that begin `pace` after one another.
+fn splits(passes: u32, pace: u64, collapse: u64) -> Vec<u64> {
+    let mut pair = Pair::with([LEAF]);
+    let mut times: Vec<u64> = Vec::new();
+    let mut told = 0;
+    for pass in 0..passes {
+        let now = u64::from(pass) * pace;
+        let moment = Moment {
+            pass,
+            second: now / 1000,
+        };
+        let mut leaf = pair.map.leaf_from(LEAF, 0, GFP_NOWAIT).unwrap();
+        told += usize::from(leaf.end_wait(|| moment.second));
+        let split_since = times.last().is_some_and(|&time| now < time + collapse);
+        if split_since || pair.map.keeps_whole(LEAF, moment.second) {
+            continue;
+        }
+        if pair.map.may_split(LEAF + PAGE_SIZE, moment) {
+            pair.map.note_split(LEAF + PAGE_SIZE, moment);
+            times.push(now);
+            // Those that are split in one pass do not have to wait for each other.
+            assert!(pair.map.may_split(LEAF + 2 * PAGE_SIZE, moment));
+        }
+        // No other leaf waits for this one.
+        assert!(pair.map.may_split(0, moment) && !pair.map.keeps_whole(0, moment.second));
+    }
+    // Each split but the first one was waited for, and each wait came to an end that was told of. The last
+    // may not have ended, or have led to nothing yet.
+    assert!((times.len() - 1..=times.len()).contains(&told), "{told}");
+    pair.empty_by_dropping();
+    times
+}
+
+/// A huge page that is split and put together again is split ever more rarely, in the end less than once a
+/// minute, however quickly passes and khugepaged come.
+#[test]
+fn put_together_again_and_again() {
+    for (pace, collapse) in [
+        (3, 1),
+        (100, 50),
+        (1000, 100),
+        (1000, 10_000),
+        (20_000, 10_000),
+    ] {
+        let hour = 3_600_000;
+        let times = splits((2 * hour / pace) as u32, pace, collapse);
+        let waits = times.windows(2).map(|pair| pair[1] - pair[0]);
+        for (nth, wait) in waits.enumerate() {
+            let least = 1000 << (nth + 1).min(7);
+            // Seconds are counted whole. Whoever looks rarely comes late.
+            let most = least + 2 * pace + collapse;
+            assert!(
+                (least - 1000..=most).contains(&wait),
+                "{pace}, {collapse}: {nth} waits {wait}, not {least} to {most}"
+            );
+        }
+        let last = times.iter().filter(|&&time| time > hour).count();
+        assert!((20..60).contains(&last), "{last} times in the last hour");
+    }
+    // Where a pass takes an hour, it is once in two passes, as no wait is longer than one.
+    let times = splits(20, 3_600_000, 10_000);
+    assert_eq!(times.len(), 10, "{times:?}");
+    // A split that lasts is none that was undone.
+    assert_eq!(splits(1000, 1000, u64::MAX / 2), [0]);
+}
+
+/// Numbers of passes and seconds go round.
+#[test]
+fn waits_go_round() {
+    for second in [65_530, 65_535, 65_536, 1 << 40, (1 << 40) - 1] {
+        let mut pair = Pair::with([LEAF]);
+        let moment = |pass, more| Moment {
+            pass,
+            second: second + more,
+        };
+        for (pass, wait) in [(u32::MAX, 2), (1, 4), (65_536, 8)] {
+            pair.map.note_split(LEAF, moment(pass, 0));
+            let next = pass.wrapping_add(1);
+            assert!(!pair.map.may_split(LEAF, moment(next, 0)));
+            for more in 0..wait {
+                assert!(pair.map.keeps_whole(LEAF, second + more));
+                assert!(!pair.map.may_split(LEAF, moment(next, more)));
+            }
+            for more in [wait, wait + 1, 1000, 65_000] {
+                assert!(!pair.map.keeps_whole(LEAF, second + more));
+                assert!(pair.map.may_split(LEAF, moment(next, more)));
+            }
+        }
+        pair.empty_by_dropping();
+    }
 }
 
 /// Runs are what they are said to be, wherever in a leaf they begin and end.
