@@ -46,8 +46,8 @@ impl Sample {
     }
 }
 
-/// A 61-bit checksum of a page's content: its sample, then 29 bits of a hash of all words. (Three bits
-/// are left to [`PageWord`](crate::mm::word::PageWord) for its tag.)
+/// A 57-bit checksum of a page's content: its sample, then 25 bits of a hash of all words. (Seven bits
+/// are left to [`PageWord`](crate::mm::word::PageWord), for its tag and the page's strikes.)
 ///
 /// Equal content has equal checksums. The reverse is only likely: what decides a merge is the
 /// comparison of all bytes.
@@ -55,7 +55,12 @@ impl Sample {
 pub(crate) struct Checksum(u64);
 
 /// How many bits of a checksum are not the sample.
-pub(crate) const FULL_BITS: u32 = 29;
+pub(crate) const FULL_BITS: u32 = 25;
+
+/// How many bits it has.
+pub(crate) const SUM_BITS: u32 = u32::BITS + FULL_BITS;
+
+const SUM_MAX: u64 = (1 << SUM_BITS) - 1;
 
 impl Checksum {
     /// The checksum of a page with this sample whose words have this hash.
@@ -81,10 +86,10 @@ impl Checksum {
 
     /// Takes back what [`Self::get`] gave.
     pub(crate) const fn from_raw(raw: u64) -> Self {
-        Self(raw & (u64::MAX >> 3))
+        Self(raw & SUM_MAX)
     }
 
-    /// The bits, of which the highest three are zero.
+    /// The bits, of which the highest seven are zero.
     pub(crate) const fn get(self) -> u64 {
         self.0
     }
@@ -101,7 +106,7 @@ impl Checksum {
 
     /// The next larger one.
     pub(crate) const fn successor(self) -> Option<Self> {
-        if self.0 < u64::MAX >> 3 {
+        if self.0 < SUM_MAX {
             Some(Self(self.0.wrapping_add(1)))
         } else {
             None

@@ -9,6 +9,7 @@ use super::{
     checksum::{Checksum, Hasher, Sample},
     index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
     pagemap::{Found, Moment},
+    probation::{Print, Probation, Verdict},
     scan::{known_mm, seconds_since, Candidate, CandidateKind, Cursor},
     Core, Engine, Forget, MmState, Released, State, GFP_SCAN, LIMBO_SWEEP,
 };
@@ -34,6 +35,10 @@ use kernel::{
 pub(super) enum Joined {
     /// Not looked for yet.
     Unknown,
+    /// Not looked for yet; the page is on probation, so its full checksum must have held.
+    OnProbation,
+    /// Not looked for yet; the page waits under this checksum, which may not be its own any more.
+    Waiting(Checksum),
     /// The page is merged.
     Yes,
     /// There is none. This is the page's checksum (perhaps [`Checksum::unknown`]), and whether it may be
@@ -41,6 +46,8 @@ pub(super) enum Joined {
     NoneFits(Checksum, bool),
     /// Nothing can be done with the page now.
     Hopeless,
+    /// The page is not to be merged yet, or is not what it was. It is looked at again anyway.
+    NotYet,
     /// The page is part of a huge page that is to stay whole for a while. It is looked at again afterwards.
     LeftWhole,
 }
@@ -151,9 +158,11 @@ impl State {
                 .filter(|vma| vma.start() <= addr && addr < vma.end())
                 .or_else(|| MergeableVma::at(lock.as_ref().ok()?, addr));
             let place = Place { slot, addr };
-            *joined = match &vma {
-                Some(vma) => self.join_stable(hasher, vma, place, *sample),
-                None => Joined::Hopeless,
+            *joined = match (&vma, *joined) {
+                (Some(vma), Joined::OnProbation) => self.check(hasher, vma, place, *sample),
+                (Some(vma), Joined::Waiting(sum)) => self.check_waiting(hasher, vma, place, sum),
+                (Some(vma), _) => self.join_stable(hasher, vma, place, *sample),
+                (None, _) => Joined::Hopeless,
             };
             if let Joined::Hopeless = joined {
                 self.core.try_again();
@@ -195,21 +204,126 @@ impl State {
 
     /// Puts a page into the unstable tree, in the place of whoever waits under that checksum.
     fn wait(&mut self, place: Place, sum: Checksum) {
+        let state = self.word(place).0.map(|word| word.state());
+        match state {
+            Some(PageState::Waiting(old)) if old == sum => return,
+            Some(PageState::Waiting(old)) => self.leave_unstable(place, old),
+            _ => {}
+        }
         let before = self.core.index.waiting(sum);
         if self.core.index.wait(sum, place, GFP_SCAN).is_err() {
             return self.core.try_again();
         }
         if let Some(other) = before {
             if let (Some(word), core) = self.word(other) {
-                core.relabel(word, PageWord::steady(sum.sample()));
+                core.stop_waiting(word, sum);
             }
         }
         match self.word(place) {
             (Some(word), core) => {
                 core.try_again();
-                core.relabel(word, PageWord::waiting(sum));
+                core.relabel(word, PageWord::waiting(sum, word.strikes()));
             }
             (None, core) => core.index.stop_waiting(sum, place),
+        }
+    }
+
+    /// Looks whether the full checksum of a page on probation has held, and if so, goes on as
+    /// [`Self::join_stable`] does.
+    fn check(
+        &mut self,
+        hasher: &Hasher,
+        vma: &MergeableVma<'_>,
+        place: Place,
+        sample: Sample,
+    ) -> Joined {
+        let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
+            return Joined::Hopeless;
+        };
+        let sum = page.checksum(hasher);
+        drop(page);
+        if sum.sample() != sample {
+            return self.changed(place, sum.sample());
+        }
+        let (Some(word), core) = self.word(place) else {
+            return Joined::NotYet;
+        };
+        let old = word.probation().unwrap_or(Probation::NONE);
+        match old.check(sum, core.clock.secs()) {
+            (Verdict::Held, new) => {
+                match word.state() {
+                    PageState::Steady(_) => word.set_probation(new),
+                    _ => core.relabel(word, PageWord::steady_on(sample, new)),
+                }
+                if core.filter.has_two(sample) {
+                    self.join_stable(hasher, vma, place, sample)
+                } else {
+                    Joined::NotYet
+                }
+            }
+            (Verdict::Begun, new) => {
+                word.set_probation(new);
+                // One that is steady is not looked at again without news.
+                self.core.try_again();
+                Joined::NotYet
+            }
+            (Verdict::Moved, new) => {
+                core.relabel(word, PageWord::seen_on(sample, new));
+                self.note_change(place);
+                Joined::NotYet
+            }
+        }
+    }
+
+    /// Looks whether a page that waits under `sum` still has that checksum, and whether there is a merged page for
+    /// it by now. If it has another one, it is on probation from now on.
+    fn check_waiting(
+        &mut self,
+        hasher: &Hasher,
+        vma: &MergeableVma<'_>,
+        place: Place,
+        sum: Checksum,
+    ) -> Joined {
+        let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
+            return Joined::Hopeless;
+        };
+        if page.checksum(hasher) != sum {
+            drop(page);
+            self.leave_unstable(place, sum);
+            return self.check(hasher, vma, place, sum.sample());
+        }
+        drop(page);
+        // Merged pages that are equal to it may have got their room back before they got their checksums.
+        self.core.find_sums(hasher, sum.sample());
+        let joined = match self.core.index.nodes_with(sum) {
+            Some(nodes) => self.join_one_of(vma, place, nodes, None),
+            None => None,
+        };
+        match joined {
+            Some(Ok(())) => Joined::Yes,
+            Some(Err(err)) if err != EAGAIN => {
+                // Who waits is not a candidate before its turn comes again.
+                self.leave_unstable(place, sum);
+                Joined::failed(err)
+            }
+            _ => Joined::NotYet,
+        }
+    }
+
+    /// Whether the page at `place` waits under `sum`, as far as its word tells.
+    fn waits(&mut self, place: Place, sum: Checksum) -> bool {
+        let (word, _) = self.word(place);
+        word.is_some_and(|word| matches!(word.state(), PageState::Waiting(found) if found == sum))
+    }
+
+    /// Takes the page at `place` out of the unstable tree if it waits under `sum`: it is steady from now on.
+    fn leave_unstable(&mut self, place: Place, sum: Checksum) {
+        if !self.waits(place, sum) {
+            return;
+        }
+        self.core.index.stop_waiting(sum, place);
+        if let (Some(word), core) = self.word(place) {
+            core.stop_waiting(word, sum);
         }
     }
 
@@ -219,7 +333,7 @@ impl State {
             core.renew(place, word, sample);
         }
         self.note_change(place);
-        Joined::Hopeless
+        Joined::NotYet
     }
 
     /// Notes that something happened to a page whose area has been accounted for already.
@@ -377,6 +491,10 @@ impl State {
         let word = known.and_then(|known| known.pages.get_changed(place.addr));
         match word {
             Some(word) => {
+                let strikes = word.strikes();
+                if !strikes.is_none() {
+                    item.set_strikes(strikes);
+                }
                 let old = core::mem::replace(word, PageWord::merged(item));
                 core.retire(place, old.state());
             }
@@ -524,7 +642,8 @@ impl State {
                 continue;
             };
             let sample = word.sample();
-            core.relabel(word, PageWord::steady(sample));
+            let probation = Probation::new(word.strikes(), Print::UNKNOWN, core.clock.secs());
+            core.relabel(word, PageWord::steady_on(sample, probation));
             if sample == sum.sample() {
                 self.wait(place, sum);
             } else {
@@ -602,9 +721,11 @@ impl State {
             return;
         }
         let sample = key.sum.sample();
-        // Nobody wrote to it: that it was merged for so short a time is no trouble that it gives.
+        // Nobody wrote to it, so that it was merged for so short a time is no strike.
+        let print = Print::of(key.sum);
+        let probation = Probation::new(word.strikes(), print, core.clock.secs());
         if core.release_item(word) {
-            core.replace(place, word, PageWord::steady(sample));
+            core.replace(place, word, PageWord::steady_on(sample, probation));
             self.core.settle(key, false);
             self.wait(place, key.sum);
         }
@@ -668,7 +789,7 @@ impl State {
 impl Core {
     /// Allocates an rmap item.
     fn new_item(&self, sample: Sample) -> Result<ItemBox> {
-        ItemBox::new(sample, self.pass, GFP_SCAN)
+        ItemBox::new(sample, self.clock.beat(), GFP_SCAN)
     }
 
     /// Tries to merge the page that `splits` is about, which is in `vma`, into the page of the node `key`. `None`:

@@ -16,6 +16,7 @@ mod merge;
 mod pace;
 mod pagemap;
 mod position;
+pub(crate) mod probation;
 mod registry;
 mod scan;
 mod stats;
@@ -46,6 +47,7 @@ use kernel::{
 };
 use pace::Pace;
 use pagemap::PageMap;
+use probation::{Clock, Print, Probation, Strikes};
 use registry::{Registry, Reservation};
 use stats::Stats;
 
@@ -206,6 +208,8 @@ struct Core {
     events: u64,
     /// Numbers the passes.
     pass: u32,
+    /// When the pass began, for pages on probation.
+    clock: Clock,
     /// When the engine was made.
     born: Instant<Monotonic>,
     /// Pages that were written to soon after they were merged.
@@ -533,9 +537,6 @@ fn next_backoff(backoff: u32, unfinished: bool) -> u32 {
     }
 }
 
-/// How many passes after it was merged a write to a page is one too soon.
-const SOON_PASSES: u32 = 4;
-
 /// In how many passes each area has its turn to be refreshed: what only changes where the sample does not look
 /// may have got another checksum, or an equal, without anybody noticing.
 const REFRESH_PASSES: usize = 8;
@@ -580,6 +581,7 @@ impl State {
                 refreshing: false,
                 events: 1,
                 pass: 0,
+                clock: Clock::new(),
                 born: Instant::now(),
                 soon_broken: 0,
                 has_strays: false,
@@ -849,25 +851,30 @@ impl Core {
     /// whether that was possible now, see [`Self::release_item`]; if not, the next pass finds the page changed
     /// again.
     fn renew(&mut self, place: Place, word: &mut PageWord, sample: Sample) -> bool {
-        let (merged_in, caution) = (word.merged_in(), word.has_caution());
+        let (merged_in, strikes) = (word.merged_in(), word.strikes());
         if !self.release_item(word) {
             return false;
         }
-        let caution = self.caution_after(merged_in, caution);
-        self.replace(place, word, PageWord::seen_with(sample, caution));
+        let strikes = self.strikes_after(merged_in, strikes);
+        let probation = Probation::new(strikes, Print::UNKNOWN, self.clock.secs());
+        self.replace(place, word, PageWord::seen_on(sample, probation));
         true
     }
 
-    /// Whether a page that changed is not to be merged at first sight, as far as its old word tells, which says
-    /// when it was merged, and whether that was so before: when it was written to soon after it was merged, so that
-    /// merging it was no gain, and as long as it goes on changing after that.
-    fn caution_after(&mut self, merged_in: Option<u32>, caution: bool) -> bool {
+    /// The strikes of a page whose sample changed, as far as its old word tells, which says when it was merged, and
+    /// how many strikes it had: one more when it was written to soon after it was merged, so that merging it was no
+    /// gain.
+    fn strikes_after(&mut self, merged_in: Option<u32>, strikes: Strikes) -> Strikes {
         match merged_in {
-            Some(pass) if self.pass.wrapping_sub(pass) <= SOON_PASSES => {
-                self.soon_broken = self.soon_broken.saturating_add(1);
-                true
+            Some(beat) => {
+                let age = self.clock.beats_since(beat);
+                if probation::is_soon(age) {
+                    self.soon_broken = self.soon_broken.saturating_add(1);
+                }
+                strikes.after_write(age)
             }
-            _ => caution,
+            // Nobody had to look for long to see that.
+            None => strikes,
         }
     }
 

@@ -3,12 +3,13 @@
 //! The scan: one pass after the other over all mergeable pages, some pages at a time.
 
 use super::{
-    checksum::Sample,
+    checksum::{Checksum, Sample},
     deferred::Deferred,
     index::{NodesLike, Place, SlotId},
     merge::Joined,
     pagemap::{Found, PageMap, Pass},
     position::Position,
+    probation::{Print, Probation},
     run, Core, Engine, Forget, MmState, State, GFP_SCAN, REFRESH_PASSES,
 };
 use crate::mm::{
@@ -282,6 +283,8 @@ impl Engine {
         };
         self.advisor.lock().start_pass(current.cpu_nanos());
         state.core.pass = state.core.pass.wrapping_add(1);
+        let secs = state.core.born.elapsed().as_millis() / 1000;
+        state.core.clock.begin_pass(secs as u32);
         trace::start_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
     }
 
@@ -359,7 +362,7 @@ impl Engine {
                 .pages
                 .visit_leaf(state.cursor.at.addr(), |addr, word| {
                     let sample = match word.state() {
-                        PageState::Seen(sample) if !word.has_caution() => sample,
+                        PageState::Seen(sample) if word.strikes().is_none() => sample,
                         _ => return,
                     };
                     if let Some(kind) = core.candidate(sample) {
@@ -595,9 +598,7 @@ impl State {
             let turn = PageMap::<PageWord>::number(addr).wrapping_add(core.pass as usize);
             core.refreshing = turn % REFRESH_PASSES == 0;
             if self.cursor.skipping {
-                // What is merged is looked at in every pass, or it would show as merged long after it was
-                // written to.
-                leaf.decide_skips(|words| words.iter().any(PageWord::is_merged));
+                leaf.decide_skips(PageWord::any_is_watched);
             }
             let waited = leaf.end_wait(|| seconds_since(core.born));
             let news = self.cursor.news || leaf.is_owed_news() || core.refreshing || waited;
@@ -744,12 +745,29 @@ impl Core {
                 if !news {
                     return None;
                 }
-                self.candidate(new)
+                let kind = self.candidate_on(word.probation(), new);
+                if let (true, Some(probation)) = (self.refreshing, word.probation()) {
+                    word.set_probation(probation.eased());
+                }
+                kind
             }
             (PageState::Seen(old), Seen::Anon(new)) if old == new => {
-                // Caution only concerns merging at first sight, which this is not.
-                self.relabel(word, PageWord::steady(new));
-                self.candidate(new)
+                let probation = match word.probation() {
+                    None => {
+                        self.relabel(word, PageWord::steady(new));
+                        return self.candidate(new);
+                    }
+                    Some(probation) => probation,
+                };
+                if !probation.is_due(&self.clock) {
+                    return None;
+                }
+                let kind = self.candidate_on(Some(probation), new);
+                if kind.is_none() {
+                    // Nobody has an equal, so it does not matter for now whether it has held still.
+                    self.relabel(word, PageWord::steady_on(new, probation));
+                }
+                kind
             }
             (PageState::Waiting(sum), Seen::Anon(new)) if sum.sample() == new => {
                 // Who waits under `unknown` was not compared with merged pages when none took another page:
@@ -762,28 +780,43 @@ impl Core {
                     let may_be_zero = self.zeroes.is_some_and(|zeroes| zeroes.contains(new));
                     return may_be_zero.then_some(CandidateKind::Zero);
                 }
+                if !sum.is_unknown() {
+                    // If its checksum has not changed, it goes on waiting, and that is news for nobody.
+                    return Some(CandidateKind::Steady(new, Joined::Waiting(sum)));
+                }
                 // It waits again, under the checksum that it has now. That is no event for the area.
                 let changes = self.changes;
                 self.index.stop_waiting(sum, place);
-                self.relabel(word, PageWord::steady(new));
+                self.stop_waiting(word, sum);
                 self.changes = changes;
-                self.candidate(new)
+                self.candidate_on(word.probation(), new)
             }
             (PageState::Merged(Some(old)), Seen::Ksm(Some(new))) if old == new => None,
             (_, Seen::Anon(new)) => {
                 // New content, or somebody wrote to what was merged.
                 self.renew(place, word, new);
-                None
+                // With few strikes it may merge in the next pass, if its checksum is known by then.
+                let strikes = word.strikes();
+                (!strikes.is_none() && strikes.are_few())
+                    .then_some(CandidateKind::Steady(new, Joined::OnProbation))
             }
             (_, Seen::Ksm(Some(node))) => Some(CandidateKind::Unlisted(node)),
             (_, Seen::Ksm(None)) => {
                 let sample = word.sample();
+                let probation = Probation::new(word.strikes(), Print::UNKNOWN, self.clock.secs());
                 if self.release_item(word) {
-                    self.replace(place, word, PageWord::seen(sample));
+                    self.replace(place, word, PageWord::seen_on(sample, probation));
                 }
                 Some(CandidateKind::Ownerless)
             }
         }
+    }
+
+    /// Changes the word of a page that waits under `sum` to "steady". The unstable tree has it no more.
+    pub(super) fn stop_waiting(&mut self, word: &mut PageWord, sum: Checksum) {
+        let now = self.clock.secs();
+        let probation = Probation::new(word.strikes(), Print::of(sum), now);
+        self.relabel(word, PageWord::steady_on(sum.sample(), probation));
     }
 
     #[inline]
@@ -791,5 +824,14 @@ impl Core {
         self.filter
             .has_two(sample)
             .then_some(CandidateKind::Steady(sample, Joined::Unknown))
+    }
+
+    /// Does so for a page that may be on probation.
+    #[inline]
+    fn candidate_on(&self, probation: Option<Probation>, sample: Sample) -> Option<CandidateKind> {
+        self.filter.has_two(sample).then_some(match probation {
+            None => CandidateKind::Steady(sample, Joined::Unknown),
+            Some(_) => CandidateKind::Steady(sample, Joined::OnProbation),
+        })
     }
 }

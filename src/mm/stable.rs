@@ -23,7 +23,11 @@ use super::{
 };
 use crate::{
     abi::layout::*,
-    engine::{checksum::Sample, index::StableKey},
+    engine::{
+        checksum::Sample,
+        index::StableKey,
+        probation::{Strikes, BEAT_BITS},
+    },
 };
 use core::{
     cell::{Cell, UnsafeCell},
@@ -380,7 +384,7 @@ impl NodeBox {
             let item = unsafe { &*item };
             if item.sample() != sample {
                 changed(item.sample());
-                item.set_note(item.pass(), sample);
+                item.set_note(item.beat(), item.strikes(), sample);
             }
             // SAFETY: as above.
             next = unsafe { (*next).next };
@@ -586,14 +590,17 @@ impl Item {
         };
     }
 
-    /// What `set_note` was given: the pass in the high half, the sample in the low half.
+    /// What `set_note` was given: beat, strikes and sample, from the highest bit down.
     fn note(&self) -> u64 {
         // SAFETY: a word of its own (checked above), written by `ItemBox::new` first.
         unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).read() }
     }
 
-    fn set_note(&self, pass: u32, sample: Sample) {
-        let note = u64::from(pass) << 32 | u64::from(sample.get());
+    fn set_note(&self, beat: u32, strikes: Strikes, sample: Sample) {
+        const { assert!(BEAT_BITS + Strikes::BITS + u32::BITS == u64::BITS) };
+        let note = u64::from(beat) << (u32::BITS + Strikes::BITS)
+            | strikes.get() << u32::BITS
+            | u64::from(sample.get());
         // SAFETY: a word of its own (checked above), which nobody else reads at the same time: the engine
         // is used under its mutex.
         unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).write(note) };
@@ -604,9 +611,14 @@ impl Item {
         Sample::from_raw(self.note() as u32)
     }
 
-    /// The pass in which the page was merged.
-    fn pass(&self) -> u32 {
-        (self.note() >> 32) as u32
+    /// The strikes that the page had when it was merged.
+    fn strikes(&self) -> Strikes {
+        Strikes::from_raw(self.note() >> u32::BITS)
+    }
+
+    /// The beat in which the page was merged.
+    fn beat(&self) -> u32 {
+        (self.note() >> (u32::BITS + Strikes::BITS)) as u32
     }
 
     fn hlist(&self) -> *mut bindings::hlist_node {
@@ -658,13 +670,19 @@ impl ItemBox {
     /// What one item takes, in bytes.
     pub(crate) const SIZE: usize = size_of::<Item>();
 
-    /// An item that is on no list, for a page with this sample that is merged in this pass.
-    pub(crate) fn new(sample: Sample, pass: u32, flags: Flags) -> Result<Self> {
+    /// An item that is on no list, for a page with this sample that is merged in this beat (see
+    /// [`Clock`](crate::engine::probation::Clock)).
+    pub(crate) fn new(sample: Sample, beat: u32, flags: Flags) -> Result<Self> {
         let item = Item {
             abi: UnsafeCell::new([0; ITEM_WORDS]),
         };
-        item.set_note(pass, sample);
+        item.set_note(beat, Strikes::NONE, sample);
         Ok(Self(ManuallyDrop::new(KBox::new(item, flags)?)))
+    }
+
+    /// Notes the strikes of the page.
+    pub(crate) fn set_strikes(&self, strikes: Strikes) {
+        self.0.set_note(self.0.beat(), strikes, self.0.sample());
     }
 
     /// How many places are known to map the page of the item's node.
@@ -743,14 +761,24 @@ impl ItemBox {
         unsafe { word.cast::<Item>().as_ref() }.sample()
     }
 
-    /// The pass that the item in `word` was made in.
+    /// The beat that the item in `word` was made in.
     ///
     /// # Safety
     ///
     /// As for [`ItemBox::node_id_in`].
-    pub(super) unsafe fn pass_in(word: NonNull<u8>) -> u32 {
+    pub(super) unsafe fn beat_in(word: NonNull<u8>) -> u32 {
         // SAFETY: the item is alive by the caller's promise.
-        unsafe { word.cast::<Item>().as_ref() }.pass()
+        unsafe { word.cast::<Item>().as_ref() }.beat()
+    }
+
+    /// The strikes of the page of the item in `word`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`ItemBox::node_id_in`].
+    pub(super) unsafe fn strikes_in(word: NonNull<u8>) -> Strikes {
+        // SAFETY: the item is alive by the caller's promise.
+        unsafe { word.cast::<Item>().as_ref() }.strikes()
     }
 }
 

@@ -3,7 +3,10 @@
 //! What the engine remembers of one page, in one machine word.
 
 use super::stable::{ItemBox, NodeId};
-use crate::engine::checksum::{Checksum, Sample, FULL_BITS};
+use crate::engine::{
+    checksum::{Checksum, Sample, SUM_BITS},
+    probation::{Probation, Strikes},
+};
 use core::ptr::NonNull;
 
 /// The low bits that tell the kinds of words apart. Items are aligned to 8 bytes.
@@ -13,11 +16,12 @@ const TAG_STEADY: u64 = 2;
 const TAG_WAITING: u64 = 3;
 const TAG_MERGED: u64 = 4;
 
-const SUM_SHIFT: u32 = 3;
-const SAMPLE_SHIFT: u32 = SUM_SHIFT + FULL_BITS;
-
-/// In a word that says "seen": the page is not to be merged at first sight.
-const CAUTION: u64 = 1 << SUM_SHIFT;
+/// Where a page's strikes are in a word that does not say "merged". In one that says "seen" or "steady" they
+/// are the first part of its [`Probation`].
+const STRIKES_SHIFT: u32 = 3;
+const SUM_SHIFT: u32 = STRIKES_SHIFT + Strikes::BITS;
+const SAMPLE_SHIFT: u32 = STRIKES_SHIFT + Probation::BITS;
+const _: () = assert!(SAMPLE_SHIFT == u32::BITS && SUM_SHIFT + SUM_BITS == u64::BITS);
 
 /// A page that was seen, and what is known of it. Owns the rmap item of a merged page.
 ///
@@ -44,28 +48,27 @@ impl PageWord {
         Self(u64::from(sample.get()) << SAMPLE_SHIFT | tag)
     }
 
+    fn on_probation(sample: Sample, probation: Probation, tag: u64) -> Self {
+        let bits = u64::from(probation.get()) << STRIKES_SHIFT;
+        Self(u64::from(sample.get()) << SAMPLE_SHIFT | bits | tag)
+    }
+
     /// A page seen once with this sample.
     #[inline]
     pub(crate) fn seen(sample: Sample) -> Self {
         Self::of_sample(sample, TAG_SEEN)
     }
 
-    /// A page seen once with this sample, which is not to be merged at first sight if `caution`.
-    pub(crate) fn seen_with(sample: Sample, caution: bool) -> Self {
-        let caution = if caution { CAUTION } else { 0 };
-        Self::of_sample(sample, TAG_SEEN | caution)
+    /// A page seen once with this sample, which may be on probation.
+    pub(crate) fn seen_on(sample: Sample, probation: Probation) -> Self {
+        Self::on_probation(sample, probation, TAG_SEEN)
     }
 
-    /// Whether the page was seen once and is not to be merged at first sight.
-    pub(crate) fn has_caution(&self) -> bool {
-        self.0 & (TAG_MASK | CAUTION) == TAG_SEEN | CAUTION
-    }
-
-    /// In which pass a merged page was merged.
+    /// In which beat a merged page was merged.
     pub(crate) fn merged_in(&self) -> Option<u32> {
         let word = self.item_word()?;
         // SAFETY: by the type invariant the item was not given back yet.
-        Some(unsafe { ItemBox::pass_in(word) })
+        Some(unsafe { ItemBox::beat_in(word) })
     }
 
     /// A page seen twice or more with this sample.
@@ -74,9 +77,14 @@ impl PageWord {
         Self::of_sample(sample, TAG_STEADY)
     }
 
+    /// A page seen twice or more with this sample, which may be on probation.
+    pub(crate) fn steady_on(sample: Sample, probation: Probation) -> Self {
+        Self::on_probation(sample, probation, TAG_STEADY)
+    }
+
     /// A page in the unstable tree under this checksum.
-    pub(crate) fn waiting(sum: Checksum) -> Self {
-        Self(sum.get() << SUM_SHIFT | TAG_WAITING)
+    pub(crate) fn waiting(sum: Checksum, strikes: Strikes) -> Self {
+        Self(sum.get() << SUM_SHIFT | strikes.get() << STRIKES_SHIFT | TAG_WAITING)
     }
 
     /// A merged page.
@@ -111,10 +119,53 @@ impl PageWord {
         })
     }
 
-    /// Whether the page is merged.
+    /// The strikes of the page.
+    pub(crate) fn strikes(&self) -> Strikes {
+        match self.item_word() {
+            // SAFETY: by the type invariant the item was not given back yet.
+            Some(word) => unsafe { ItemBox::strikes_in(word) },
+            None => Strikes::from_raw(self.0 >> STRIKES_SHIFT),
+        }
+    }
+
+    /// The probation of a page that was seen or is steady, if it is on one.
     #[inline]
-    pub(crate) fn is_merged(&self) -> bool {
-        self.0 & TAG_MASK == TAG_MERGED
+    pub(crate) fn probation(&self) -> Option<Probation> {
+        let tag = self.0 & TAG_MASK;
+        let bits = (self.0 as u32) >> STRIKES_SHIFT;
+        (bits != 0 && matches!(tag, TAG_SEEN | TAG_STEADY)).then(|| Probation::from_raw(bits))
+    }
+
+    /// Changes the probation of a page that was seen or is steady.
+    pub(crate) fn set_probation(&mut self, probation: Probation) {
+        let tag = self.0 & TAG_MASK;
+        if matches!(tag, TAG_SEEN | TAG_STEADY) {
+            let bits = u64::from(probation.get()) << STRIKES_SHIFT;
+            // No item that would have to be dropped first.
+            self.0 = self.0 >> SAMPLE_SHIFT << SAMPLE_SHIFT | bits | tag;
+        }
+    }
+
+    /// Whether looking at any of some pages must not be put off, see [`Self::is_watched`]. Most areas that are asked
+    /// about have no such page, so a bit that it never has is looked for in several words at once.
+    pub(crate) fn any_is_watched(words: &[Self]) -> bool {
+        const NEVER: u64 = TAG_STEADY & TAG_WAITING;
+        const { assert!(NEVER & (TAG_SEEN | TAG_MERGED) == 0) };
+        words.chunks(16).any(|few| {
+            let common = few.iter().fold(NEVER, |bits, word| bits & word.0);
+            common == 0 && few.iter().any(Self::is_watched)
+        })
+    }
+
+    /// Whether looking at the page must not be put off: it is merged, and would show as that long after it was
+    /// written to, or its time on probation goes by.
+    #[inline]
+    fn is_watched(&self) -> bool {
+        match self.0 & TAG_MASK {
+            TAG_MERGED => true,
+            TAG_SEEN => self.0 as u32 != TAG_SEEN as u32,
+            _ => false,
+        }
     }
 
     /// What is known of the page.

@@ -57,6 +57,11 @@ fn mmap(len: usize, prot: libc::c_int) -> Result<usize> {
     Ok(addr as usize)
 }
 
+/// Where the word of page `i` is that is written to when each page has another one.
+fn scattered(i: usize) -> usize {
+    (i * 37 + 11) % 511 * 8
+}
+
 fn check(what: &str, ret: libc::c_int) -> Result<()> {
     if ret != 0 {
         return Err(io::Error::last_os_error()).context(what.to_string());
@@ -144,9 +149,28 @@ impl Region {
         self.note_poke(i, offset, value);
     }
 
+    /// Writes one byte of each page, at an offset that is another one in each.
+    pub fn poke_scattered(&mut self, value: u8) {
+        for i in 0..self.pages() {
+            self.poke(i, scattered(i), value);
+        }
+    }
+
+    /// Counts up the word of each page that [`Self::poke_scattered`] writes to. What the pages hold is no longer
+    /// known.
+    pub fn bump_scattered(&mut self) {
+        for i in 0..self.pages() {
+            let word = (self.at(i) + scattered(i)) as *mut u64;
+            // SAFETY: the word lies in our own mapping and is aligned, and no reference into it exists.
+            unsafe { word.write_volatile(word.read_volatile().wrapping_add(1)) };
+        }
+    }
+
     /// Records that someone else wrote a byte of page `i`.
     pub fn note_poke(&mut self, i: usize, offset: usize, value: u8) {
-        self.content[i].pokes.push((offset, value));
+        let pokes = &mut self.content[i].pokes;
+        pokes.retain(|&(other, _)| other != offset);
+        pokes.push((offset, value));
     }
 
     /// Records that someone else filled page `i`.

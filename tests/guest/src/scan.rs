@@ -3,7 +3,7 @@
 //! or one batch at a time.
 
 use std::cell::Cell;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
@@ -13,6 +13,9 @@ use crate::region::Region;
 
 /// Long enough for a pass over a test's few pages on a slow emulated CPU.
 pub const PASS_LIMIT: Duration = Duration::from_secs(30);
+
+/// Longer than pages ever have to hold still that were written to soon after they were merged (64 s).
+const HOLD_STILL: Duration = Duration::from_secs(80);
 
 thread_local! {
     static ANCHORED: Cell<u32> = const { Cell::new(0) };
@@ -70,9 +73,23 @@ pub fn until(what: &str, max: u64, mut probe: impl FnMut() -> Result<bool>) -> R
     )
 }
 
-/// Scans until the counters are as given.
+/// Scans until `probe` holds: for twelve passes, and for longer if these took less than it takes until pages may
+/// merge again that were written to a few times right after they were merged.
+pub fn until_still(what: &str, mut probe: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + HOLD_STILL;
+    until(what, 12, &mut probe).or_else(|err| {
+        while Instant::now() < end {
+            if until(what, 1, &mut probe).is_ok() {
+                return Ok(());
+            }
+        }
+        Err(err)
+    })
+}
+
+/// Scans until the counters are as given, see [`until_still`].
 pub fn until_merged(shared: u64, sharing: u64) -> Result<()> {
-    until(&format!("shared={shared} sharing={sharing}"), 12, || {
+    until_still(&format!("shared={shared} sharing={sharing}"), || {
         let c = engine::counters()?;
         Ok(c.shared == shared && c.sharing == sharing)
     })

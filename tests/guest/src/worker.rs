@@ -14,7 +14,7 @@ use crate::cgroup::Group;
 use crate::inject::Nth;
 use crate::pageflags::Span;
 use crate::patience::patient;
-use crate::region::Region;
+use crate::region::{Region, HUGE, PAGE};
 use crate::sys::{self, Ended, Forked};
 
 /// No single command of a test takes longer, even on an emulated CPU.
@@ -100,6 +100,12 @@ impl Worker {
         }
     }
 
+    /// The first page of its region that a huge page, and a page table, could begin with.
+    pub fn first_aligned(&self) -> usize {
+        let addr = self.span().addr;
+        (addr.next_multiple_of(HUGE) - addr) / PAGE
+    }
+
     /// How many pages of its region are merged.
     pub fn merged(&self) -> Result<usize> {
         crate::pageflags::merged(self.span())
@@ -154,6 +160,11 @@ impl Worker {
     pub fn poke(&mut self, i: usize, n: usize, offset: usize, value: u8) -> Result<()> {
         self.call(&format!("poke {i} {n} {offset} {value}"))
             .map(drop)
+    }
+
+    /// Writes `value` to each page, at an offset that is another one in each.
+    pub fn poke_scattered(&mut self, value: u8) -> Result<()> {
+        self.call(&format!("scatter {value}")).map(drop)
     }
 
     /// Tells it that somebody else wrote to its page `i`.
@@ -390,6 +401,7 @@ fn obey(region: Option<&mut Region>, words: &[&str]) -> Result<String> {
             let (offset, value) = (offset.parse()?, value.parse()?);
             (i..i + n).for_each(|k| region.poke(k, offset, value));
         }
+        ["scatter", value] => region.poke_scattered(value.parse()?),
         ["note", i, offset, value] => {
             region.note_poke(i.parse()?, offset.parse()?, value.parse()?);
         }

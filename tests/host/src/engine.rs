@@ -20,5 +20,7 @@ pub(crate) mod index;
 pub(crate) mod pagemap;
 #[path = "../../../src/engine/position.rs"]
 pub(crate) mod position;
+#[path = "../../../src/engine/probation.rs"]
+pub(crate) mod probation;
 #[path = "../../../src/engine/registry.rs"]
 pub(crate) mod registry;

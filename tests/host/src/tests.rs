@@ -10,6 +10,7 @@ mod filter;
 mod index;
 mod pagemap;
 mod position;
+mod probation;
 mod registry;
 mod standin;
 

@@ -50,8 +50,9 @@ fn sharers() -> Result<Vec<Worker>> {
 /// Lets the sharers write one after the other, in every order, and verifies
 /// every byte of all of them after each write.
 fn write_in_every_order(scanning: bool) -> Result<()> {
-    let mut workers = sharers()?;
     for (round, order) in ORDERS.iter().enumerate() {
+        // Pages that were written to again and again would have to hold still for long.
+        let mut workers = sharers()?;
         if !scanning {
             scan::stop()?;
         }

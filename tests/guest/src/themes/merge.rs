@@ -8,8 +8,10 @@ use std::os::fd::AsRawFd;
 use anyhow::{ensure, Context, Result};
 
 use super::tests;
+use crate::cgroup::Group;
 use crate::engine;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::numa;
 use crate::pageflags::{merged, Span};
 use crate::region::{Region, PAGE};
 use crate::scan;
@@ -35,6 +37,7 @@ pub const THEME: Theme = Theme {
         ("private-file-pages", 60, private_file_pages),
         ("merges-again-after-a-write", 60, merges_again),
         ("pages-of-who-did-not-ask", 90, strangers),
+        ("three-passes-after-the-last-write", 150, three_passes),
     ],
 };
 
@@ -333,5 +336,56 @@ fn strangers() -> Outcome {
     ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
     partner.verify()?;
     region.verify()?;
+    PASS
+}
+
+/// Three processes, in a group and on one memory node, that rewrite much memory while it is scanned: whatever their
+/// pages have been through, everything is merged three passes after the last write.
+fn three_passes() -> Outcome {
+    const PAGES: usize = (32 << 20) / PAGE;
+    const CREWS: u64 = 6;
+    let Some(group) = Group::new("rewriters")? else {
+        return skip("no memory cgroups");
+    };
+    let Some((node, _)) = numa::two_nodes()? else {
+        return skip("no second memory node");
+    };
+    // One merged page for each content.
+    engine::write("max_page_sharing", 1_000_000)?;
+    for crew in 0..CREWS {
+        numa::bind(Some(node))?;
+        let workers: Result<Vec<_>> = (0..3)
+            .map(|_| {
+                let mut worker = Worker::new()?;
+                group.enter(worker.pid())?;
+                worker.map(PAGES)?;
+                // What khugepaged has put together is not split again at once.
+                worker.advise(0, PAGES, libc::MADV_NOHUGEPAGE)?;
+                worker.fill(0, PAGES, 100, 0)?;
+                worker.advise(0, PAGES, libc::MADV_MERGEABLE)?;
+                Ok(worker)
+            })
+            .collect();
+        numa::bind(None)?;
+        let mut workers = workers?;
+        // Content that is replaced more often than that is taken for volatile.
+        for round in 1..3 {
+            // One content in all; then one in each.
+            for seeds in [[0, 0, 0], [1, 2, 3]] {
+                for (worker, seed) in workers.iter_mut().zip(seeds) {
+                    worker.fill(0, PAGES, 1000 * (crew * 10 + round) + seed, 0)?;
+                }
+                scan::passes(3)?;
+                let c = engine::counters()?;
+                let contents = if seeds[1] == 0 { 1 } else { 3 };
+                let all = 3 * PAGES as u64;
+                ensure!(
+                    c.shared == contents && c.sharing == all - contents && c.volatile == 0,
+                    "crew {crew}, round {round}: {all} pages, {c:?}"
+                );
+            }
+        }
+        verify_all(&mut workers)?;
+    }
     PASS
 }

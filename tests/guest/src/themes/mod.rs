@@ -12,6 +12,7 @@ mod eager;
 mod exit;
 mod faults;
 mod freezer;
+mod hot;
 mod hotplug;
 mod huge;
 mod hwpoison;
@@ -80,6 +81,7 @@ pub const ALL: &[&Theme] = &[
     &scanning::THEME,
     &eager::THEME,
     &smart::THEME,
+    &hot::THEME,
     &counters::THEME,
     &vmstat::THEME,
     &advisor::THEME,

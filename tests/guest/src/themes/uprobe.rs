@@ -218,7 +218,7 @@ const NO_PROBES: &str = "the kernel has no uprobe events";
 
 /// Scans until page `i` of both is in one frame, for all of them.
 fn merge(a: &Code, b: &Code) -> Result<()> {
-    scan::until("merged code", 12, || {
+    scan::until_still("merged code", || {
         let frames = a.frames()?;
         Ok(frames.iter().all(Option::is_some) && frames == b.frames()?)
     })

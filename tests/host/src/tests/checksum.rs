@@ -3,7 +3,7 @@
 //! Tests of `engine/checksum.rs`.
 
 use crate::engine::checksum::{
-    Checksum, Hasher, Sample, FULL_BITS, LINES, LINE_WORDS, PAGE_WORDS, SEED_WORDS,
+    Checksum, Hasher, Sample, FULL_BITS, LINES, LINE_WORDS, PAGE_WORDS, SEED_WORDS, SUM_BITS,
 };
 use kernel::testing::Random;
 use proptest::prelude::*;
@@ -83,9 +83,9 @@ fn raw_sample() -> impl Strategy<Value = u32> {
 
 proptest! {
     #[test]
-    fn leaves_three_bits(raw in raw_sample(), hash in bits()) {
+    fn leaves_seven_bits(raw in raw_sample(), hash in bits()) {
         let sum = Checksum::new(Sample::from_raw(raw), hash);
-        prop_assert_eq!(sum.get() >> 61, 0);
+        prop_assert_eq!(sum.get() >> SUM_BITS, 0);
         // None but the low bits of the hash are lost.
         prop_assert_eq!(sum.sample().get(), raw);
         prop_assert_eq!(sum.get() >> FULL_BITS, u64::from(raw));
@@ -143,21 +143,21 @@ proptest! {
         prop_assert_eq!(Sample::from_raw(sum.sample().get()), sum.sample());
     }
 
-    /// As a word packs it: with a tag in the three bits.
+    /// As a word packs it: with a tag and strikes in the seven bits.
     #[test]
-    fn comes_back_out_of_a_word(raw in raw_sample(), hash in bits(), tag in 0..8u64) {
+    fn comes_back_out_of_a_word(raw in raw_sample(), hash in bits(), tag in 0..128u64) {
         let sum = Checksum::new(Sample::from_raw(raw), hash);
-        let word = (sum.get() << 3) | tag;
-        prop_assert_eq!(word & 7, tag);
-        prop_assert_eq!(Checksum::from_raw(word >> 3), sum);
-        prop_assert_eq!((word >> (3 + FULL_BITS)) as u32, raw);
+        let word = (sum.get() << 7) | tag;
+        prop_assert_eq!(word & 127, tag);
+        prop_assert_eq!(Checksum::from_raw(word >> 7), sum);
+        prop_assert_eq!((word >> 32) as u32, raw);
     }
 
-    /// Three bits stay free whatever is taken back.
+    /// Seven bits stay free whatever is taken back.
     #[test]
-    fn takes_back_no_more_than_61_bits(raw in bits()) {
+    fn takes_back_no_more_than_57_bits(raw in bits()) {
         let sum = Checksum::from_raw(raw);
-        prop_assert_eq!(sum.get(), raw & (u64::MAX >> 3));
+        prop_assert_eq!(sum.get(), raw & (u64::MAX >> 7));
     }
 
     #[test]
@@ -175,9 +175,9 @@ proptest! {
             Some(next) => {
                 prop_assert!(sum < next);
                 prop_assert_eq!(next.get(), sum.get() + 1);
-                prop_assert_eq!(next.get() >> 61, 0);
+                prop_assert_eq!(next.get() >> SUM_BITS, 0);
             }
-            None => prop_assert_eq!(sum.get(), u64::MAX >> 3),
+            None => prop_assert_eq!(sum.get(), u64::MAX >> 7),
         }
     }
 
@@ -191,7 +191,7 @@ proptest! {
             prop_assert_eq!(sum, checksum(&hasher, &copy));
             prop_assert_eq!(sample(&hasher, &page), sample(&hasher, &copy));
             prop_assert_eq!(sum.sample(), sample(&hasher, &page));
-            prop_assert_eq!(sum.get() >> 61, 0);
+            prop_assert_eq!(sum.get() >> SUM_BITS, 0);
             // Made the same way again.
             let again = self::hasher(seed);
             prop_assert_eq!(sum, checksum(&again, &page));
@@ -302,7 +302,7 @@ fn another(random: &mut Random, old: u64) -> u64 {
 }
 
 /// A change of any one word is seen: by the bits that are not the sample, and, in a sampled word, by
-/// the sample too. Chance would miss one in 2^29; this goes through 250,000.
+/// the sample too. Chance would miss one in 2^25; this goes through 250,000.
 #[test]
 fn any_changed_word_is_seen() {
     let full = |sum: Checksum| sum.get() & ((1 << FULL_BITS) - 1);
@@ -482,8 +482,8 @@ fn unevenness(values: impl Iterator<Item = u32>) -> f64 {
     (chi - 4095.0) / (2.0 * 4095f64).sqrt()
 }
 
-/// Nor have structured pages more equal checksums than random numbers of so many bits: 61 if their
-/// samples differ, 29 if they do not.
+/// Nor have structured pages more equal checksums than random numbers of so many bits: 57 if their
+/// samples differ, 25 if they do not.
 #[test]
 fn checksums_are_spread() {
     let seed = 5;

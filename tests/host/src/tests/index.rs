@@ -4,7 +4,7 @@
 
 use super::counted::{Counted, Ledger};
 use crate::engine::{
-    checksum::{Checksum, Sample},
+    checksum::{Checksum, Sample, SUM_BITS},
     index::{Index, Nodes, NodesLike, Place, StableKey, MAX_COMPARES},
 };
 use kernel::{
@@ -16,7 +16,8 @@ use proptest::{prelude::*, sample};
 use std::collections::BTreeMap;
 
 /// Few, so that many nodes share one; both ends of the range are among them.
-const SUMS: [u64; 5] = [0, 1, 2, (u64::MAX >> 3) - 1, u64::MAX >> 3];
+const MAX: u64 = (1 << SUM_BITS) - 1;
+const SUMS: [u64; 5] = [0, 1, 2, MAX - 1, MAX];
 
 /// A key as plain numbers.
 type Plain = (u64, u64);

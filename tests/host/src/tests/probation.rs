@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of how long a page that was written to soon after it was merged has to hold still.
+
+use crate::engine::{
+    checksum::{Checksum, Sample},
+    probation::{is_soon, Clock, Print, Probation, Strikes, Verdict, BEAT_BITS},
+};
+use proptest::prelude::*;
+
+fn sum(content: u64) -> Checksum {
+    Checksum::new(Sample::from_raw(7), content << 39)
+}
+
+fn strikes(count: u64) -> Strikes {
+    Strikes::from_raw(count)
+}
+
+/// The most there are.
+fn most() -> Strikes {
+    strikes(u64::MAX)
+}
+
+/// A clock in a pass that begins in this second.
+fn at(second: u32) -> Clock {
+    let mut clock = Clock::new();
+    clock.begin_pass(second);
+    clock
+}
+
+/// In how many seconds a page that has just got these strikes, and does not change, may be merged.
+fn hold(strikes: Strikes) -> Option<u32> {
+    let probation = Probation::new(strikes, Print::of(sum(1)), 1000);
+    (0..1000).find(|past| probation.is_due(&at(1000 + past)))
+}
+
+#[test]
+fn holds_double_and_are_bounded() {
+    let holds: Vec<_> = (0..12).map(|count| hold(strikes(count)).unwrap()).collect();
+    assert_eq!(holds, [0, 0, 0, 0, 0, 4, 8, 16, 32, 64, 64, 64]);
+    assert_eq!(most(), strikes(9));
+}
+
+#[test]
+fn strikes_are_for_writes_that_come_soon() {
+    let mut now = Strikes::NONE;
+    for count in 1..=20 {
+        now = now.after_write(count % 5);
+        assert_eq!(now, strikes(count.min(9).into()));
+    }
+    // Merged for no longer than it had to wait: as before. For longer: it starts anew.
+    assert_eq!(strikes(7).after_write(16), strikes(7));
+    assert_eq!(strikes(7).after_write(17), Strikes::NONE);
+    assert_eq!(strikes(4).after_write(5), Strikes::NONE);
+    assert!(is_soon(4) && !is_soon(5));
+}
+
+/// What changes while it is not merged is watched a few seconds, but no longer.
+#[test]
+fn changes_alone_give_few_strikes() {
+    for count in 0..10 {
+        let mut now = strikes(count);
+        for _ in 0..10 {
+            let before = now;
+            now = now.after_change();
+            assert!(now >= before);
+        }
+        assert_eq!(now, strikes(5).max(strikes(count)));
+    }
+    assert_eq!(strikes(1).after_change(), strikes(2));
+}
+
+/// Content that is replaced three times while it is merged is merged as soon as it was at first.
+#[test]
+fn a_few_writes_cost_no_time() {
+    let mut now = Strikes::NONE;
+    for _ in 0..4 {
+        assert!(now.are_few());
+        now = now.after_write(1);
+        let probation = Probation::new(now, Print::UNKNOWN, 5);
+        // Seen to have changed; looked at at once, to have its checksum; and again in the next pass.
+        let (verdict, probation) = probation.check(sum(1), 5);
+        assert_eq!(verdict, Verdict::Begun);
+        assert!(probation.is_due(&at(5)));
+        assert_eq!(probation.check(sum(1), 5), (Verdict::Held, probation));
+    }
+    assert!(!now.after_write(1).are_few());
+}
+
+#[test]
+fn begins_anew_with_each_change() {
+    let (_, first) = Probation::new(strikes(6), Print::UNKNOWN, 10).check(sum(1), 10);
+    assert!(!first.is_due(&at(17)) && first.is_due(&at(18)));
+    let (verdict, second) = first.check(sum(2), 18);
+    assert_eq!(verdict, Verdict::Moved);
+    assert!(!second.is_due(&at(25)) && second.is_due(&at(26)));
+    assert_eq!(second.check(sum(2), 26), (Verdict::Held, second));
+}
+
+/// A page without strikes whose checksum is compared once.
+#[test]
+fn checksum_that_moved_gives_strikes() {
+    let probation = Probation::new(Strikes::NONE, Print::of(sum(1)), 3);
+    assert_ne!(probation, Probation::NONE);
+    assert_eq!(probation.check(sum(1), 4), (Verdict::Held, Probation::NONE));
+    let (verdict, probation) = probation.check(sum(2), 4);
+    assert_eq!(verdict, Verdict::Moved);
+    assert_ne!(probation.check(sum(2), 4).1, Probation::NONE);
+}
+
+#[test]
+fn nothing_known_is_no_bits() {
+    assert_eq!(Probation::NONE.get(), 0);
+    for now in [0, 1, 511, 512, u32::MAX] {
+        let probation = Probation::new(
+            Strikes::NONE,
+            Print::of(Checksum::unknown(Sample::from_raw(7))),
+            now,
+        );
+        assert_eq!(probation, Probation::NONE);
+    }
+    // Whatever is known of a page is some bits.
+    for content in [0, 1 << 25, u64::MAX] {
+        assert_ne!(
+            Probation::new(Strikes::NONE, Print::of(sum(content)), 512).get(),
+            0
+        );
+    }
+}
+
+#[test]
+fn eases_one_by_one() {
+    let mut probation = Probation::new(most(), Print::of(sum(1)), 0);
+    let mut steps = 0;
+    while probation.eased() != probation {
+        probation = probation.eased();
+        steps += 1;
+    }
+    assert_eq!(steps, 9);
+    // The checksum stays.
+    let (verdict, probation) = probation.check(sum(1), 1);
+    assert_eq!((verdict, probation), (Verdict::Held, Probation::NONE));
+    // If there is none, nothing is left.
+    let unknown = Probation::new(Strikes::from_raw(1), Print::UNKNOWN, 7);
+    assert_eq!(unknown.eased(), Probation::NONE);
+}
+
+#[test]
+fn beats_are_at_least_a_second() {
+    let mut clock = Clock::new();
+    let begin = clock.beat();
+    for pass in 0..1000 {
+        clock.begin_pass(pass / 100);
+    }
+    assert_eq!((clock.secs(), clock.beats_since(begin)), (9, 9));
+    // Passes that take long are a beat each.
+    for pass in 1..=7 {
+        clock.begin_pass(9 + 1000 * pass);
+    }
+    assert_eq!((clock.secs(), clock.beats_since(begin)), (7009, 16));
+}
+
+#[test]
+fn beats_wrap_around() {
+    let mut clock = Clock::new();
+    clock.begin_pass(1);
+    for ago in [0, 1, 4, 5, 1 << 20] {
+        let then = clock.beat().wrapping_sub(ago) % (1 << BEAT_BITS);
+        assert_eq!(clock.beats_since(then), ago);
+    }
+}
+
+proptest! {
+    #[test]
+    fn comes_back(raw in 0u32..1 << Probation::BITS) {
+        let probation = Probation::from_raw(raw);
+        prop_assert!(probation.get() < 1 << Probation::BITS);
+        prop_assert_eq!(Probation::from_raw(probation.get()), probation);
+        if strikes(raw.into()).get() == u64::from(raw & 15) {
+            prop_assert_eq!(probation.get(), raw);
+        }
+    }
+
+    /// Never is a page put off for longer than the longest hold, whenever it is looked at, nor is it merged
+    /// before its own is over.
+    #[test]
+    fn is_due_in_time(count in 0u64..16, content: u64, now: u32, looks in prop::collection::vec(0u32..2000, 1..20)) {
+        let probation = Probation::new(strikes(count), Print::of(sum(content)), now);
+        let hold = hold(strikes(count)).unwrap();
+        for past in looks {
+            let is_due = probation.is_due(&at(now.wrapping_add(past)));
+            if past < hold {
+                prop_assert!(!is_due);
+            }
+            if !is_due {
+                let later = (0..=64).find(|more| probation.is_due(&at(now.wrapping_add(past + more))));
+                prop_assert!(later.is_some());
+            }
+        }
+    }
+}
