@@ -15,7 +15,7 @@ use super::{
 };
 use crate::mm::{
     folio::{LockedPage, PageRef},
-    intree,
+    intree, lru,
     mmap_lock::{MmapLock, NotLocked},
     stable::{ItemBox, NodeBox, NodeId, NodePage},
     vma::{is_abandoned, MergeableVma, Next, SplitPolicy, Unmerged, Which, HOLD_VMAS},
@@ -166,6 +166,9 @@ impl State {
             };
             if let Joined::Hopeless = joined {
                 self.core.try_again();
+                if lru::was_in_the_way() {
+                    self.note_batched(place);
+                }
             }
         }
     }
@@ -547,6 +550,9 @@ impl State {
                 Some((vma, page))
             })
         else {
+            if lru::was_in_the_way() {
+                self.note_batched(other);
+            }
             return self.wait(place, sum);
         };
         if may_be_shared || other_page.is_large() {
@@ -1020,6 +1026,7 @@ impl Engine {
         state.core.unpin_if_empty();
         self.left_chores.store(self.has_leftovers(&state), Relaxed);
         // The scan starts again; as in-tree, so does counting when all is unmerged.
+        state.batched.clear();
         state.cursor = Cursor::new();
         if result.is_ok() {
             self.stats.reset_full_scans();

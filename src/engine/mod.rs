@@ -175,6 +175,8 @@ pub(crate) struct State {
     /// Merged pages that are to be ordinary ones again: because no other page could be merged with them, in
     /// which case this is the key of the node; or because they are of no node.
     undo: KVec<(Place, Option<StableKey>)>,
+    /// Pages that were left alone in this pass because a per-CPU LRU batch may hold them.
+    batched: KVec<Place>,
     /// The newest address space when all pages were unmerged last.
     unmerged_to: SlotId,
 }
@@ -554,6 +556,8 @@ const FORGET_LEAVES: usize = 16;
 const COUNT_LEAVES: usize = 64;
 /// How many merged pages are undone after one step of the scan, at most.
 const UNDO_PAGES: usize = 128;
+/// How many pages that per-CPU LRU batches may hold are tried again at the end of the pass, at most.
+const BATCHED_PAGES: usize = 512;
 /// How many nodes to look at in one round.
 const LIMBO_SWEEP: usize = 1024;
 /// The same for nodes whose pages are mapped as often as they may be.
@@ -599,6 +603,7 @@ impl State {
             map_bytes: 0,
             dying: 0,
             undo: KVec::with_capacity(UNDO_PAGES, GFP_KERNEL)?,
+            batched: KVec::with_capacity(BATCHED_PAGES, GFP_KERNEL)?,
             unmerged_to: 0,
         })
     }

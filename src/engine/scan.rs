@@ -48,6 +48,8 @@ pub(super) struct Cursor {
     skipping: bool,
     /// Whether all pages were looked at, and those that have an equal are merged now, at first sight.
     gathering: bool,
+    /// Whether all is done but to try again what per-CPU LRU batches may have held.
+    retrying: bool,
     /// When the pass began; `None` between passes.
     began: Option<Instant<Monotonic>>,
 }
@@ -62,6 +64,7 @@ impl Cursor {
             events: 0,
             skipping: false,
             gathering: false,
+            retrying: false,
             began: None,
         }
     }
@@ -73,6 +76,8 @@ enum Step {
     Looked(usize),
     /// All address spaces that are left are locked by others.
     Locked,
+    /// Per-CPU LRU batches are in the way.
+    Batched,
     /// The pass is complete.
     PassDone,
 }
@@ -125,6 +130,12 @@ impl Scratch {
             *place = Some(candidate);
             self.len = self.len.saturating_add(1);
         }
+    }
+
+    /// Whether the page at `addr` is a candidate.
+    fn has(&self, addr: usize) -> bool {
+        let candidates = self.candidates.iter().take(self.len).flatten();
+        candidates.into_iter().any(|known| known.addr == addr)
     }
 }
 
@@ -181,10 +192,6 @@ impl Engine {
             // What takes longer is done without the lock.
             if state.cursor.at.is_between_passes() && mapped.is_none() {
                 drop(state);
-                // References held by per-CPU LRU batches have kept pages from being merged.
-                if lru::was_in_the_way() {
-                    lru::drain();
-                }
                 mapped = Some(self.mapped_pages());
                 continue;
             }
@@ -214,6 +221,7 @@ impl Engine {
                 Step::Locked => current.sleep(Some(LOCKED_MS), || {
                     self.run() != run::MERGE || self.has_chores() || self.is_offlining()
                 }),
+                Step::Batched => lru::drain(),
                 Step::PassDone => return true,
             }
         }
@@ -273,6 +281,7 @@ impl Engine {
         let before = state.cursor.events;
         let mut at = Position::new();
         at.begin(last);
+        state.batched.clear();
         state.cursor = Cursor {
             at,
             news: state.core.events != before,
@@ -310,6 +319,13 @@ impl Engine {
             state.cursor.gathering = true;
             return Step::Looked(0);
         }
+        if !state.batched.is_empty() {
+            if !core::mem::replace(&mut state.cursor.retrying, true) {
+                return Step::Batched;
+            }
+            self.retry_batched(state);
+            return Step::Looked(0);
+        }
         if let Some(began) = state.cursor.began {
             self.advise(began.elapsed(), current);
         }
@@ -320,6 +336,55 @@ impl Engine {
         trace::stop_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
         self.stats.add_full_scan();
         Step::PassDone
+    }
+
+    /// Tries once more to merge some of the pages that per-CPU LRU batches may have held, of one address space.
+    fn retry_batched(&self, state: &mut State) {
+        let State {
+            mms,
+            core,
+            batched,
+            scratch,
+            cursor,
+            ..
+        } = state;
+        let (Some(&Place { slot, .. }), Some(mut taken)) = (batched.last(), scratch.take()) else {
+            batched.clear();
+            return;
+        };
+        taken.len = 0;
+        let mut known = mms.get_mut(&slot);
+        for _ in 0..JOIN_PAGES {
+            let Some(place) = batched.pop() else {
+                break;
+            };
+            if place.slot != slot {
+                let _ = batched.push_within_capacity(place);
+                break;
+            }
+            let word = known
+                .as_mut()
+                .and_then(|known| known.pages.get_mut(place.addr));
+            let (Some(word), false) = (word, taken.has(place.addr)) else {
+                continue;
+            };
+            let gathering = cursor.gathering && word.strikes().is_none();
+            let kind = match word.state() {
+                PageState::Steady(sample) => core.candidate_on(word.probation(), sample),
+                PageState::Seen(sample) if gathering => core.candidate(sample),
+                _ => None,
+            };
+            if let Some(kind) = kind {
+                taken.push(Candidate {
+                    addr: place.addr,
+                    kind,
+                });
+            }
+        }
+        if let Some(mm) = known.map(|known| known.mm.clone()) {
+            self.merge_candidates(state, slot, &mm, &mut taken);
+        }
+        state.scratch = Some(taken);
     }
 
     /// Has the advisor decide how many pages to look at before sleeping, after a pass that took so long.
@@ -399,6 +464,9 @@ impl Engine {
                     CandidateKind::Unlisted(node) => state.list(mm, place, node),
                     CandidateKind::Zero => state.merge_zero(mm, place),
                     CandidateKind::Ownerless => state.undo_later(place, None),
+                }
+                if lru::was_in_the_way() {
+                    state.note_batched(place);
                 }
             }
         }
@@ -503,6 +571,14 @@ impl MmState {
 }
 
 impl State {
+    /// Notes that a page was left alone because a per-CPU LRU batch may hold it. Those that are too many, and
+    /// those that still cannot be merged at the end of the pass, wait for the next one.
+    pub(super) fn note_batched(&mut self, place: Place) {
+        if !self.cursor.retrying {
+            let _ = self.batched.push_within_capacity(place);
+        }
+    }
+
     /// The next leaves of an address space that this pass skips, see [`PageMap::next_skipped`].
     fn next_skipped(
         &mut self,

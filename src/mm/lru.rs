@@ -5,7 +5,8 @@
 //! A page that was just faulted in waits in such a batch, with a reference, for its CPU to put it on an LRU
 //! list. To the merge protocol that is a reference like any other: the page is left alone. So the batches are
 //! emptied, but only when one was in the way; never on isolated CPUs, which are to be left in peace; and
-//! without waiting for a CPU whose tasks do not let the work run.
+//! without waiting for a CPU whose tasks do not let the work run. Pages that were left alone for that are tried
+//! once more at the end of the same pass.
 
 use super::ffi;
 use kernel::sync::atomic::{Atomic, Relaxed};
