@@ -8,7 +8,7 @@
 use super::{
     checksum::{Checksum, Hasher, Sample},
     index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
-    pagemap::{Found, Moment},
+    pagemap::{Found, Moment, PageMap},
     probation::{Print, Probation, Verdict},
     scan::{known_mm, seconds_since, Candidate, CandidateKind, Cursor},
     Core, Engine, Forget, MmState, Released, State, GFP_SCAN, LIMBO_SWEEP,
@@ -18,7 +18,7 @@ use crate::mm::{
     intree, lru,
     mmap_lock::{MmapLock, NotLocked},
     stable::{ItemBox, NodeBox, NodeId, NodePage},
-    vma::{is_abandoned, MergeableVma, Next, SplitPolicy, Unmerged, Which, HOLD_VMAS},
+    vma::{is_abandoned, MergeableVma, Next, Published, SplitPolicy, Unmerged, Which, HOLD_VMAS},
     word::{PageState, PageWord},
 };
 use kernel::{
@@ -692,7 +692,11 @@ impl State {
         let node = NodeBox::new(key, GFP_SCAN)?;
         core.index.insert(key, node, GFP_SCAN)?;
         match core.publish_at(vma, key, &mut item, &mut splits) {
-            Ok(strays) => {
+            Ok(Published { shared, strays }) => {
+                if shared {
+                    let leaf = PageMap::<PageWord>::number(place.addr);
+                    core.unlisted.add(leaf);
+                }
                 // The next steps, and the whole next pass, look for them.
                 core.has_strays |= strays;
                 core.found_strays |= strays;
@@ -952,7 +956,7 @@ impl Core {
         key: StableKey,
         item: &mut ItemBox,
         splits: &mut Splits<'_>,
-    ) -> Result<bool> {
+    ) -> Result<Published> {
         let place = splits.place;
         let node = self.index.node(key).ok_or(EBUSY)?;
         let page = vma.page_at(place.addr).ok_or(EBUSY)?;

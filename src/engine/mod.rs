@@ -20,6 +20,7 @@ pub(crate) mod probation;
 mod registry;
 mod scan;
 mod stats;
+mod unlisted;
 
 use crate::mm::{
     intree, kthread,
@@ -50,6 +51,7 @@ use pagemap::PageMap;
 use probation::{Clock, Print, Probation, Strikes};
 use registry::{Registry, Reservation};
 use stats::Stats;
+use unlisted::Unlisted;
 
 /// Allocations of the scanning thread: there is always a next pass, so rather fail than make the
 /// system reclaim hard or say anything.
@@ -224,6 +226,8 @@ struct Core {
     brought: (bool, Option<StableKey>),
     /// Nodes whose pages are gone are being freed, all of them: how far that has come.
     releasing: Option<Released>,
+    /// Where pages may be mapped that became merged pages in another process.
+    unlisted: Unlisted,
     /// How far [`Core::sweep_limbo`] has come.
     swept: Option<StableKey>,
     /// How far [`Core::prune`] has come.
@@ -592,6 +596,7 @@ impl State {
                 found_strays: false,
                 brought: (false, None),
                 releasing: None,
+                unlisted: Unlisted::new(),
                 swept: None,
                 pruned: None,
                 prune_began: None,

@@ -294,6 +294,7 @@ impl Engine {
         state.core.pass = state.core.pass.wrapping_add(1);
         let secs = state.core.born.elapsed().as_millis() / 1000;
         state.core.clock.begin_pass(secs as u32);
+        state.core.unlisted.begin_pass();
         trace::start_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
     }
 
@@ -589,6 +590,7 @@ impl State {
         let pass = Pass {
             number: self.core.pass,
             news: self.cursor.news,
+            unlisted: &self.core.unlisted,
         };
         match self.mms.get_mut(&slot) {
             Some(known) if self.cursor.skipping => known.pages.next_skipped(from, &pass, skipped),
@@ -647,6 +649,11 @@ impl State {
         if covered < to {
             if let Some(left) = self.forget_gap(mm, slot, covered, to, budget) {
                 return left;
+            }
+        }
+        if let Some(known) = self.mms.get_mut(&slot) {
+            for &addr in scratch.batch.away() {
+                known.pages.note_away(addr);
             }
         }
         to

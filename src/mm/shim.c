@@ -354,6 +354,18 @@ bool rksm_entry_anon(pte_t *ptep, struct rksm_mapped *mapped)
 	return (mapped->mapping & FOLIO_MAPPING_ANON) && !folio_is_zone_device(folio);
 }
 
+/* Whether an entry is that of a page which is swapped out or being moved. */
+bool rksm_entry_away(pte_t *ptep)
+{
+	const pte_t pte = ptep_get(ptep);
+	softleaf_t entry;
+
+	if (pte_none(pte) || pte_present(pte))
+		return false;
+	entry = softleaf_from_pte(pte);
+	return softleaf_is_swap(entry) || softleaf_is_migration(entry);
+}
+
 pmd_t rksm_pmd_lockless(pmd_t *pmd)
 {
 	return pmdp_get_lockless(pmd);

@@ -73,6 +73,7 @@ struct rksm_mapped {
 
 /* Page tables. */
 bool rksm_entry_anon(pte_t *pte, struct rksm_mapped *mapped);
+bool rksm_entry_away(pte_t *pte);
 int rksm_walk_vma(struct vm_area_struct *vma, unsigned long start, unsigned long end, void *ctx);
 pmd_t rksm_pmd_lockless(pmd_t *pmd);
 bool rksm_pmd_present(pmd_t pmd);

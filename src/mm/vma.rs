@@ -110,6 +110,15 @@ impl Unmerged {
 /// of which there is one after the other while memory goes offline. Fewer than [`HOLD_UNMERGES`].
 const UNSHARE_ATTEMPTS: usize = 48;
 
+/// What is known of the other mappings of a page that [`MergeableVma::publish`] made a merged page.
+pub(crate) struct Published {
+    /// The page is shared over a fork, and so may be mapped at the same address elsewhere, without an item.
+    pub(crate) shared: bool,
+    /// A process that shares it may have opted out meanwhile: its mapping stays merged then, in a VMA that is
+    /// not mergeable any more.
+    pub(crate) strays: bool,
+}
+
 /// Decides whether huge pages are split for a part that merges.
 pub(crate) trait SplitPolicy {
     /// Whether the huge page may be split. Nothing else is known to be in the way.
@@ -272,9 +281,6 @@ impl<'a> MergeableVma<'a> {
     /// not there any more; with `E2BIG` if it is part of a huge page that `splits` wants whole. Of a page that
     /// is shared over a fork, see [`LockedPage::refuse_strangers`] for `EMLINK` and `EBUSY`. Takes the folio
     /// lock and a page-table lock.
-    ///
-    /// Returns whether a process that shares the page may have opted out meanwhile: its mapping stays merged
-    /// then, in a VMA that is not mergeable any more.
     pub(crate) fn publish(
         &self,
         addr: usize,
@@ -282,7 +288,7 @@ impl<'a> MergeableVma<'a> {
         node: &NodeBox,
         item: &mut ItemBox,
         splits: &mut dyn SplitPolicy,
-    ) -> Result<bool> {
+    ) -> Result<Published> {
         let pfn = page.pfn();
         let result = self.try_publish(addr, page, node, item, splits);
         trace::merge_with_ksm_page(true, pfn, ptr::null_mut(), item, self.mm(), &result);
@@ -296,7 +302,7 @@ impl<'a> MergeableVma<'a> {
         node: &NodeBox,
         item: &mut ItemBox,
         splits: &mut dyn SplitPolicy,
-    ) -> Result<bool> {
+    ) -> Result<Published> {
         let page = lock_plain(page)?;
         let fits = || page.refuse_strangers(self, addr).map(drop);
         self.make_small(addr, &page, fits, splits)?;
@@ -310,7 +316,7 @@ impl<'a> MergeableVma<'a> {
         unsafe { node.publish(&page, item, self, addr, shared) };
         // What opts out from here on finds a KSM page, and unshares it.
         let strays = shared && page.may_have_strays(self, addr);
-        Ok(strays)
+        Ok(Published { shared, strays })
     }
 
     /// Maps `kpage`, the page of `node`, at `addr` in place of `page`, if both have the same

@@ -113,6 +113,9 @@ impl SeenPage {
 pub(crate) struct Batch {
     pages: [SeenPage; BATCH_PAGES],
     len: usize,
+    /// An address in each page table that has entries of pages which are swapped out or being moved.
+    away: [usize; WALK_TABLES],
+    away_len: usize,
     left: Allowance,
 }
 
@@ -166,6 +169,8 @@ impl Batch {
         init!(Self {
             pages <- pin_init::init_array_from_fn(|_| SeenPage::default()),
             len: 0,
+            away <- pin_init::init_array_from_fn(|_| 0),
+            away_len: 0,
             left: Allowance::new(),
         })
     }
@@ -173,6 +178,7 @@ impl Batch {
     /// Takes all pages out.
     pub(crate) fn clear(&mut self) {
         self.len = 0;
+        self.away_len = 0;
         self.left = Allowance::new();
     }
 
@@ -184,6 +190,27 @@ impl Batch {
     /// The pages, in the order of their addresses.
     pub(crate) fn pages(&self) -> &[SeenPage] {
         self.pages.get(..self.len).unwrap_or(&[])
+    }
+
+    /// An address in each page table that had entries of pages which are swapped out or being moved. Such a page may
+    /// be a merged one.
+    pub(crate) fn away(&self) -> &[usize] {
+        self.away.get(..self.away_len).unwrap_or(&[])
+    }
+
+    /// Out of the way of the loop over entries, which has no register to spare.
+    #[cold]
+    #[inline(never)]
+    fn push_away(&mut self, addr: usize) {
+        let is_noted = self
+            .away()
+            .last()
+            .is_some_and(|last| last / PMD_SIZE == addr / PMD_SIZE);
+        // There is room: no more tables than that are gone through for a batch.
+        if let (false, Some(slot)) = (is_noted, self.away.get_mut(self.away_len)) {
+            *slot = addr;
+            self.away_len = self.away_len.wrapping_add(1);
+        }
     }
 
     #[inline(always)]
@@ -564,6 +591,10 @@ unsafe fn scan_entries<const KSM_ONLY: bool>(
         left = left.wrapping_sub(1);
         // SAFETY: as above. What the entry maps is kept by that, under the lock.
         if !unsafe { ffi::rksm_entry_anon(entry, &raw mut mapped) } {
+            // SAFETY: as above.
+            if unsafe { ffi::rksm_entry_away(entry) } {
+                batch.push_away(addr);
+            }
             continue;
         }
         batch.push(if is_ksm_mapping(mapped.mapping) {

@@ -32,7 +32,7 @@ pub(super) struct Age {
     passes: u8,
     /// How many of the next passes are to skip the leaf.
     skips: u8,
-    /// [`Self::SKIPPED`] and [`Self::OWED_NEWS`].
+    /// [`Self::SKIPPED`], [`Self::OWED_NEWS`] and [`Self::AWAY`].
     flags: u8,
     /// The pass that it has begun, modulo 2⁸.
     pass: u8,
@@ -43,6 +43,8 @@ impl Age {
     const SKIPPED: u8 = 1;
     /// There is news for it that it has not seen yet.
     const OWED_NEWS: u8 = 2;
+    /// A merged page may come to be mapped in it without the engine.
+    const AWAY: u8 = 4;
 
     fn set(&mut self, flag: u8, on: bool) {
         self.flags = if on {
@@ -74,6 +76,11 @@ impl Age {
         self.has(Self::OWED_NEWS)
     }
 
+    /// See [`PageMap::note_away`](super::PageMap::note_away).
+    pub(super) fn note_away(&mut self) {
+        self.set(Self::AWAY, true);
+    }
+
     /// Notes that there is news for it in this pass.
     pub(super) fn note_news(&mut self) {
         self.set(Self::OWED_NEWS, true);
@@ -94,13 +101,17 @@ impl Age {
         self.set(Self::SKIPPED, false);
     }
 
-    /// Begins a pass, for which there is news or not, and decides whether it skips the leaf. The ages and
-    /// numbers of passes are those of in-tree KSM, which has them for each page.
-    pub(super) fn begin_pass(&mut self, pass: u32, news: bool) {
+    /// Begins a pass, for which there is news or not, and decides whether it skips the leaf, which it does not
+    /// if it `must_look` at it. The ages and numbers of passes are those of in-tree KSM, which has them for
+    /// each page.
+    pub(super) fn begin_pass(&mut self, pass: u32, news: bool, must_look: bool) {
         self.begin_whole_pass(pass);
         let age = self.passes;
         self.passes = age.saturating_add(1);
-        self.set(Self::SKIPPED, age >= 3 && self.skips != 0);
+        // This look finds out whether there still are any.
+        let must_look = self.has(Self::AWAY) || must_look;
+        self.set(Self::AWAY, false);
+        self.set(Self::SKIPPED, age >= 3 && self.skips != 0 && !must_look);
         if self.is_skipped() {
             self.skips = self.skips.saturating_sub(1);
             self.set(Self::OWED_NEWS, self.is_owed_news() || news);

@@ -9,6 +9,8 @@ use kernel::{alloc::Flags, page::PAGE_SHIFT, prelude::*, rbtree::RBTree};
 pub(crate) use leaf::Moment;
 use leaf::{Age, Leaf, LEAF_PAGES, LEAF_SHIFT};
 
+use super::unlisted::Unlisted;
+
 /// How many leaves [`PageMap::next_skipped`] looks at; and after how many pages that are not skipped it ends: twice
 /// as many as one step of the scan has.
 const SKIP_SEARCH: usize = 64;
@@ -35,11 +37,13 @@ pub(crate) struct PageMap<W> {
 }
 
 /// A pass, as far as leaves have to know it to decide whether it skips them.
-pub(crate) struct Pass {
+pub(crate) struct Pass<'a> {
     /// Its number.
     pub(crate) number: u32,
     /// Whether there is news for all pages, see [`Cursor`](super::scan::Cursor).
     pub(crate) news: bool,
+    /// Which leaves are not skipped, as pages may have to be listed there.
+    pub(crate) unlisted: &'a Unlisted,
 }
 
 /// Where a page is: which leaf, and which page of it.
@@ -135,7 +139,7 @@ impl<W> PageMap<W> {
     pub(crate) fn next_skipped(
         &mut self,
         from: usize,
-        pass: &Pass,
+        pass: &Pass<'_>,
         skipped: &mut usize,
     ) -> Result<(usize, usize), usize> {
         let mut cursor = self.leaves.cursor_lower_bound_mut(&Slot::of(from).leaf);
@@ -151,7 +155,8 @@ impl<W> PageMap<W> {
             let (&leaf, content) = at.current_mut();
             let mut age = content.age;
             if age.is_behind(pass.number) {
-                age.begin_pass(pass.number, pass.news);
+                let must_look = pass.unlisted.may_have(leaf);
+                age.begin_pass(pass.number, pass.news, must_look);
                 content.age = age;
                 if age.is_skipped() {
                     *skipped = skipped.saturating_add(content.len());
@@ -185,6 +190,15 @@ impl<W> PageMap<W> {
     pub(crate) fn note_change(&mut self, addr: usize) {
         if let Some(leaf) = self.leaves.get_mut(&Slot::of(addr).leaf) {
             leaf.age.begin_anew();
+        }
+    }
+
+    /// Notes that pages of the leaf that `addr` is in were swapped out, or being moved, when the scan came by.
+    /// When they come back they may be merged pages that are not known to be mapped there: so the next
+    /// pass looks at the leaf again.
+    pub(crate) fn note_away(&mut self, addr: usize) {
+        if let Some(leaf) = self.leaves.get_mut(&Slot::of(addr).leaf) {
+            leaf.age.note_away();
         }
     }
 

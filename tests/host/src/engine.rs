@@ -24,3 +24,5 @@ pub(crate) mod position;
 pub(crate) mod probation;
 #[path = "../../../src/engine/registry.rs"]
 pub(crate) mod registry;
+#[path = "../../../src/engine/unlisted.rs"]
+pub(crate) mod unlisted;

@@ -13,6 +13,7 @@ mod position;
 mod probation;
 mod registry;
 mod standin;
+mod unlisted;
 
 /// So many cases of a property; two under Miri, which is a thousand times slower.
 fn cases(count: u32) -> proptest::test_runner::Config {

@@ -5,7 +5,10 @@
 mod pair;
 
 use super::counted::Counted;
-use crate::engine::pagemap::{Found, Moment, PageMap, Pass};
+use crate::engine::{
+    pagemap::{Found, Moment, PageMap, Pass},
+    unlisted::Unlisted,
+};
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     page::{PAGE_MASK, PAGE_SIZE},
@@ -675,8 +678,18 @@ fn small_batches_are_cheap() {
 
 /// Begins a pass, in which leaves with a word that `keeps` them from it are not skipped. Returns how many pages
 /// are skipped.
-fn begin(pair: &mut Pair, number: u32, news: bool, keeps: impl Fn(&Counted) -> bool) -> usize {
-    let pass = Pass { number, news };
+fn begin(
+    pair: &mut Pair,
+    number: u32,
+    news: bool,
+    unlisted: &Unlisted,
+    keeps: impl Fn(&Counted) -> bool,
+) -> usize {
+    let pass = Pass {
+        number,
+        news,
+        unlisted,
+    };
     let mut skipped = 0;
     let mut from = Some(0);
     while let Some(addr) = from {
@@ -696,9 +709,11 @@ fn begin(pair: &mut Pair, number: u32, news: bool, keeps: impl Fn(&Counted) -> b
 
 /// The first leaves from `from` on that the pass with this number, which has begun, skips.
 fn skipped_from(pair: &mut Pair, from: usize, number: u32) -> Result<(usize, usize), usize> {
+    let unlisted = Unlisted::new();
     let pass = Pass {
         number,
         news: false,
+        unlisted: &unlisted,
     };
     let mut skipped = 0;
     let found = pair.map.next_skipped(from, &pass, &mut skipped);
@@ -713,7 +728,7 @@ fn looked_at(passes: usize, news: bool, mut deed: impl FnMut(usize, &mut Pair)) 
     let mut looked = Vec::new();
     for pass in 0..passes {
         let number = pass as u32 + 1;
-        let skipped = begin(&mut pair, number, news, |_| false);
+        let skipped = begin(&mut pair, number, news, &Unlisted::new(), |_| false);
         let found = skipped_from(&mut pair, 0, number);
         if skipped == 0 {
             assert_eq!(found, Err(usize::MAX));
@@ -774,7 +789,7 @@ fn what_happens_elsewhere_ends_skipping() {
     let mut looked = Vec::new();
     for pass in 0..17 {
         let number = pass as u32 + 1;
-        if begin(&mut pair, number, false, |_| false) == 0 {
+        if begin(&mut pair, number, false, &Unlisted::new(), |_| false) == 0 {
             looked.push(pass);
         }
         if pass == 14 {
@@ -785,6 +800,43 @@ fn what_happens_elsewhere_ends_skipping() {
     pair.empty_by_dropping();
 }
 
+/// A leaf is looked at in the pass after one in which pages of it were away, and once only if they are no more.
+#[test]
+fn leaves_whose_pages_are_away_are_not_skipped() {
+    let away_in = |passes: std::ops::Range<usize>| {
+        looked_at(41, false, |pass, pair| {
+            if passes.contains(&pass) {
+                pair.map.note_away(LEAF + PAGE_SIZE);
+                pair.map.note_away(0);
+            }
+        })
+    };
+    assert_eq!(away_in(0..41), (0..41).collect::<Vec<_>>());
+    // What it was to be skipped by is left over.
+    let once = [0, 1, 2, 3, 5, 8, 13, 16, 23, 32];
+    assert_eq!(away_in(15..16), once);
+}
+
+/// A leaf that may have pages to be listed is looked at in the next pass, once.
+#[test]
+fn leaves_with_unlisted_pages_are_not_skipped() {
+    let mut pair = Pair::with([3 * LEAF, 3 * LEAF + PAGE_SIZE, 9 * LEAF]);
+    let mut unlisted = Unlisted::new();
+    let mut looked = Vec::new();
+    for pass in 0..24 {
+        unlisted.begin_pass();
+        begin(&mut pair, pass + 1, false, &unlisted, |_| false);
+        if skipped_from(&mut pair, 0, pass + 1) != Ok((3 * LEAF, 4 * LEAF - 1)) {
+            looked.push(pass);
+        }
+        if pass == 15 {
+            unlisted.add(PageMap::<Counted>::number(3 * LEAF + 7 * PAGE_SIZE));
+        }
+    }
+    assert_eq!(looked, [0, 1, 2, 3, 5, 8, 13, 16, 23]);
+    pair.empty_by_dropping();
+}
+
 /// A leaf with a page that has to be looked at is not skipped.
 #[test]
 fn some_leaves_are_not_skipped() {
@@ -792,7 +844,7 @@ fn some_leaves_are_not_skipped() {
     let kept = pair.model[&(5 * LEAF + PAGE_SIZE)];
     for pass in 1..41 {
         let keeps = |word: &Counted| word.id() == kept;
-        begin(&mut pair, pass, false, keeps);
+        begin(&mut pair, pass, false, &Unlisted::new(), keeps);
         let found = skipped_from(&mut pair, LEAF, pass);
         assert_ne!(found, Ok((5 * LEAF, 6 * LEAF - 1)));
     }
@@ -806,7 +858,7 @@ fn news_waits_for_a_skipped_leaf() {
     let mut owed = Vec::new();
     for pass in 0..30 {
         // Once, in a pass that skips it.
-        let skipped = begin(&mut pair, pass + 1, pass == 9, |_| false) != 0;
+        let skipped = begin(&mut pair, pass + 1, pass == 9, &Unlisted::new(), |_| false) != 0;
         let leaf = pair.map.leaf_from(LEAF, pass + 1, GFP_NOWAIT).unwrap();
         if leaf.is_owed_news() && !skipped {
             owed.push(pass);
@@ -822,7 +874,7 @@ fn news_waits_for_a_skipped_leaf() {
 fn skips_are_decided_once_a_pass() {
     let mut pair = full(1);
     for number in 1..8 {
-        begin(&mut pair, number, false, |_| true);
+        begin(&mut pair, number, false, &Unlisted::new(), |_| true);
         let asked = [0, 1, 100, 511].map(|page| {
             let mut asked = 0;
             let leaf = pair.map.leaf_from(page * PAGE_SIZE, number, GFP_NOWAIT);
@@ -844,13 +896,13 @@ fn skips_are_decided_once_a_pass() {
 fn search_for_skipped_leaves_is_bounded() {
     let mut pair = Pair::with((0..300).map(|nth| 2 * nth * LEAF));
     for pass in 1..6 {
-        begin(&mut pair, pass, false, |_| false);
+        begin(&mut pair, pass, false, &Unlisted::new(), |_| false);
     }
     let first = skipped_from(&mut pair, 1, 5);
     assert_eq!(first, Ok((0, LEAF - 1)));
     let second = skipped_from(&mut pair, LEAF, 5);
     assert_eq!(second, Ok((2 * LEAF, 3 * LEAF - 1)));
-    begin(&mut pair, 6, false, |_| false);
+    begin(&mut pair, 6, false, &Unlisted::new(), |_| false);
     let mut from = 0;
     let mut steps = 0;
     while let Err(next) = skipped_from(&mut pair, from, 6) {
@@ -869,7 +921,7 @@ fn search_for_skipped_leaves_is_bounded() {
 #[test]
 fn search_for_skipped_leaves_ends_with_the_step() {
     let mut pair = full(8);
-    begin(&mut pair, 1, false, |_| false);
+    begin(&mut pair, 1, false, &Unlisted::new(), |_| false);
     assert_eq!(skipped_from(&mut pair, 0, 1), Err(2 * LEAF));
     assert_eq!(skipped_from(&mut pair, 3 * LEAF + 1, 1), Err(5 * LEAF));
     assert_eq!(skipped_from(&mut pair, 7 * LEAF, 1), Err(usize::MAX));
@@ -884,7 +936,7 @@ fn neighbours_are_skipped_together() {
     let kept = pair.model[&(80 * LEAF)];
     for pass in 1..6 {
         let keeps = |word: &Counted| word.id() == kept;
-        begin(&mut pair, pass, false, keeps);
+        begin(&mut pair, pass, false, &Unlisted::new(), keeps);
     }
     let mut ends = Vec::new();
     let mut from = 0;
