@@ -22,8 +22,11 @@
 //!
 //! The rest is the kernel's: `do_wp_page`, `copy_page_range`, `gup_fast_pte_range`, `migrate_pages`,
 //! `rmap_walk_ksm`, `exit_mmap`.
+//!
+//! The model in [`life`] is about what becomes of a merged page after that, over many passes.
 
 mod agents;
+mod life;
 mod tests;
 
 use stateright::{Model, Property};
