@@ -8,6 +8,7 @@
 use super::{
     checksum::{Checksum, Hasher, Sample},
     index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
+    metadata::gfp_inherited,
     pagemap::{Found, Moment, PageMap},
     probation::{Print, Probation, Verdict},
     scan::{known_mm, seconds_since, Candidate, CandidateKind, Cursor},
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::mm::{
     folio::{LockedPage, PageRef},
-    intree, lru,
+    intree, lru, memcg,
     mmap_lock::{MmapLock, NotLocked},
     stable::{ItemBox, NodeBox, NodeId, NodePage},
     vma::{is_abandoned, MergeableVma, Next, Published, SplitPolicy, Unmerged, Which, HOLD_VMAS},
@@ -604,6 +605,10 @@ impl State {
         drop(other_page);
         let (this, other) = ((&vma, place), (&other_vma, other));
         let result = match self.merge_into_first(this, other, sum) {
+            Err(ENOMEM) => {
+                self.core.starved.set(true);
+                Err(ENOMEM)
+            }
             // The other page may be one that can be the merged one.
             Err(EMLINK) => self.merge_into_first(other, this, sum),
             result => result,
@@ -615,15 +620,21 @@ impl State {
     }
 
     /// Makes the first page a merged page, and merges the other one into it. If it is the latter that
-    /// fails, the first is undone, and waits. Huge pages that they are parts of may be split, that is decided.
+    /// fails, the first is undone, and waits. `ENOMEM`: there is no memory for the rmap item of the first. Huge
+    /// pages that they are parts of may be split, that is decided.
     fn merge_into_first(
         &mut self,
         (vma, place): (&MergeableVma<'_>, Place),
         (other_vma, other): (&MergeableVma<'_>, Place),
         sum: Checksum,
     ) -> Result {
-        let item = self.core.new_item(sum.sample())?;
-        let other_item = self.core.new_item(sum.sample())?;
+        let item = self.core.item_for(vma.mm(), sum.sample())?;
+        let Ok(other_item) = self.core.item_for(other_vma.mm(), sum.sample()) else {
+            // The other page's group is at its limit. Queue this page instead of it, so that equal pages of
+            // other groups still find a partner.
+            self.wait(place, sum);
+            return Ok(());
+        };
         let key = self.publish(vma, place, item, sum)?;
         if self.join(other_vma, other, other_item, key).is_err() {
             // A merged page that nobody shares is no gain.
@@ -760,7 +771,7 @@ impl State {
         }
         let key = page.node_key().ok_or(EBUSY)?;
         let sample = key.sum.sample();
-        let mut item = self.core.new_item(sample)?;
+        let mut item = ItemBox::new(sample, self.core.clock.beat(), gfp_inherited())?;
         self.remember(mm, place, sample)?;
         let node = self.core.index.node(key).ok_or(EBUSY)?;
         let result = node.attach(&page, &mut item, &vma, place.addr);
@@ -781,10 +792,10 @@ impl State {
     fn remember(&mut self, mm: &Mm, place: Place, sample: Sample) -> Result {
         let known = known_mm(&mut self.mms, mm, place.slot).ok_or(ENOMEM)?;
         let pass = self.core.pass;
-        let mut leaf = known.pages.leaf_from(place.addr, pass, GFP_SCAN)?;
+        let mut leaf = known.pages.leaf_from(place.addr, pass, gfp_inherited())?;
         let result = match leaf.seek(place.addr) {
             Found::Nothing => leaf
-                .insert(PageWord::seen(sample), 1, GFP_SCAN)
+                .insert(PageWord::seen(sample), 1, gfp_inherited())
                 .map_err(|_| ENOMEM),
             _ => Err(EEXIST),
         };
@@ -797,11 +808,6 @@ impl State {
 }
 
 impl Core {
-    /// Allocates an rmap item.
-    fn new_item(&self, sample: Sample) -> Result<ItemBox> {
-        ItemBox::new(sample, self.clock.beat(), GFP_SCAN)
-    }
-
     /// Tries to merge the page that `splits` is about, which is in `vma`, into the page of the node `key`. `None`:
     /// that one takes no more pages, or is gone.
     fn join_node(
@@ -1111,7 +1117,9 @@ impl Engine {
             let mut budget = Forget::new();
             // What cannot be known now is left for the next round.
             let keep = |addr, word: &PageWord| is_merged(mm, addr, word).unwrap_or(true);
-            let more = state.forget_range(slot, from, step.reached, &mut budget, keep);
+            let more = memcg::charge(mm, || {
+                state.forget_range(slot, from, step.reached, &mut budget, keep)
+            });
             self.publish_stats(&state);
             drop(state);
             if budget.was_busy() && *attempts != 0 {

@@ -13,6 +13,7 @@ pub(crate) mod index;
 mod knobs;
 mod limits;
 mod merge;
+mod metadata;
 mod pace;
 mod pagemap;
 mod position;
@@ -30,6 +31,7 @@ use crate::mm::{
 };
 use advisor::Advisor;
 use checksum::{Hasher, Sample, Zeroes};
+use core::cell::Cell;
 use filter::Filter;
 use index::{Index, Place, SlotId, StableKey};
 use kernel::{
@@ -226,6 +228,8 @@ struct Core {
     brought: (bool, Option<StableKey>),
     /// Nodes whose pages are gone are being freed, all of them: how far that has come.
     releasing: Option<Released>,
+    /// Whether the step has run out of memory for what it is to remember of pages. Do not ask again then.
+    starved: Cell<bool>,
     /// Where pages may be mapped that became merged pages in another process.
     unlisted: Unlisted,
     /// How far [`Core::sweep_limbo`] has come.
@@ -596,6 +600,7 @@ impl State {
                 found_strays: false,
                 brought: (false, None),
                 releasing: None,
+                starved: Cell::new(false),
                 unlisted: Unlisted::new(),
                 swept: None,
                 pruned: None,

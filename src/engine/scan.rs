@@ -7,6 +7,7 @@ use super::{
     deferred::Deferred,
     index::{NodesLike, Place, SlotId},
     merge::Joined,
+    metadata::gfp_mapping,
     pagemap::{Found, PageMap, Pass},
     position::Position,
     probation::{Print, Probation},
@@ -14,7 +15,7 @@ use super::{
 };
 use crate::mm::{
     kthread::Current,
-    lru,
+    lru, memcg,
     mmap_lock::{MmapLock, NotLocked},
     stable::NodeId,
     trace,
@@ -137,6 +138,21 @@ impl Scratch {
         let candidates = self.candidates.iter().take(self.len).flatten();
         candidates.into_iter().any(|known| known.addr == addr)
     }
+
+    /// Adds the KSM pages among `count` pages from number `first` of the batch on. None of the pages is remembered.
+    fn push_unlisted(&mut self, first: usize, count: usize) {
+        for nth in first..first.saturating_add(count) {
+            let Some(&page) = self.batch.pages().get(nth) else {
+                break;
+            };
+            if let Seen::Ksm(Some(node)) = page.seen() {
+                self.push(Candidate {
+                    addr: page.addr(),
+                    kind: CandidateKind::Unlisted(node),
+                });
+            }
+        }
+    }
 }
 
 /// Tells merged pages that are there to stay from those that are gone, where the walk did not come by them.
@@ -250,13 +266,14 @@ impl Engine {
             }
             return self.end_pass(state, current);
         };
+        state.core.starved.set(false);
         let looked = if state.cursor.gathering {
-            self.gather_mm(state, slot, &mm)
+            memcg::charge(&mm, || self.gather_mm(state, slot, &mm))
         } else {
             match MmapLock::try_new(&mm) {
                 Ok(lock) => {
                     state.cursor.deferred.note_locked();
-                    self.step_mm(state, slot, lock, budget)
+                    memcg::charge(&mm, || self.step_mm(state, slot, lock, budget))
                 }
                 // Its pages are worth waiting for, but not now and not with `state` locked.
                 Err(NotLocked::Contended) => return state.cursor.defer(),
@@ -383,7 +400,8 @@ impl Engine {
             }
         }
         if let Some(mm) = known.map(|known| known.mm.clone()) {
-            self.merge_candidates(state, slot, &mm, &mut taken);
+            core.starved.set(false);
+            memcg::charge(&mm, || self.merge_candidates(state, slot, &mm, &mut taken));
         }
         state.scratch = Some(taken);
     }
@@ -453,11 +471,15 @@ impl Engine {
             state.join_all(hasher, mm, slot, few);
             // The rest takes the mmap_lock of two address spaces, one after the other.
             for candidate in few.iter().flatten() {
+                let is_starved = state.core.starved.get();
                 let place = Place {
                     slot,
                     addr: candidate.addr,
                 };
                 match candidate.kind {
+                    CandidateKind::Steady(_, Joined::NoneFits(..)) if is_starved => {
+                        state.core.try_again()
+                    }
                     CandidateKind::Steady(_, Joined::NoneFits(sum, may_be_shared)) => {
                         state.merge_or_wait(hasher, mm, place, sum, may_be_shared)
                     }
@@ -671,13 +693,16 @@ impl State {
         let Some(addr) = scratch.batch.pages().get(first).map(|page| page.addr()) else {
             return;
         };
-        // Without memory for the words of a page, the next pass tries again.
+        // Without memory to remember a page, the next pass tries again.
         let Some(known) = known_mm(&mut self.mms, mm, slot) else {
             return;
         };
         let core = &mut self.core;
         let changes = core.changes;
-        if let Ok(mut leaf) = known.pages.leaf_from(addr, core.pass, GFP_SCAN) {
+        if core.starved.get() && !known.pages.has_leaf(addr) {
+            return scratch.push_unlisted(first, count);
+        }
+        if let Ok(mut leaf) = known.pages.leaf_from(addr, core.pass, gfp_mapping()) {
             let turn = PageMap::<PageWord>::number(addr).wrapping_add(core.pass as usize);
             core.refreshing = turn % REFRESH_PASSES == 0;
             if self.cursor.skipping {
@@ -699,7 +724,7 @@ impl State {
                 }
                 let pages = scratch.batch.pages().get(first..end).unwrap_or(&[]);
                 if leaf.is_empty_from_here() && pages.iter().all(|page| page.sample().is_some()) {
-                    let filled = leaf.fill_run(count, GFP_SCAN, |nth| {
+                    let filled = leaf.fill_run(count, gfp_mapping(), |nth| {
                         let sample = pages.get(nth).and_then(|page| page.sample());
                         let sample = sample.unwrap_or(Sample::from_raw(0));
                         core.count(sample);
@@ -734,9 +759,12 @@ impl State {
                 };
                 let kind = match (found, page.seen()) {
                     (Found::Word(word), seen) => core.look(Place { slot, addr }, word, seen, news),
+                    (_, Seen::Anon(_)) if core.starved.get() => None,
                     (_, Seen::Anon(sample)) => {
-                        if leaf.insert(PageWord::seen(sample), new, GFP_SCAN).is_ok() {
-                            core.enter(sample);
+                        let word = PageWord::seen(sample);
+                        match leaf.insert(word, new, gfp_mapping()) {
+                            Ok(()) => core.enter(sample),
+                            Err(_) => core.starved.set(true),
                         }
                         None
                     }
@@ -748,6 +776,9 @@ impl State {
                 }
             }
             core.found_strays |= check.found_stray;
+        } else {
+            core.starved.set(true);
+            scratch.push_unlisted(first, count);
         }
         known.pages.prune(addr);
         known.note(addr, changes, core);

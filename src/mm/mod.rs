@@ -21,6 +21,7 @@ pub(crate) mod hotplug;
 pub(crate) mod intree;
 pub(crate) mod kthread;
 pub(crate) mod lru;
+pub(crate) mod memcg;
 pub(crate) mod mmap_lock;
 pub(crate) mod oom;
 mod patch;

@@ -795,6 +795,24 @@ void rksm_set_oom_origin(bool on)
 		clear_current_oom_origin();
 }
 
+/* Memory cgroups. */
+
+/* With a reference.  NULL without memory cgroups. */
+struct mem_cgroup *rksm_get_memcg(struct mm_struct *mm)
+{
+	return get_mem_cgroup_from_mm(mm);
+}
+
+void rksm_put_memcg(struct mem_cgroup *memcg)
+{
+	mem_cgroup_put(memcg);
+}
+
+struct mem_cgroup *rksm_set_active_memcg(struct mem_cgroup *memcg)
+{
+	return set_active_memcg(memcg);
+}
+
 /* What is there since boot. */
 
 /* Bounds of the .BTF section, declared as in kernel/bpf. */

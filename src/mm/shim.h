@@ -11,6 +11,7 @@
 #define _RKSM_SHIM_H
 
 #include <linux/freezer.h>
+#include <linux/memcontrol.h>
 #include <linux/memory.h>
 #include <linux/mm.h>
 #include <linux/mm_types.h>
@@ -143,6 +144,11 @@ unsigned long rksm_msecs_to_jiffies(unsigned int ms);
 void rksm_cond_resched(void);
 
 void rksm_set_oom_origin(bool on);
+
+/* Memory cgroups. */
+struct mem_cgroup *rksm_get_memcg(struct mm_struct *mm);
+void rksm_put_memcg(struct mem_cgroup *memcg);
+struct mem_cgroup *rksm_set_active_memcg(struct mem_cgroup *memcg);
 
 /* What is there since boot. */
 struct kobject *rksm_mm_kobj(void);

@@ -4,7 +4,11 @@
 
 use core::{mem::size_of, slice};
 use kernel::{
-    alloc::{flags::GFP_NOWAIT, kvec::InsertError, Flags},
+    alloc::{
+        flags::{GFP_KERNEL, GFP_KERNEL_ACCOUNT, GFP_NOWAIT},
+        kvec::InsertError,
+        Flags,
+    },
     prelude::*,
 };
 
@@ -565,8 +569,8 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// Gives back what few words do not need. Without memory to move them to, they keep it until the next
-    /// one goes.
+    /// Gives back what few words do not need. If there is no memory to move them to, tries again when half of
+    /// them are gone.
     fn give_back(&mut self) {
         let Content::Many(many) = &mut self.content else {
             return;
@@ -581,11 +585,16 @@ impl<W> Leaf<W> {
                     }
                 }
             }
-            // A quarter, so that a leaf whose pages come and go is not moved all the time.
-            len if len <= many.words.capacity() / 4 => {
-                let _ = many.move_to_room_for(len.saturating_mul(2), GFP_NOWAIT);
+            // A quarter, so that a leaf whose pages come and go is not moved all the time. Do not try again with
+            // each word: a memory cgroup at its limit would refuse, and count, each attempt.
+            len => {
+                let few = many.words.capacity() / 4;
+                if len == few || len < few && len.is_power_of_two() {
+                    // Charged like the memory that is given back.
+                    let flags = GFP_NOWAIT | (GFP_KERNEL_ACCOUNT & !GFP_KERNEL);
+                    let _ = many.move_to_room_for(len.saturating_mul(2), flags);
+                }
             }
-            _ => {}
         }
     }
 

@@ -94,6 +94,11 @@ impl<W> PageMap<W> {
         self.leaves.get_mut(&slot.leaf)?.get_mut(slot.page)
     }
 
+    /// Whether any page of the leaf that `addr` is in has a word.
+    pub(crate) fn has_leaf(&self, addr: usize) -> bool {
+        self.leaves.get(&Slot::of(addr).leaf).is_some()
+    }
+
     /// The word of the page at `addr`, to be changed for something that happened to the page.
     pub(crate) fn get_changed(&mut self, addr: usize) -> Option<&mut W> {
         let slot = Slot::of(addr);

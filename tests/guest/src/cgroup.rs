@@ -65,12 +65,21 @@ impl Group {
     pub fn stat(&self, key: &str) -> Result<u64> {
         // Each CPU counts for itself and hands in its sum now and then: now.
         fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
-        let text = fs::read_to_string(self.0.join("memory.stat")).context("memory.stat")?;
+        self.value("memory.stat", key)
+    }
+
+    /// How often something happened, of what `memory.events` counts.
+    pub fn event(&self, key: &str) -> Result<u64> {
+        self.value("memory.events", key)
+    }
+
+    fn value(&self, file: &str, key: &str) -> Result<u64> {
+        let text = fs::read_to_string(self.0.join(file)).with_context(|| file.to_string())?;
         let value = text.lines().find_map(|line| {
             let (name, value) = line.split_once(' ')?;
             (name == key).then(|| value.parse().ok())?
         });
-        value.with_context(|| format!("{key} in memory.stat"))
+        value.with_context(|| format!("{key} in {file}"))
     }
 
     /// Asks for `bytes` of the group's memory to be reclaimed; false if less was.

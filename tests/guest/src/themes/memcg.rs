@@ -1,24 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What memory control groups are charged for merged pages.
 
+use std::time::Duration;
+
 use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::cgroup::Group;
+use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Theme, PASS};
-use crate::region::PAGE;
+use crate::kmsg::Log;
+use crate::pageflags::swapped;
+use crate::proc;
+use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::swap::Zram;
 use crate::worker::{verify_all, Worker};
 
 pub const THEME: Theme = Theme {
     name: "memcg",
-    about: "memory cgroups are charged for each page once, whoever shares it",
+    about: "memory cgroups are charged for each page once, and for metadata by mapping",
     module: Module::Loaded,
     tests: tests![
         ("merge-write-and-exit", 120, life),
         ("unmerged-by-run-2", 120, unmerged),
         ("swapped-in-copies-are-charged", 120, swapped_in),
+        ("metadata-is-charged", 120, metadata),
+        ("metadata-stays-within-the-limit", 120, limit),
+        ("full-group-leaves-others-alone", 120, full),
+        ("inherited-mappings-are-listed-at-the-limit", 120, inherited),
+        ("reclaim-of-the-group-that-pays", 200, evicted),
     ],
 };
 
@@ -28,6 +39,9 @@ const ALL: i64 = N as i64;
 /// itself, and a process has a few pages besides its region.
 const SLACK: i64 = 400;
 const NO_GROUPS: &str = "no memory cgroups";
+const UNCHARGED: &str = "the in-tree engine charges its metadata to nobody";
+/// What one mapping of a merged page takes at least: an rmap item, and a word of the page map.
+const METADATA: u64 = 64 + 8;
 
 /// A process in a group of its own. Dropped in this order.
 struct Tenant {
@@ -182,5 +196,238 @@ fn swapped_in() -> Outcome {
     let worker = workers.pop().context("two workers")?;
     worker.exit()?;
     about("one is gone", to_pages(group.stat("anon")?), before)?;
+    PASS
+}
+
+fn slab(group: &Group) -> Result<u64> {
+    group.stat("slab")
+}
+
+/// Each of two groups pays for the metadata of its own mappings, also of those that were merged when
+/// the other group's pages were scanned, and gets it back.
+fn metadata() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(UNCHARGED);
+    }
+    const MANY: usize = 8192;
+    const NEED: u64 = MANY as u64 * METADATA;
+    let (Some(a), Some(b)) = (Group::new("a")?, Group::new("b")?) else {
+        return skip(NO_GROUPS);
+    };
+    let mut workers = vec![
+        Worker::mergeable_in(&a, MANY, 100)?,
+        Worker::mergeable_in(&b, MANY, 100)?,
+    ];
+    let before = [slab(&a)?, slab(&b)?];
+    scan::until_merged(MANY as u64, MANY as u64)?;
+    scan::stop()?;
+    let grown = [
+        slab(&a)?.saturating_sub(before[0]),
+        slab(&b)?.saturating_sub(before[1]),
+    ];
+    println!("{MANY} merged pages in each: {grown:?} bytes more, {NEED} at least");
+    ensure!(
+        grown.iter().all(|&bytes| bytes >= NEED),
+        "metadata is not charged"
+    );
+    // Each mapping of the same pages takes the same.
+    let [low, high] = [grown[0].min(grown[1]), grown[0].max(grown[1])];
+    ensure!(
+        high - low < NEED / 2,
+        "one group pays for the other's mappings"
+    );
+    let is_back = |group: &Group, before: u64| {
+        wait_for(
+            "return of what was charged",
+            Duration::from_secs(20),
+            || Ok(slab(group)? < before + NEED / 8),
+        )
+    };
+    workers.remove(0).exit()?;
+    is_back(&a, before[0])?;
+    ensure!(slab(&b)? >= before[1] + NEED, "b's metadata went with a's");
+    workers[0].verify()?;
+    engine::write("run", 2)?;
+    is_back(&b, before[1])?;
+    verify_all(&mut workers)?;
+    PASS
+}
+
+/// A worker whose pages all have the content of `seed`. They are charged elsewhere, so nothing but metadata
+/// comes to the group; nor must the worker do anything in it as long as that has no room.
+fn guest_of(group: &Group, pages: usize, seed: u64) -> Result<Worker> {
+    let mut worker = Worker::with_pages(pages)?;
+    worker.advise(0, pages, libc::MADV_NOHUGEPAGE)?;
+    worker.fill(0, pages, seed, 0)?;
+    worker.advise(0, pages, libc::MADV_MERGEABLE)?;
+    group.enter(worker.pid())?;
+    Ok(worker)
+}
+
+/// Lets `group` be charged `room` bytes more.
+fn limit_to(group: &Group, room: u64) -> Result<()> {
+    group.set("memory.max", &(group.current()? + room).to_string())
+}
+
+/// Metadata that the group has no room for is done without: no killing, no message, no storm of events.
+fn limit() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(UNCHARGED);
+    }
+    const MANY: usize = 16_384;
+    const ROOM: u64 = 512 << 10;
+    const MOST: u64 = ROOM / METADATA;
+    /// Charges that may fail in a pass.
+    const REFUSED: u64 = 64;
+    let Some(group) = Group::new("limited")? else {
+        return skip(NO_GROUPS);
+    };
+    let mut worker = guest_of(&group, MANY, 7)?;
+    limit_to(&group, ROOM)?;
+    let mut log = Log::from_now()?;
+    scan::passes(6)?;
+    let (refused, began) = (group.event("max")?, engine::read("full_scans")?);
+    scan::passes(6)?;
+    scan::stop()?;
+    let passes = engine::read("full_scans")? - began;
+    let refused = group.event("max")? - refused;
+    let merged = worker.merged()?;
+    println!(
+        "{merged} of {MANY} pages merged, {MOST} at most; in {passes} passes {refused} charges were refused"
+    );
+    ensure!(merged != 0, "nothing is merged");
+    ensure!(merged as u64 <= MOST, "metadata exceeds the limit");
+    ensure!(refused != 0, "the limit was never reached");
+    ensure!(
+        refused <= (passes + 1) * REFUSED,
+        "charges are tried again and again"
+    );
+    for event in ["oom", "oom_kill"] {
+        ensure!(group.event(event)? == 0, "{event}: {}", group.event(event)?);
+    }
+    let said = log.lines()?;
+    ensure!(said.is_empty(), "the kernel says {said:?}");
+    // With room, a later pass merges the rest.
+    group.set("memory.max", "max")?;
+    scan::until("the rest merged", 12, || Ok(worker.merged()? == MANY))?;
+    worker.verify()?;
+    PASS
+}
+
+/// Pages of a group without room do not keep equal pages of others from being merged with each other.
+fn full() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(UNCHARGED);
+    }
+    // Nothing is charged for a page that waits, so one after the other is met by the others' pages.
+    let Some(group) = Group::new("full")? else {
+        return skip(NO_GROUPS);
+    };
+    let mut poor = Worker::with_pages(N)?;
+    poor.advise(0, N, libc::MADV_NOHUGEPAGE)?;
+    poor.fill(0, N, 100, 1)?;
+    poor.advise(0, N, libc::MADV_MERGEABLE)?;
+    // Its pages are known before there is no room for more.
+    scan::passes(3)?;
+    scan::stop()?;
+    group.enter(poor.pid())?;
+    limit_to(&group, 0)?;
+    let mut others = (0..2)
+        .map(|_| Worker::mergeable(N, 100))
+        .collect::<Result<Vec<_>>>()?;
+    scan::until("others merged", 12, || {
+        let all: usize = others
+            .iter()
+            .map(|other| other.merged())
+            .sum::<Result<usize>>()?;
+        Ok(all == 2 * N)
+    })?;
+    let merged = poor.merged()?;
+    println!("{merged} pages of the full group merged");
+    // Its account may have had some bytes left.
+    ensure!(merged <= N / 8, "the full group is not charged");
+    for event in ["oom", "oom_kill"] {
+        ensure!(group.event(event)? == 0, "{event}: {}", group.event(event)?);
+    }
+    group.set("memory.max", "max")?;
+    scan::until("all merged", 12, || Ok(poor.merged()? == N))?;
+    poor.verify()?;
+    verify_all(&mut others)?;
+    PASS
+}
+
+/// Merged pages that a child inherits are listed whether its group has room or not: they could not be moved
+/// otherwise.
+fn inherited() -> Outcome {
+    let Some(group) = Group::new("heir")? else {
+        return skip(NO_GROUPS);
+    };
+    let mut twin = Worker::mergeable(N, 100)?;
+    let mut region = Region::new(N)?;
+    region.advise(0, N, libc::MADV_NOHUGEPAGE)?;
+    region.fill(0, N, 100, 1);
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+    scan::until_merged(N as u64, N as u64)?;
+    scan::stop()?;
+    let mut child = Worker::inheriting(&mut region)?;
+    group.enter(child.pid())?;
+    limit_to(&group, 0)?;
+    let before = group.current()?;
+    scan::until("the child's mappings listed", 12, || {
+        Ok(proc::ksm_stat(child.pid(), "ksm_merging_pages")? == ALL)
+    })?;
+    let more = group.current()? - before;
+    println!("{more} bytes beyond the limit");
+    if !engine::is_in_tree() {
+        ensure!(more >= N as u64 * METADATA, "nobody is charged");
+    }
+    for event in ["oom", "oom_kill"] {
+        ensure!(group.event(event)? == 0, "{event}: {}", group.event(event)?);
+    }
+    group.set("memory.max", "max")?;
+    child.verify()?;
+    twin.verify()?;
+    region.verify()?;
+    PASS
+}
+
+/// A merged page is charged to one group. Reclaim there does not ask whether others use the page; reclaim
+/// elsewhere leaves it alone.
+fn evicted() -> Outcome {
+    let (Some(_zram), Some(a), Some(b)) = (Zram::new(64)?, Group::new("a")?, Group::new("b")?)
+    else {
+        return skip("no zram or no memory cgroups");
+    };
+    let groups = [a, b];
+    let mut workers = groups
+        .iter()
+        .map(|group| Worker::mergeable_in(group, N, 100))
+        .collect::<Result<Vec<_>>>()?;
+    scan::until_merged(N as u64, N as u64)?;
+    scan::stop()?;
+    let charged = [
+        to_pages(groups[0].stat("anon")?),
+        to_pages(groups[1].stat("anon")?),
+    ];
+    let pays = usize::from(charged[1] > charged[0]);
+    let user = 1 - pays;
+    println!("charged for {charged:?} pages");
+    // There is little to reclaim in the group that does not pay.
+    workers[user].verify()?;
+    let _ = groups[user].reclaim(2 * N * PAGE)?;
+    let spared = swapped(workers[pays].span())?;
+    println!("reclaim where it is not charged: {spared} of {N} pages swapped out");
+    ensure!(spared <= N / 8, "{spared} pages are swapped out");
+    for round in 0..3 {
+        // The pages are in use here.
+        workers[user].verify()?;
+        let _ = groups[pays].reclaim(4 * N * PAGE)?;
+        println!(
+            "round {round}, reclaim where it is charged: {} of {N} pages that the other group has just read \
+             are swapped out",
+            swapped(workers[user].span())?
+        );
+    }
+    verify_all(&mut workers)?;
     PASS
 }

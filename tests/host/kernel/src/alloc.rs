@@ -23,6 +23,11 @@ impl Flags {
         self & flags == flags
     }
 
+    /// Whether an allocation is charged to a memory cgroup.
+    pub(crate) fn is_accounted(self) -> bool {
+        self.0 & bits::ACCOUNT != 0
+    }
+
     /// Whether an allocation may sleep.
     pub(crate) fn may_sleep(self) -> bool {
         self.0 & bits::DIRECT_RECLAIM != 0

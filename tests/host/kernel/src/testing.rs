@@ -41,6 +41,8 @@ pub struct Events {
     pub allocs: usize,
     /// Allocations that were allowed to sleep, whether or not they succeeded.
     pub sleeping: usize,
+    /// Allocations that were to be charged to a memory cgroup, whether or not they succeeded.
+    pub accounted: usize,
     /// Allocations that failed.
     pub failed: usize,
     /// Allocations that were freed.
@@ -63,7 +65,7 @@ pub struct Live {
 thread_local! {
     static PLAN: Cell<Plan> = const { Cell::new(Plan::Never) };
     static EVENTS: Cell<Events> = const { Cell::new(Events {
-        allocs: 0, sleeping: 0, failed: 0, frees: 0, mm_gets: 0, mm_drops: 0,
+        allocs: 0, sleeping: 0, accounted: 0, failed: 0, frees: 0, mm_gets: 0, mm_drops: 0,
     }) };
     static LIVE: Cell<Live> = const { Cell::new(Live { allocations: 0, bytes: 0 }) };
 }
@@ -81,6 +83,7 @@ pub fn watch<R>(f: impl FnOnce() -> R) -> (R, Events) {
     let events = Events {
         allocs: after.allocs - before.allocs,
         sleeping: after.sleeping - before.sleeping,
+        accounted: after.accounted - before.accounted,
         failed: after.failed - before.failed,
         frees: after.frees - before.frees,
         mm_gets: after.mm_gets - before.mm_gets,
@@ -148,7 +151,10 @@ pub(crate) fn allocate(old: usize, new: usize, max: usize, flags: Flags) -> Resu
     }
     let (fails, plan) = PLAN.get().step();
     PLAN.set(plan);
-    note(|events| events.sleeping += usize::from(flags.may_sleep()));
+    note(|events| {
+        events.sleeping += usize::from(flags.may_sleep());
+        events.accounted += usize::from(flags.is_accounted());
+    });
     if fails || new > max {
         note(|events| events.failed += 1);
         return Err(AllocError);

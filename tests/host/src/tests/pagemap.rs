@@ -12,7 +12,7 @@ use crate::engine::{
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     page::{PAGE_MASK, PAGE_SIZE},
-    testing::{live, watch, Live, Plan, Random},
+    testing::{failing, live, watch, Live, Plan, Random},
 };
 use pair::{Look, Pair, Way};
 use proptest::{prelude::*, sample::Index};
@@ -649,6 +649,24 @@ fn few_of_many_are_cheap() {
         };
         let bytes = pair.map.bytes();
         assert!(bytes <= 8 * most, "{bytes} bytes");
+        pair.empty_by_removing();
+    }
+}
+
+/// Words that are left are moved to less memory, which is charged like that which they leave. Without memory
+/// for it, this is tried a few times, not with each word that goes.
+#[test]
+fn giving_back_is_charged_and_tried_seldom() {
+    for plan in [Plan::Never, Plan::Always] {
+        let mut pair = Pair::with((0..512).map(|nth| nth * PAGE_SIZE));
+        let (_, events) = watch(|| {
+            failing(plan, || {
+                (0..511).for_each(|nth| pair.remove(nth * PAGE_SIZE));
+            })
+        });
+        let tried = events.allocs + events.failed;
+        assert!((1..=7).contains(&tried), "{plan:?}: {events:?}");
+        assert_eq!(events.accounted, tried);
         pair.empty_by_removing();
     }
 }

@@ -405,6 +405,9 @@ impl Pair {
         for (&addr, &id) in &self.model {
             assert_eq!(self.map.get_mut(addr).map(|word| word.id()), Some(id));
         }
+        for &leaf in self.leaves.keys() {
+            assert!(self.map.has_leaf(leaf * LEAF));
+        }
         // Every word once, in the order of the addresses.
         let mut ids = Vec::new();
         // A few leaves at a time.
