@@ -208,7 +208,7 @@ struct Core {
     /// Counts what happened to pages that are remembered.
     changes: u64,
     /// Whether it is this area's turn to have what is known of its pages looked at anew, see
-    /// [`REFRESH_PASSES`].
+    /// [`LeafCursor::is_refreshing`](pagemap::LeafCursor::is_refreshing).
     refreshing: bool,
     /// Counts what [`Core::try_again`] is called for. Starts at 1, see [`scan::Cursor`].
     events: u64,
@@ -546,10 +546,6 @@ fn next_backoff(backoff: u32, unfinished: bool) -> u32 {
         false => RETRY_MS,
     }
 }
-
-/// In how many passes each area has its turn to be refreshed: what only changes where the sample does not look
-/// may have got another checksum, or an equal, without anybody noticing.
-const REFRESH_PASSES: usize = 8;
 
 /// How many times the pages that are remembered the filter may have room for, in view of how many are mapped.
 const FILTER_AHEAD: usize = 16;

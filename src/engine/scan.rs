@@ -11,7 +11,7 @@ use super::{
     pagemap::{Found, PageMap, Pass},
     position::Position,
     probation::{Print, Probation},
-    run, Core, Engine, Forget, MmState, State, GFP_SCAN, REFRESH_PASSES,
+    run, Core, Engine, Forget, MmState, State, GFP_SCAN,
 };
 use crate::mm::{
     kthread::Current,
@@ -703,8 +703,7 @@ impl State {
             return scratch.push_unlisted(first, count);
         }
         if let Ok(mut leaf) = known.pages.leaf_from(addr, core.pass, gfp_mapping()) {
-            let turn = PageMap::<PageWord>::number(addr).wrapping_add(core.pass as usize);
-            core.refreshing = turn % REFRESH_PASSES == 0;
+            core.refreshing = leaf.is_refreshing();
             if self.cursor.skipping {
                 leaf.decide_skips(PageWord::any_is_watched);
             }

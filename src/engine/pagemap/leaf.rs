@@ -36,7 +36,8 @@ pub(super) struct Age {
     passes: u8,
     /// How many of the next passes are to skip the leaf.
     skips: u8,
-    /// [`Self::SKIPPED`], [`Self::OWED_NEWS`] and [`Self::AWAY`].
+    /// [`Self::SKIPPED`], [`Self::OWED_NEWS`] and [`Self::AWAY`]; and in the upper bits the number of passes since its
+    /// pages were looked at anew.
     flags: u8,
     /// The pass that it has begun, modulo 2⁸.
     pass: u8,
@@ -50,6 +51,10 @@ impl Age {
     /// A merged page may come to be mapped in it without the engine.
     const AWAY: u8 = 4;
 
+    const REFRESHED_SHIFT: u32 = 4;
+    /// After so many passes it is time to look at its pages anew.
+    const REFRESH_PASSES: u8 = 8;
+
     fn set(&mut self, flag: u8, on: bool) {
         self.flags = if on {
             self.flags | flag
@@ -62,12 +67,20 @@ impl Age {
         self.flags & flag != 0
     }
 
-    /// That of a leaf which is made in this pass.
-    pub(super) fn new(pass: u32) -> Self {
+    /// That of the leaf with number `nth`, which is made in this pass. Leaves take turns in being looked at anew.
+    pub(super) fn new(nth: usize, pass: u32) -> Self {
         Self {
             pass: pass as u8,
+            flags: (nth as u8 % Self::REFRESH_PASSES) << Self::REFRESHED_SHIFT,
             ..Self::default()
         }
+    }
+
+    /// Whether its pages are to be looked at anew in this pass: what only changes where the sample does not look may
+    /// have got another checksum, or an equal, without anybody noticing. What is skipped has its turn when it is
+    /// looked at next.
+    pub(super) fn is_refreshing(self) -> bool {
+        self.flags >> Self::REFRESHED_SHIFT == 0
     }
 
     /// Whether this pass skips the leaf.
@@ -99,26 +112,51 @@ impl Age {
 
     /// Begins a pass that skips nothing.
     pub(super) fn begin_whole_pass(&mut self, pass: u32) {
+        self.begin(pass);
+        self.count_refresh();
+    }
+
+    fn begin(&mut self, pass: u32) {
         self.pass = pass as u8;
         let owed = self.is_skipped() && self.is_owed_news();
         self.set(Self::OWED_NEWS, owed);
         self.set(Self::SKIPPED, false);
     }
 
+    /// Counts a pass of those after which it is time to look at its pages anew.
+    fn count_refresh(&mut self) {
+        let since = self.flags >> Self::REFRESHED_SHIFT;
+        self.set_refreshed(match since.saturating_add(1) {
+            since if since < Self::REFRESH_PASSES => since,
+            _ => 0,
+        });
+    }
+
+    fn set_refreshed(&mut self, since: u8) {
+        let flags = self.flags & ((1 << Self::REFRESHED_SHIFT) - 1);
+        self.flags = flags | since << Self::REFRESHED_SHIFT;
+    }
+
     /// Begins a pass, for which there is news or not, and decides whether it skips the leaf, which it does not
     /// if it `must_look` at it. The ages and numbers of passes are those of in-tree KSM, which has them for
     /// each page.
     pub(super) fn begin_pass(&mut self, pass: u32, news: bool, must_look: bool) {
-        self.begin_whole_pass(pass);
+        self.begin(pass);
         let age = self.passes;
         self.passes = age.saturating_add(1);
         // This look finds out whether there still are any.
         let must_look = self.has(Self::AWAY) || must_look;
         self.set(Self::AWAY, false);
         self.set(Self::SKIPPED, age >= 3 && self.skips != 0 && !must_look);
-        if self.is_skipped() {
-            self.skips = self.skips.saturating_sub(1);
-            self.set(Self::OWED_NEWS, self.is_owed_news() || news);
+        if !self.is_skipped() {
+            return self.count_refresh();
+        }
+        self.skips = self.skips.saturating_sub(1);
+        self.set(Self::OWED_NEWS, self.is_owed_news() || news);
+        // Passes that are skipped in a row count as one. Else each look at an old leaf, after eight passes that
+        // skip it, would look at all its pages anew, which costs a tenth more.
+        if self.skips == 0 && self.flags >> Self::REFRESHED_SHIFT < Self::REFRESH_PASSES - 1 {
+            self.count_refresh();
         }
     }
 

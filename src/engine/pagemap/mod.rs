@@ -119,7 +119,7 @@ impl<W> PageMap<W> {
     ) -> Result<LeafCursor<'_, W>> {
         let slot = Slot::of(addr);
         if self.leaves.get(&slot.leaf).is_none() {
-            let leaf = Leaf::new(Age::new(pass));
+            let leaf = Leaf::new(Age::new(slot.leaf, pass));
             self.leaves.try_create_and_insert(slot.leaf, leaf, flags)?;
             self.bytes = self.bytes.saturating_add(Self::NODE_BYTES);
         }
@@ -510,6 +510,12 @@ impl<W> LeafCursor<'_, W> {
         let mut age = self.leaf.age;
         age.decide_skips(|| !keep(self.leaf.words()));
         self.leaf.age = age;
+    }
+
+    /// Whether the pages of the leaf are to be looked at anew in this pass.
+    #[inline]
+    pub(crate) fn is_refreshing(&self) -> bool {
+        self.leaf.age.is_refreshing()
     }
 
     /// Whether there is news for the leaf that it has not seen yet.

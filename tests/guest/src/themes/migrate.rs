@@ -223,6 +223,8 @@ fn child_first() -> Outcome {
     if engine::is_in_tree() {
         return skip("the in-tree engine does not find it until it is listed");
     }
+    // The child is to come first in each pass.
+    engine::write("smart_scan", 0)?;
     let mut region = halves(false)?;
     let mut child = Worker::inheriting(&mut region)?;
     let (here, there) = (span_of(std::process::id(), &region), child.span());

@@ -886,6 +886,42 @@ fn news_waits_for_a_skipped_leaf() {
     pair.empty_by_dropping();
 }
 
+/// Each leaf has its turn to be looked at anew in one of eight passes. Those that are skipped in a row count as one, so
+/// that of an old leaf it is each fourth look.
+#[test]
+fn leaves_take_turns_in_being_refreshed() {
+    for nth in [1, 2, 8, 13] {
+        for skipping in [false, true] {
+            let mut pair = Pair::with([nth * LEAF]);
+            let mut turns = Vec::new();
+            for pass in 0..180 {
+                let number = pass as u32 + 1;
+                let skipped =
+                    skipping && begin(&mut pair, number, false, &Unlisted::new(), |_| false) != 0;
+                if !skipped {
+                    let leaf = pair.map.leaf_from(nth * LEAF, number, GFP_NOWAIT).unwrap();
+                    if leaf.is_refreshing() {
+                        turns.push(pass);
+                    }
+                }
+            }
+            let apart: Vec<_> = turns.windows(2).map(|pair| pair[1] - pair[0]).collect();
+            match skipping {
+                false => {
+                    assert!(turns[0] < 8, "{turns:?}");
+                    assert!(apart.iter().all(|&apart| apart == 8), "{turns:?}");
+                }
+                true => {
+                    assert!(turns[0] <= 36, "{turns:?}");
+                    assert!(apart.iter().all(|&apart| (8..=36).contains(&apart)));
+                    assert_eq!(apart.last(), Some(&36), "{turns:?}");
+                }
+            }
+            pair.empty_by_dropping();
+        }
+    }
+}
+
 /// The words of a leaf are gone through once in a pass to decide whether it is skipped, in however many steps that looks
 /// at its pages.
 #[test]
