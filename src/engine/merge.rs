@@ -801,7 +801,7 @@ impl State {
         };
         match result {
             Ok(()) => self.core.enter(sample),
-            Err(_) => known.pages.prune(place.addr),
+            Err(_) => known.pages.prune(place.addr, Some(self.core.clock.secs())),
         }
         result
     }

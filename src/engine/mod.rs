@@ -634,7 +634,7 @@ impl State {
         };
         let left = core.leave(place, word);
         if left {
-            drop(known.pages.remove(place.addr));
+            drop(known.pages.remove(place.addr, core.clock.secs()));
         }
         left
     }
@@ -657,7 +657,9 @@ impl State {
             let Some(left) = budget.leaves.checked_sub(1) else {
                 return Some(next);
             };
-            next = known.pages.retain_leaf(next, to, |addr, word| {
+            // Nothing is to be known for later of what is gone for good.
+            let second = known.forgotten_to.is_none().then_some(core.clock.secs());
+            next = known.pages.retain_leaf(next, to, second, |addr, word| {
                 if keep(addr, word) {
                     return true;
                 }

@@ -779,7 +779,7 @@ impl State {
             core.starved.set(true);
             scratch.push_unlisted(first, count);
         }
-        known.pages.prune(addr);
+        known.pages.prune(addr, Some(core.clock.secs()));
         known.note(addr, changes, core);
     }
 }

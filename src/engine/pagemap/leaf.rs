@@ -52,6 +52,8 @@ impl Age {
     const AWAY: u8 = 4;
 
     const REFRESHED_SHIFT: u32 = 4;
+    /// A number that does not come about says that the leaf has no words.
+    const EMPTY: u8 = 0xf << Self::REFRESHED_SHIFT;
     /// After so many passes it is time to look at its pages anew.
     const REFRESH_PASSES: u8 = 8;
 
@@ -74,6 +76,23 @@ impl Age {
             flags: (nth as u8 % Self::REFRESH_PASSES) << Self::REFRESHED_SHIFT,
             ..Self::default()
         }
+    }
+
+    /// That of a leaf which has lost its last word in this second. See [`Self::was_empty_for`].
+    fn empty(second: u32) -> Self {
+        let [passes, skips] = (second as u16).to_le_bytes();
+        Self {
+            passes,
+            skips,
+            flags: Self::EMPTY,
+            ..Self::default()
+        }
+    }
+
+    /// For how many seconds a leaf has been without words, modulo 2¹⁶; `None`: that was not noted yet.
+    fn was_empty_for(self, second: u32) -> Option<u16> {
+        let since = u16::from_le_bytes([self.passes, self.skips]);
+        (self.flags & Self::EMPTY == Self::EMPTY).then_some((second as u16).wrapping_sub(since))
     }
 
     /// Whether its pages are to be looked at anew in this pass: what only changes where the sample does not look may
@@ -176,6 +195,10 @@ impl Age {
 
     /// Notes that something happened to a page.
     pub(super) fn begin_anew(&mut self) {
+        if self.flags & Self::EMPTY == Self::EMPTY {
+            // These say since when there are none.
+            return;
+        }
         self.passes = 0;
         self.skips = 0;
     }
@@ -243,6 +266,11 @@ impl Splits {
             self.set(Self::WAITING, level, over);
         }
         !self.is_waiting(now.second)
+    }
+
+    /// Whether there is nothing to remember.
+    pub(super) fn is_default(self) -> bool {
+        self.bits == 0
     }
 
     /// Notes that a huge page is split.
@@ -430,6 +458,17 @@ impl<W> Leaf<W> {
             trouble: 0,
             age,
             splits: Splits::default(),
+        }
+    }
+
+    /// Of a leaf without words: whether it has had none for so many seconds, now that it is this `second`.
+    pub(super) fn is_empty_for(&mut self, seconds: u16, second: u32) -> bool {
+        match self.age.was_empty_for(second) {
+            Some(past) => past >= seconds,
+            None => {
+                self.age = Age::empty(second);
+                false
+            }
         }
     }
 

@@ -16,6 +16,10 @@ use super::unlisted::Unlisted;
 const SKIP_SEARCH: usize = 64;
 const SKIP_SEARCH_PAGES: usize = 2 * LEAF_PAGES;
 
+/// For how many seconds a leaf stays of whose pages nothing is known but that they were split off huge pages: for as
+/// long as one ever waits for the next split, and as long again for khugepaged to come by.
+const EMPTY_SECS: u16 = 256;
+
 /// How much trouble one page makes, and how much of it is too much: more than four pages lately.
 const TROUBLE_STEP: usize = 16;
 const TROUBLE_LIMIT: u8 = 64;
@@ -27,9 +31,8 @@ const TROUBLE_LIMIT: u8 = 64;
 /// share of a leaf, wherever pages lie close together. A leaf of a single page holds no more than its
 /// word.
 ///
-/// # Invariants
-///
-/// No leaf is empty.
+/// A leaf whose huge pages were split stays for a while when it has lost its last word: most often these come back,
+/// in a huge page that is not to be split again at once.
 pub(crate) struct PageMap<W> {
     leaves: RBTree<usize, Leaf<W>>,
     /// See [`Self::bytes`].
@@ -96,7 +99,8 @@ impl<W> PageMap<W> {
 
     /// Whether any page of the leaf that `addr` is in has a word.
     pub(crate) fn has_leaf(&self, addr: usize) -> bool {
-        self.leaves.get(&Slot::of(addr).leaf).is_some()
+        let leaf = self.leaves.get(&Slot::of(addr).leaf);
+        leaf.is_some_and(|leaf| leaf.len() != 0)
     }
 
     /// The word of the page at `addr`, to be changed for something that happened to the page.
@@ -124,7 +128,9 @@ impl<W> PageMap<W> {
             self.bytes = self.bytes.saturating_add(Self::NODE_BYTES);
         }
         let leaf = self.leaves.get_mut(&slot.leaf).ok_or(ENOMEM)?;
-        if leaf.age.is_behind(pass) {
+        if leaf.len() == 0 {
+            leaf.age = Age::new(slot.leaf, pass);
+        } else if leaf.age.is_behind(pass) {
             leaf.age.begin_whole_pass(pass);
         }
         Ok(LeafCursor {
@@ -159,7 +165,7 @@ impl<W> PageMap<W> {
             };
             let (&leaf, content) = at.current_mut();
             let mut age = content.age;
-            if age.is_behind(pass.number) {
+            if age.is_behind(pass.number) && content.len() != 0 {
                 let must_look = pass.unlisted.may_have(leaf);
                 age.begin_pass(pass.number, pass.news, must_look);
                 content.age = age;
@@ -217,22 +223,24 @@ impl<W> PageMap<W> {
         addr | ((1 << (LEAF_SHIFT + PAGE_SHIFT)) - 1)
     }
 
-    /// Takes the word of the page at `addr` out of the map, which is a change of its leaf.
-    pub(crate) fn remove(&mut self, addr: usize) -> Option<W> {
+    /// Takes the word of the page at `addr` out of the map, which is a change of its leaf, in this second.
+    pub(crate) fn remove(&mut self, addr: usize, second: u32) -> Option<W> {
         let slot = Slot::of(addr);
         let leaf = self.leaves.get_mut(&slot.leaf)?;
         let word = Self::change(&mut self.bytes, leaf, |leaf| leaf.remove(slot.page))?;
         leaf.age.begin_anew();
-        self.prune(addr);
+        self.prune(addr, Some(second));
         Some(word)
     }
 
     /// Takes away the words of pages in `from..to` that `keep` does not keep, of the first leaf at or behind `from`.
-    /// Returns where to go on behind that leaf; `None`: there is none left before `to`.
+    /// Returns where to go on behind that leaf; `None`: there is none left before `to`. `second`: see
+    /// [`Self::prune`].
     pub(crate) fn retain_leaf(
         &mut self,
         from: usize,
         to: usize,
+        second: Option<u32>,
         mut keep: impl FnMut(usize, &mut W) -> bool,
     ) -> Option<usize> {
         let start = Slot::of(from);
@@ -252,7 +260,7 @@ impl<W> PageMap<W> {
         Self::change(&mut self.bytes, content, |content| {
             content.retain(page, end, |page, word| keep(addr(page), word))
         });
-        self.prune(first);
+        self.prune(first, second);
         // At the end of the address space this is the last leaf.
         last.checked_add(1).filter(|&next| next < to)
     }
@@ -262,14 +270,20 @@ impl<W> PageMap<W> {
         self.bytes
     }
 
-    /// Frees the leaf that `addr` is in if it has no word.
-    pub(crate) fn prune(&mut self, addr: usize) {
+    /// Frees the leaf that `addr` is in if it has no word, but in this `second` only if it has had none for
+    /// [`EMPTY_SECS`], or its huge pages were not split.
+    pub(crate) fn prune(&mut self, addr: usize, second: Option<u32>) {
         let leaf = Slot::of(addr).leaf;
-        let content = self.leaves.get(&leaf);
-        if content.is_some_and(|content| content.len() == 0) {
-            self.leaves.remove(&leaf);
-            self.bytes = self.bytes.saturating_sub(Self::NODE_BYTES);
+        let Some(content) = self.leaves.get_mut(&leaf).filter(|leaf| leaf.len() == 0) else {
+            return;
+        };
+        if let Some(second) = second.filter(|_| !content.splits.is_default()) {
+            if !content.is_empty_for(EMPTY_SECS, second) {
+                return;
+            }
         }
+        self.leaves.remove(&leaf);
+        self.bytes = self.bytes.saturating_sub(Self::NODE_BYTES);
     }
 
     /// Notes that `count` pages of the leaf that `addr` is in gave trouble.

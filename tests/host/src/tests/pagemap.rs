@@ -384,13 +384,13 @@ fn prunes_only_what_is_empty() {
     assert!(pair.map.leaf_from(LEAF, 0, GFP_NOWAIT).is_ok());
     assert!(pair.map.bytes() > 0);
     // Another leaf is none of this one's business.
-    pair.map.prune(0);
-    pair.map.prune(2 * LEAF);
+    pair.map.prune(0, Some(0));
+    pair.map.prune(2 * LEAF, Some(0));
     assert!(pair.map.bytes() > 0);
-    pair.map.prune(2 * LEAF - PAGE_SIZE);
+    pair.map.prune(2 * LEAF - PAGE_SIZE, Some(0));
     pair.check_memory();
     pair.remember(LEAF, Plan::Never);
-    pair.map.prune(LEAF);
+    pair.map.prune(LEAF, Some(0));
     pair.check_content();
     pair.empty_by_removing();
 }
@@ -560,15 +560,16 @@ fn runs_at_the_edges() {
                 // Far too many.
                 assert!(leaf.known_run(usize::MAX).is_none());
             }
-            map.prune(addr);
+            map.prune(addr, Some(0));
             pair.map = map;
             let next = Pair::first_of(&mut pair.map, LEAF, usize::MAX);
             assert_eq!(next, Some(if fits { addr } else { 2 * LEAF }));
             if fits {
                 let last = addr + (count - 1) * PAGE_SIZE;
-                assert!(pair.map.remove(last).is_some());
+                assert!(pair.map.remove(last, 0).is_some());
                 assert!(
-                    pair.map.remove(last + PAGE_SIZE).is_some() == (last + PAGE_SIZE == 2 * LEAF)
+                    pair.map.remove(last + PAGE_SIZE, 0).is_some()
+                        == (last + PAGE_SIZE == 2 * LEAF)
                 );
             }
             drop(pair.map);
@@ -884,6 +885,82 @@ fn news_waits_for_a_skipped_leaf() {
     }
     assert_eq!(owed, [13]);
     pair.empty_by_dropping();
+}
+
+/// A leaf whose huge pages were split is remembered for some minutes after its last page is gone.
+#[test]
+fn splits_outlive_the_pages() {
+    let now = |second: u32| Moment {
+        pass: second,
+        second: second.into(),
+    };
+    for (noted, kept) in [(false, false), (true, true)] {
+        let mut pair = Pair::with([LEAF, LEAF + PAGE_SIZE, 3 * LEAF]);
+        if noted {
+            pair.map.note_split(LEAF, now(1000));
+        }
+        pair.remove(LEAF);
+        assert!(pair.map.remove(LEAF + PAGE_SIZE, 1000).is_some());
+        assert!(!pair.map.has_leaf(LEAF));
+        let mut found = 0;
+        let mut look = |map: &mut PageMap<Counted>, second| {
+            let next = map.retain_leaf(0, usize::MAX, Some(second), |_, _| {
+                found += 1;
+                true
+            });
+            next.map(|next| next / LEAF)
+        };
+        let first = if kept { 2 } else { 4 };
+        assert_eq!(look(&mut pair.map, 1255), Some(first));
+        // It does not have to wait if nothing is known of it.
+        assert_eq!(pair.map.may_split(LEAF, now(1255)), !kept);
+        assert_eq!(pair.map.keeps_whole(LEAF, 1255), kept);
+        assert_eq!(look(&mut pair.map, 1256), Some(first));
+        assert_eq!(look(&mut pair.map, 1256), Some(4));
+        assert!(!pair.map.keeps_whole(LEAF, 1256));
+        drop(pair.map);
+        assert_eq!(live(), Live::default());
+    }
+}
+
+/// When the pages come back it begins as one that is new, but for that.
+#[test]
+fn pages_come_back_to_a_leaf_that_was_split() {
+    let mut pair = Pair::with([LEAF]);
+    let now = Moment { pass: 7, second: 7 };
+    pair.map.note_split(LEAF, now);
+    for second in 0..40 {
+        assert!(pair.map.remove(LEAF, second).is_some());
+        // That says nothing about when it lost its page.
+        pair.map.note_change(LEAF);
+        pair.map.note_away(LEAF);
+        pair.map.prune(LEAF, Some(second + 255));
+        let pass = Pass {
+            number: second + 1,
+            news: true,
+            unlisted: &Unlisted::new(),
+        };
+        let mut skipped = 0;
+        let found = pair.map.next_skipped(0, &pass, &mut skipped);
+        assert_eq!((found, skipped), (Err(usize::MAX), 0));
+        let mut leaf = pair.map.leaf_from(LEAF, second + 1, GFP_NOWAIT).unwrap();
+        assert!(matches!(leaf.seek(LEAF), Found::Nothing) && !leaf.is_owed_news());
+        let word = pair.ledger.make();
+        assert!(leaf.insert(word, 1, GFP_NOWAIT).is_ok());
+    }
+    // The huge page was put together since.
+    let later = Moment { pass: 9, second: 9 };
+    assert!(!pair.map.may_split(LEAF, later));
+    // Nothing is kept of an address space that is gone.
+    while pair
+        .map
+        .retain_leaf(0, usize::MAX, None, |_, _| false)
+        .is_some()
+    {}
+    assert!(pair.map.is_empty());
+    assert_eq!(pair.map.bytes(), 0);
+    drop(pair);
+    assert_eq!(live(), Live::default());
 }
 
 /// Each leaf has its turn to be looked at anew in one of eight passes. Those that are skipped in a row count as one, so

@@ -144,7 +144,7 @@ impl Pair {
             }
             Err(_) => assert!(made.failed == 1 && !there),
         }
-        map.prune(first);
+        map.prune(first, Some(0));
         self.map = map;
     }
 
@@ -262,12 +262,12 @@ impl Pair {
         assert!(had.is_none() || events.allocs + events.failed == 0);
         match found {
             Some(id) => self.note(addr, id),
-            None => self.map.prune(addr),
+            None => self.map.prune(addr, Some(0)),
         }
     }
 
     pub(super) fn remove(&mut self, addr: usize) {
-        let (word, events) = watch(|| self.map.remove(addr));
+        let (word, events) = watch(|| self.map.remove(addr, 0));
         // To move those that are left to where there is less room, if they have far too much.
         assert!(events.allocs + events.failed <= 1);
         assert_eq!(events.sleeping, 0);
@@ -290,7 +290,7 @@ impl Pair {
     pub(super) fn first_of(map: &mut PageMap<Counted>, from: usize, to: usize) -> Option<usize> {
         let (mut first, mut next) = (None, Some(from));
         while let Some(start) = next.filter(|_| first.is_none()) {
-            next = map.retain_leaf(start, to, |addr, _| {
+            next = map.retain_leaf(start, to, None, |addr, _| {
                 first.get_or_insert(addr);
                 true
             });
@@ -350,7 +350,7 @@ impl Pair {
             let mut seen = Vec::new();
             let map = &mut self.map;
             let (more, events) = watch(|| {
-                map.retain_leaf(start, to, |addr, word| {
+                map.retain_leaf(start, to, Some(0), |addr, word| {
                     seen.push((addr, word.id()));
                     keeps(addr)
                 })
