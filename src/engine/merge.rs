@@ -166,7 +166,7 @@ impl State {
                 (None, _) => Joined::Hopeless,
             };
             if let Joined::Hopeless = joined {
-                self.core.try_again();
+                self.retry(place);
                 if lru::was_in_the_way() {
                     self.note_batched(place);
                 }
@@ -191,7 +191,7 @@ impl State {
             None => match self.core.index.nodes_with(sum) {
                 Some(nodes) => {
                     let Ok(lock) = MmapLock::try_new(mm) else {
-                        return self.core.try_again();
+                        return self.retry(place);
                     };
                     let joined = MergeableVma::at(&lock, place.addr)
                         .and_then(|vma| self.join_one_of(&vma, place, nodes, None));
@@ -216,7 +216,7 @@ impl State {
         }
         let before = self.core.index.waiting(sum);
         if self.core.index.wait(sum, place, GFP_SCAN).is_err() {
-            return self.core.try_again();
+            return self.retry(place);
         }
         if let Some(other) = before {
             if let (Some(word), core) = self.word(other) {
@@ -268,7 +268,7 @@ impl State {
             (Verdict::Begun, new) => {
                 word.set_probation(new);
                 // One that is steady is not looked at again without news.
-                self.core.try_again();
+                self.retry(place);
                 Joined::NotYet
             }
             (Verdict::Moved, new) => {
@@ -523,17 +523,17 @@ impl State {
         };
         // From here on the module may not be unloaded.
         if self.core.pin.pin().is_err() {
-            return self.core.try_again();
+            return self.retry(place);
         }
         let Ok(lock) = MmapLock::try_new(mm) else {
-            return self.core.try_again();
+            return self.retry(place);
         };
         let mut second = None;
         if other.slot != place.slot {
             match MmapLock::try_new(&other_mm) {
                 Ok(lock) => second = Some(lock),
                 Err(NotLocked::Exiting) => return self.wait(place, sum),
-                Err(NotLocked::Contended) => return self.core.try_again(),
+                Err(NotLocked::Contended) => return self.retry(place),
             }
         }
         let other_lock = second.as_ref().unwrap_or(&lock);
@@ -582,7 +582,7 @@ impl State {
                 }
                 let held = !page.shares_folio_with(&other_page) && page.is_held_by_others();
                 if held || page.is_locked() || !vma.maps_unmarked(place.addr, &page) {
-                    return self.core.try_again();
+                    return self.retry(place);
                 }
             }
             if (large || sum.is_unknown()) && page.differs_from(&other_page) {
@@ -615,7 +615,7 @@ impl State {
         };
         // If it is neither, because strangers have both, that lasts: once in a while is enough.
         if result.is_err_and(|err| err != EMLINK) {
-            self.core.try_again();
+            self.retry(place);
         }
     }
 
@@ -665,7 +665,7 @@ impl State {
                 self.wait(place, sum);
             } else {
                 // It has changed since it was looked at, and is looked at again in the next pass.
-                self.core.try_again();
+                self.retry(place);
             }
         }
     }

@@ -841,8 +841,8 @@ impl Core {
         }
     }
 
-    /// Has pages that are steady looked at again in the next pass: for one of them something may have
-    /// changed, or could not be done for the moment.
+    /// Has pages that are steady looked at again in the next pass: for any of them something may have changed.
+    /// (For what concerns a single page, see [`State::retry`].)
     fn try_again(&mut self) {
         self.events = self.events.wrapping_add(1);
     }

@@ -478,7 +478,7 @@ impl Engine {
                 };
                 match candidate.kind {
                     CandidateKind::Steady(_, Joined::NoneFits(..)) if is_starved => {
-                        state.core.try_again()
+                        state.retry(place)
                     }
                     CandidateKind::Steady(_, Joined::NoneFits(sum, may_be_shared)) => {
                         state.merge_or_wait(hasher, mm, place, sum, may_be_shared)
@@ -617,6 +617,13 @@ impl State {
         match self.mms.get_mut(&slot) {
             Some(known) if self.cursor.skipping => known.pages.next_skipped(from, &pass, skipped),
             _ => Err(usize::MAX),
+        }
+    }
+
+    /// Has a page that could not be merged for the moment tried again in the next pass.
+    pub(super) fn retry(&mut self, place: Place) {
+        if let Some(known) = self.mms.get_mut(&place.slot) {
+            known.pages.note_retry(place.addr);
         }
     }
 

@@ -36,8 +36,8 @@ pub(super) struct Age {
     passes: u8,
     /// How many of the next passes are to skip the leaf.
     skips: u8,
-    /// [`Self::SKIPPED`], [`Self::OWED_NEWS`] and [`Self::AWAY`]; and in the upper bits the number of passes since its
-    /// pages were looked at anew.
+    /// [`Self::SKIPPED`], [`Self::OWED_NEWS`], [`Self::AWAY`] and [`Self::RETRY`]; and in the upper bits the number
+    /// of passes since its pages were looked at anew.
     flags: u8,
     /// The pass that it has begun, modulo 2⁸.
     pass: u8,
@@ -50,6 +50,8 @@ impl Age {
     const OWED_NEWS: u8 = 2;
     /// A merged page may come to be mapped in it without the engine.
     const AWAY: u8 = 4;
+    /// There is news for it alone in the next pass.
+    const RETRY: u8 = 8;
 
     const REFRESHED_SHIFT: u32 = 4;
     /// A number that does not come about says that the leaf has no words.
@@ -122,6 +124,11 @@ impl Age {
         self.set(Self::OWED_NEWS, true);
     }
 
+    /// See [`PageMap::note_retry`](super::PageMap::note_retry).
+    pub(super) fn note_retry(&mut self) {
+        self.set(Self::RETRY, true);
+    }
+
     /// Whether the pass with this number is still to be begun. (One that comes 256 passes after the last one
     /// that was is not; a leaf takes part in nearly all.)
     #[inline]
@@ -137,9 +144,9 @@ impl Age {
 
     fn begin(&mut self, pass: u32) {
         self.pass = pass as u8;
-        let owed = self.is_skipped() && self.is_owed_news();
+        let owed = self.is_skipped() && self.is_owed_news() || self.has(Self::RETRY);
         self.set(Self::OWED_NEWS, owed);
-        self.set(Self::SKIPPED, false);
+        self.set(Self::RETRY | Self::SKIPPED, false);
     }
 
     /// Counts a pass of those after which it is time to look at its pages anew.

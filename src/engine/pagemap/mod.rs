@@ -204,6 +204,14 @@ impl<W> PageMap<W> {
         }
     }
 
+    /// Has the pages of the leaf that `addr` is in looked at again in the next pass as if there were news: one
+    /// of them could not be merged for the moment. That does not make the leaf any younger.
+    pub(crate) fn note_retry(&mut self, addr: usize) {
+        if let Some(leaf) = self.leaves.get_mut(&Slot::of(addr).leaf) {
+            leaf.age.note_retry();
+        }
+    }
+
     /// Notes that pages of the leaf that `addr` is in were swapped out, or being moved, when the scan came by.
     /// When they come back they may be merged pages that are not known to be mapped there: so the next
     /// pass looks at the leaf again.

@@ -887,6 +887,42 @@ fn news_waits_for_a_skipped_leaf() {
     pair.empty_by_dropping();
 }
 
+/// A page that is to be tried again has its leaf, and no other, see news in the next pass that looks at it, once.
+/// That neither ends nor puts off skipping, and works without it.
+#[test]
+fn a_page_to_be_tried_again_is_news_for_its_leaf() {
+    let news_in = |skipping: bool, noted: usize| {
+        let mut pair = Pair::with([LEAF, 2 * LEAF]);
+        let mut seen = Vec::new();
+        for pass in 0..30 {
+            let number = pass as u32 + 1;
+            if skipping {
+                begin(&mut pair, number, false, &Unlisted::new(), |_| false);
+            }
+            let skipped = skipping && skipped_from(&mut pair, LEAF, number).is_ok();
+            // A leaf is looked at in two parts.
+            for _ in 0..2 {
+                let leaf = pair.map.leaf_from(LEAF, number, GFP_NOWAIT).unwrap();
+                if leaf.is_owed_news() && !skipped {
+                    seen.push(pass);
+                }
+                if pass == noted && !skipped {
+                    pair.map.note_retry(LEAF + PAGE_SIZE);
+                }
+            }
+            let other = pair.map.leaf_from(2 * LEAF, number, GFP_NOWAIT).unwrap();
+            assert!(!other.is_owed_news());
+        }
+        pair.empty_by_dropping();
+        seen
+    };
+    assert_eq!(news_in(false, 4), [5, 5]);
+    assert_eq!(news_in(true, 1), [2, 2]);
+    assert_eq!(news_in(true, 8), [13, 13]);
+    // Looked at are 0, 1, 2, 3, 5, 8, 13, 22.
+    assert_eq!(news_in(true, 13), [22, 22]);
+}
+
 /// A leaf whose huge pages were split is remembered for some minutes after its last page is gone.
 #[test]
 fn splits_outlive_the_pages() {
@@ -933,6 +969,7 @@ fn pages_come_back_to_a_leaf_that_was_split() {
         assert!(pair.map.remove(LEAF, second).is_some());
         // That says nothing about when it lost its page.
         pair.map.note_change(LEAF);
+        pair.map.note_retry(LEAF);
         pair.map.note_away(LEAF);
         pair.map.prune(LEAF, Some(second + 255));
         let pass = Pass {
