@@ -490,8 +490,8 @@ impl kthread::Main for Engine {
                     continue;
                 }
                 pace.go_on();
-                if self.scan(current) {
-                    pace.end_pass();
+                if let Some(pages) = self.scan(current) {
+                    pace.end_pass(pages, self.sleep_millisecs.load(Relaxed) == 0);
                 }
             }
             if self.should_scan() {

@@ -53,6 +53,8 @@ pub(super) struct Cursor {
     retrying: bool,
     /// When the pass began; `None` between passes.
     began: Option<Instant<Monotonic>>,
+    /// How many pages it has looked at or skipped.
+    pages: usize,
 }
 
 impl Cursor {
@@ -67,6 +69,7 @@ impl Cursor {
             gathering: false,
             retrying: false,
             began: None,
+            pages: 0,
         }
     }
 }
@@ -79,8 +82,8 @@ enum Step {
     Locked,
     /// Per-CPU LRU batches are in the way.
     Batched,
-    /// The pass is complete.
-    PassDone,
+    /// The pass is complete, and had so many pages.
+    PassDone(usize),
 }
 
 /// A page that is worth trying to merge.
@@ -194,8 +197,9 @@ impl<'a> GapCheck<'a> {
 }
 
 impl Engine {
-    /// Scans `pages_to_scan` pages, or to the end of the pass. Returns whether that was reached.
-    pub(super) fn scan(&self, current: &Current) -> bool {
+    /// Scans `pages_to_scan` pages, or to the end of the pass. If that was reached, returns how many pages the pass
+    /// had.
+    pub(super) fn scan(&self, current: &Current) -> Option<usize> {
         let mut budget = self.pages_to_scan.load(Relaxed) as usize;
         let mut mapped = None;
         while budget > 0 && !current.should_stop() && !current.is_freezing() {
@@ -238,10 +242,10 @@ impl Engine {
                     self.run() != run::MERGE || self.has_chores() || self.is_offlining()
                 }),
                 Step::Batched => lru::drain(),
-                Step::PassDone => return true,
+                Step::PassDone(pages) => return Some(pages),
             }
         }
-        false
+        None
     }
 
     /// Looks at the next few pages, `budget` at most, and merges what it can.
@@ -347,13 +351,14 @@ impl Engine {
         if let Some(began) = state.cursor.began {
             self.advise(began.elapsed(), current);
         }
+        let pages = state.cursor.pages;
         state.cursor = Cursor {
             events: state.cursor.events,
             ..Cursor::new()
         };
         trace::stop_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
         self.stats.add_full_scan();
-        Step::PassDone
+        Step::PassDone(pages)
     }
 
     /// Tries once more to merge some of the pages that per-CPU LRU batches may have held, of one address space.
@@ -548,6 +553,12 @@ impl Engine {
         // What was seen is compared later anyway.
         drop(lock);
         self.stats.add_skipped(newly_skipped);
+        let looked = scratch.batch.pages().len();
+        state.cursor.pages = state
+            .cursor
+            .pages
+            .saturating_add(newly_skipped)
+            .saturating_add(looked);
         let mut left = Forget::new();
         if next != from {
             next = state.absorb(mm, slot, from, next, &mut left, scratch);

@@ -32,6 +32,7 @@ pub const THEME: Theme = Theme {
         ("new-pages-behind-skipped-ones", 120, behind),
         ("merged-through-a-relative", 120, relatives),
         ("swapped-in-as-merged-pages", 150, swapped_in),
+        ("three-scans-of-one-page", 60, one_page),
     ],
 };
 
@@ -89,6 +90,42 @@ fn off() -> Outcome {
     ensure!(engine::read("pages_skipped")? == skipped, "more skipped");
     ensure!(engine::read("smart_scan")? == 0);
     worker.verify()?;
+    PASS
+}
+
+/// A tool that registers one page, has it scanned without a pause, and waits for three full scans, sees that most
+/// of what was to be scanned was skipped.
+fn one_page() -> Outcome {
+    for round in 0..8 {
+        engine::write("run", 0)?;
+        engine::write("run", 2)?;
+        let mut page = Region::new(1)?;
+        page.fill(0, 1, round, 0);
+        page.advise(0, 1, libc::MADV_MERGEABLE)?;
+        if !engine::is_in_tree() {
+            engine::write("pass_millisecs", 1000)?;
+        }
+        engine::write("pages_to_scan", 100)?;
+        engine::write("sleep_millisecs", 0)?;
+        engine::write("run", 1)?;
+        let read = || -> Result<_> {
+            let scans = engine::read("full_scans")?;
+            Ok((scans, engine::read("pages_skipped")?))
+        };
+        let before = read()?;
+        // Such tools look once a second, and not in the few milliseconds in which those passes follow each other.
+        let mut after = before;
+        wait_for("three scans", Duration::from_secs(30), || {
+            std::thread::sleep(Duration::from_millis(100));
+            let last = std::mem::replace(&mut after, read()?);
+            Ok(after.0 >= before.0 + 3 && after.0 == last.0)
+        })?;
+        let (scans, skipped) = (after.0 - before.0, after.1 - before.1);
+        println!("round {round}: {scans} scans of one page, skipped in {skipped} of them");
+        ensure!(2 * skipped >= scans, "skipped in {skipped} of {scans}");
+        page.verify()?;
+        page.unmap()?;
+    }
     PASS
 }
 
