@@ -1101,8 +1101,8 @@ impl Engine {
         result
     }
 
-    /// Forgets what is known of the pages from `addr` on that were unmerged. What is locked by others is tried again
-    /// after a while, as often as there are `attempts` left.
+    /// Forgets what is known of the pages from `addr` on that were unmerged. What is busy is tried again after a
+    /// while, as often as there are `attempts` left.
     fn forget_unmerged(
         &self,
         slot: SlotId,
@@ -1111,18 +1111,29 @@ impl Engine {
         step: &Unmerged,
         attempts: &mut u32,
     ) {
+        let unserved = step.unserved();
         let mut from = addr;
         loop {
             let mut state = self.state.lock();
             let mut budget = Forget::new();
-            // What cannot be known now is left for the next round.
-            let keep = |addr, word: &PageWord| is_merged(mm, addr, word).unwrap_or(true);
+            let mut contended = false;
+            let keep = |addr, word: &PageWord| {
+                if addr >= step.from {
+                    return unserved.binary_search(&addr).is_ok();
+                }
+                // What is in a VMA that was not looked at is left for the next round.
+                is_merged(mm, addr, word).unwrap_or_else(|| {
+                    contended = true;
+                    true
+                })
+            };
             let more = memcg::charge(mm, || {
                 state.forget_range(slot, from, step.reached, &mut budget, keep)
             });
             self.publish_stats(&state);
             drop(state);
-            if budget.was_busy() && *attempts != 0 {
+            // Who waited for our hold of `mmap_lock` to end to change the address space may not be done yet.
+            if (budget.was_busy() || contended) && *attempts != 0 {
                 *attempts = attempts.saturating_sub(1);
                 fsleep(Delta::from_millis(SETTLE_MS));
                 continue;

@@ -68,6 +68,8 @@ pub(crate) fn is_abandoned(mm: &MmWithUser) -> bool {
 
 /// What [`MergeableVma::unmerge`] came to.
 pub(crate) struct Unmerged {
+    /// From where on it has looked: what it has come by and is not [`Self::unserved`] is not merged any more.
+    pub(crate) from: usize,
     /// Where to go on: nothing before this address is left, but the pages that could not be served.
     pub(crate) reached: usize,
     /// Why it stopped there, if it was not for having done enough under one hold of `mmap_lock`: `ENOMEM`
@@ -81,6 +83,7 @@ pub(crate) struct Unmerged {
 impl Unmerged {
     fn new(from: usize) -> Self {
         Self {
+            from,
             reached: from,
             result: Ok(()),
             unserved: [0; HOLD_UNMERGES],
