@@ -196,9 +196,11 @@ impl State {
                     let joined = MergeableVma::at(&lock, place.addr)
                         .and_then(|vma| self.join_one_of(&vma, place, nodes, None));
                     drop(lock);
-                    // None of them takes any more.
-                    if joined.is_none() {
-                        self.wait(place, sum);
+                    match joined.map(|result| result.map_err(Joined::failed)) {
+                        // None of them takes any more.
+                        None => self.wait(place, sum),
+                        Some(Ok(()) | Err(Joined::LeftWhole)) => {}
+                        Some(Err(_)) => self.retry(place),
                     }
                 }
                 None => self.wait(place, sum),
