@@ -212,15 +212,17 @@ impl State {
     fn wait(&mut self, place: Place, sum: Checksum) {
         let state = self.word(place).0.map(|word| word.state());
         match state {
+            // An item that is listed must never be dropped; or every candidate is remembered.
+            Some(PageState::Merged(_)) | None => return,
             Some(PageState::Waiting(old)) if old == sum => return,
             Some(PageState::Waiting(old)) => self.leave_unstable(place, old),
-            _ => {}
+            Some(_) => {}
         }
         let before = self.core.index.waiting(sum);
         if self.core.index.wait(sum, place, GFP_SCAN).is_err() {
             return self.retry(place);
         }
-        if let Some(other) = before {
+        if let Some(other) = before.filter(|&other| self.waits(other, sum)) {
             if let (Some(word), core) = self.word(other) {
                 core.stop_waiting(word, sum);
             }
@@ -290,6 +292,10 @@ impl State {
         place: Place,
         sum: Checksum,
     ) -> Joined {
+        if !self.waits(place, sum) {
+            // Another candidate of the batch was merged with it, or waits in its stead.
+            return Joined::NotYet;
+        }
         let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
             return Joined::Hopeless;
         };
@@ -496,7 +502,7 @@ impl State {
         let known = mms.get_mut(&place.slot);
         let word = known.and_then(|known| known.pages.get_changed(place.addr));
         match word {
-            Some(word) => {
+            Some(word) if !matches!(word.state(), PageState::Merged(_)) => {
                 let strikes = word.strikes();
                 if !strikes.is_none() {
                     item.set_strikes(strikes);
@@ -504,8 +510,8 @@ impl State {
                 let old = core::mem::replace(word, PageWord::merged(item));
                 core.retire(place, old.state());
             }
-            // Every candidate is remembered.
-            None => drop(item),
+            // Every candidate is remembered, and is not merged; or else the item would be lost, and say so.
+            _ => drop(item),
         }
     }
 
