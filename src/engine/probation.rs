@@ -176,8 +176,9 @@ impl Probation {
     pub(crate) fn is_due(self, clock: &Clock) -> bool {
         let hold = hold_secs(self.strikes.0);
         let left = self.until.wrapping_sub(clock.secs()) % SECS;
+        // The time began before this pass, and where passes take minutes it may be over by more than can be told.
         // What was over long ago may seem to be still to come, but not for longer than it took.
-        self.print == Print::UNKNOWN || left == 0 || left > hold
+        self.print == Print::UNKNOWN || left == 0 || left > hold || clock.between >= hold
     }
 
     /// Compares the page's checksum with the one it had. Returns also how the page is to be remembered.
@@ -216,6 +217,8 @@ impl Probation {
 pub(crate) struct Clock {
     /// Seconds since some moment.
     secs: u32,
+    /// How many there are between the beginnings of the last pass and of this one.
+    between: u32,
     /// Counts passes, but of those that begin in one second only the first: what a page did in the last few
     /// passes says little about it when these took some milliseconds.
     beat: u32,
@@ -223,11 +226,16 @@ pub(crate) struct Clock {
 
 impl Clock {
     pub(crate) const fn new() -> Self {
-        Self { secs: 0, beat: 0 }
+        Self {
+            secs: 0,
+            between: 0,
+            beat: 0,
+        }
     }
 
     /// A pass begins in this second.
     pub(crate) fn begin_pass(&mut self, secs: u32) {
+        self.between = secs.wrapping_sub(self.secs);
         if secs != self.secs {
             self.secs = secs;
             self.beat = self.beat.wrapping_add(1);

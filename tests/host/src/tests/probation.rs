@@ -21,9 +21,10 @@ fn most() -> Strikes {
     strikes(u64::MAX)
 }
 
-/// A clock in a pass that begins in this second.
+/// A clock in a pass that begins in this second, as the one before did.
 fn at(second: u32) -> Clock {
     let mut clock = Clock::new();
+    clock.begin_pass(second);
     clock.begin_pass(second);
     clock
 }
@@ -85,6 +86,21 @@ fn a_few_writes_cost_no_time() {
         assert_eq!(probation.check(sum(1), 5), (Verdict::Held, probation));
     }
     assert!(!now.after_write(1).are_few());
+}
+
+/// Where a pass takes minutes, a page that held still from one to the next has held still for long enough, whatever
+/// that is modulo the time that can be told.
+#[test]
+fn slow_passes_are_long_enough() {
+    for between in 64..2000 {
+        let mut clock = Clock::new();
+        clock.begin_pass(7);
+        let probation = Probation::new(most(), Print::of(sum(1)), clock.secs());
+        for pass in 1..4 {
+            clock.begin_pass(7 + pass * between);
+            assert!(probation.is_due(&clock), "{pass} passes of {between} s");
+        }
+    }
 }
 
 #[test]
