@@ -30,6 +30,7 @@ mod regress;
 mod regress_memory;
 mod regress_pages;
 mod reload;
+mod rmap;
 mod scanning;
 mod secrets;
 mod smart;
@@ -92,6 +93,7 @@ pub const ALL: &[&Theme] = &[
     &regress_pages::THEME,
     &regress_memory::THEME,
     &migrate::THEME,
+    &rmap::THEME,
     &swap::THEME,
     &memcg::THEME,
     &hwpoison::THEME,
