@@ -15,6 +15,7 @@ const PM_UFFD_WP: u64 = 1 << 57;
 const PM_SOFT_DIRTY: u64 = 1 << 55;
 const PM_PFN: u64 = (1 << 55) - 1;
 const KPF_SWAPCACHE: u64 = 1 << 13;
+const KPF_COMPOUND: u64 = (1 << 15) | (1 << 16);
 const KPF_KSM: u64 = 1 << 21;
 const KPF_ZERO_PAGE: u64 = 1 << 24;
 
@@ -124,6 +125,11 @@ pub fn in_swap_cache(span: Span) -> Result<usize> {
         .iter()
         .flatten()
         .count())
+}
+
+/// How many pages of `span` are part of a large folio.
+pub fn large(span: Span) -> Result<usize> {
+    Ok(flagged_frames(span, KPF_COMPOUND)?.iter().flatten().count())
 }
 
 /// How many pages of `span` are merged.

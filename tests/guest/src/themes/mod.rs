@@ -27,6 +27,7 @@ mod parity;
 mod pin;
 mod registration;
 mod regress;
+mod regress_cve;
 mod regress_memory;
 mod regress_pages;
 mod reload;
@@ -92,6 +93,7 @@ pub const ALL: &[&Theme] = &[
     &regress::THEME,
     &regress_pages::THEME,
     &regress_memory::THEME,
+    &regress_cve::THEME,
     &migrate::THEME,
     &rmap::THEME,
     &swap::THEME,
