@@ -12,6 +12,11 @@ use crate::engine::wait_for;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// Moves a process out of any group.
+pub fn enter_root(pid: u32) -> Result<()> {
+    fs::write(format!("{ROOT}/cgroup.procs"), pid.to_string()).context("cgroup.procs")
+}
+
 /// A group; removed when dropped, if nobody is in it any more.
 pub struct Group(PathBuf);
 

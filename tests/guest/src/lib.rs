@@ -29,4 +29,5 @@ pub mod scan;
 pub mod swap;
 pub mod sys;
 pub mod themes;
+pub mod uffd;
 pub mod worker;

@@ -8,6 +8,7 @@ mod bounds;
 mod chains;
 mod counters;
 mod cow;
+mod dirty;
 mod eager;
 mod exit;
 mod faults;
@@ -97,6 +98,7 @@ pub const ALL: &[&Theme] = &[
     &migrate::THEME,
     &rmap::THEME,
     &swap::THEME,
+    &dirty::THEME,
     &memcg::THEME,
     &hwpoison::THEME,
     &uprobe::THEME,
