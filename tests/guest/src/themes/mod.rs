@@ -23,6 +23,7 @@ mod memcg;
 mod memless;
 mod merge;
 mod migrate;
+mod mounts;
 mod numa;
 mod parity;
 mod pin;
@@ -90,6 +91,7 @@ pub const ALL: &[&Theme] = &[
     &advisor::THEME,
     &trace::THEME,
     &secrets::THEME,
+    &mounts::THEME,
     &bounds::THEME,
     &regress::THEME,
     &regress_pages::THEME,
