@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rand::Rng;
+use rksm_guest_tests::engine::write_to;
 use rksm_guest_tests::memblock::{offline_blocks, NO_DIMM};
 use rksm_guest_tests::patience::patient;
 use rksm_guest_tests::sys;
@@ -64,7 +65,8 @@ pub fn memory(control: &mut Control) -> Result<()> {
     raw::interrupt_by(libc::SIGALRM)?;
     let set = |block: usize, state: &str, limit| -> io::Result<()> {
         sys::alarm(limit);
-        let result = fs::write(blocks[block].dir.join("state"), state);
+        // `fs::write()` goes on after a signal.
+        let result = write_to(&blocks[block].dir, "state", state.as_bytes());
         sys::alarm(Duration::ZERO);
         result
     };
