@@ -35,7 +35,9 @@ const BAD: &[&str] = &[
 /// Values that a file takes.
 fn good(knob: &str) -> &'static [&'static str] {
     match knob {
-        "smart_scan" | "use_zero_pages" => SWITCH,
+        // On, as it is by default.
+        "smart_scan" => &["1", "y", "1\n"],
+        "use_zero_pages" => SWITCH,
         "merge_across_nodes" | "merge_eagerly" => &["0", "1"],
         "max_page_sharing" => &["2", "3", "16", "256", "2147483647"],
         "sleep_millisecs" => &["0", "1", "20", "300", "4294967295"],
