@@ -64,6 +64,7 @@ ops! {
     VmWrite "vm-writev" 14 true,
     Uffd "uffd-wp" 8 true,
     UffdServed "uffd-wp-served" 3 false,
+    NoAccess "prot-none" 5 true,
     Mlock "mlock" 5 true,
     Munlock "munlock" 5 true,
     MovePages "move-pages" 8 true,

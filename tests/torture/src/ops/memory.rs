@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Writing, mapping, moving and advising.
 
+use std::time::Duration;
+
 use crate::arena::{PAGES, SLOTS};
 use crate::page::{Desc, CLASSES, HEADER, WORDS};
 use crate::plan::{Op, Step};
@@ -26,6 +28,7 @@ pub fn does(op: Op) -> bool {
             | Move
             | MoveOver
             | Protect
+            | NoAccess
             | DontNeed
             | Free
             | PageOut
@@ -58,6 +61,7 @@ pub fn act(player: &mut Player, step: &Step) -> Act {
         Op::Move => return relocate(player, slot),
         Op::MoveOver => return move_over(player, step),
         Op::Protect => return protect(player, slot, i, n),
+        Op::NoAccess => return no_access(player, step, slot, i, n),
         Op::DontNeed => drop_pages(player, step, slot, i, n, libc::MADV_DONTNEED)?,
         Op::Free => drop_pages(player, step, slot, i, n, libc::MADV_FREE)?,
         Op::Mlock => player.mem(slot)?.lock(i, n)?,
@@ -257,6 +261,25 @@ fn protect(player: &mut Player, slot: usize, i: usize, n: usize) -> Act {
     }
     read_only?;
     none?;
+    player.verify(slot, i, n)
+}
+
+/// Takes all access away for a while, in which the pages may be unmerged.
+fn no_access(player: &mut Player, step: &Step, slot: usize, i: usize, n: usize) -> Act {
+    player.verify(slot, i, n)?;
+    let none = player.mem(slot)?.protect(i, n, libc::PROT_NONE);
+    let unmerged = match step.arg % 4 {
+        0 if none.is_ok() => player.mem(slot)?.advise(i, n, libc::MADV_UNMERGEABLE),
+        _ => Ok(()),
+    };
+    std::thread::sleep(Duration::from_millis(u64::from((step.arg >> 8) & 31)));
+    let rw = libc::PROT_READ | libc::PROT_WRITE;
+    if let Err(e) = player.mem(slot)?.protect(i, n, rw) {
+        give_up(player, slot);
+        return Err(e.into());
+    }
+    none?;
+    unmerged?;
     player.verify(slot, i, n)
 }
 
