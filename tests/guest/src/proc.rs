@@ -30,8 +30,14 @@ pub fn meminfo(key: &str) -> Result<i64> {
 
 /// A value of /proc/vmstat.
 pub fn vmstat(key: &str) -> Result<i64> {
+    vmstat_sum(&[key])
+}
+
+/// The sum of some values of /proc/vmstat.
+pub fn vmstat_sum(keys: &[&str]) -> Result<i64> {
     let text = fs::read_to_string("/proc/vmstat").context("vmstat")?;
-    number_after(&text, key).with_context(|| format!("{key} in vmstat"))
+    let value = |key: &&str| number_after(&text, key).with_context(|| format!("{key} in vmstat"));
+    keys.iter().map(value).sum()
 }
 
 /// Free memory in KiB, with what each CPU keeps for itself, which can be

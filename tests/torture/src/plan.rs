@@ -64,6 +64,8 @@ ops! {
     VmWrite "vm-writev" 14 true,
     Uffd "uffd-wp" 8 true,
     UffdServed "uffd-wp-served" 3 false,
+    SoftDirty "soft-dirty" 4 true,
+    PagemapScan "pagemap-scan" 4 true,
     NoAccess "prot-none" 5 true,
     Mlock "mlock" 5 true,
     Munlock "munlock" 5 true,

@@ -13,6 +13,7 @@ use rksm_guest_tests::{module, numa, proc, sys};
 use crate::arena::Arena;
 use crate::control::{Task, TASKS};
 use crate::disk;
+use crate::ops::tracking;
 use crate::plan::Op;
 use crate::raw::{self, uffd::Uffd};
 
@@ -57,6 +58,9 @@ impl Machine {
                 this.absent
                     .push((op, "no userfaultfd that protects from writing"));
             }
+        }
+        if let Some(why) = tracking::no_soft_dirty() {
+            this.absent.push((Op::SoftDirty, why));
         }
         Ok(this)
     }

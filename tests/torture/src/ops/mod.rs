@@ -5,6 +5,7 @@ pub mod io;
 pub mod memory;
 pub mod place;
 pub mod process;
+pub mod tracking;
 
 use crate::plan::{Op, Step};
 use crate::player::{Act, Player, Stop};
@@ -28,6 +29,7 @@ pub fn act(player: &mut Player, step: &Step) -> Act {
         }
         Op::Direct | Op::Vmsplice | Op::VmWrite => io::act(player, step),
         Op::MovePages | Op::MigratePages | Op::Uffd | Op::UffdServed => place::act(player, step),
+        Op::SoftDirty | Op::PagemapScan => tracking::act(player, step),
         op if memory::does(op) => memory::act(player, step),
         op => Err(Stop::Fault(format!(
             "{} is nothing for a player",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! All system calls on memory, and all access to memory that others change.
 
+pub mod pagemap;
 pub mod uffd;
 
 use std::io;

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Keeping track of which pages were written to: none that was may be taken for one that was not.
+
+use std::io;
+use std::time::Duration;
+
+use anyhow::Result;
+use rksm_guest_tests::engine::wait_for;
+use rksm_guest_tests::proc;
+
+use crate::page::{Desc, PAGE};
+use crate::plan::{Op, Step};
+use crate::player::{Act, Player, Stop};
+use crate::raw::pagemap;
+use crate::raw::uffd::Uffd;
+use crate::raw::Mem;
+
+/// Writes every third page, anew or as many others have it, and gives the engine time to merge them.
+fn write_some(player: &mut Player, step: &Step, slot: usize, i: usize, n: usize) -> Act {
+    for k in (i..i + n).step_by(3) {
+        let (place, version) = player.place(slot, k);
+        let desc = match (step.arg >> 4) % 4 {
+            0 => Desc::own(5, place, version),
+            1 => Desc::ZERO,
+            _ => Desc::class((step.arg >> 8) as u8, 0),
+        };
+        player.put(slot, k, desc, step.op)?;
+    }
+    std::thread::sleep(Duration::from_millis(u64::from((step.arg >> 16) & 63)));
+    Ok(())
+}
+
+fn check(dirty: &[bool], slot: usize, i: usize) -> Act {
+    match (0..dirty.len()).step_by(3).find(|&k| !dirty[k]) {
+        None => Ok(()),
+        Some(k) => Err(Stop::Fault(format!(
+            "page {slot}:{} was written to, and the kernel does not know: {dirty:?}",
+            i + k
+        ))),
+    }
+}
+
+/// How many pages the kernel has tried to move, and how many huge pages to split.
+fn moves() -> Result<i64> {
+    proc::vmstat_sum(&[
+        "pgmigrate_success",
+        "pgmigrate_fail",
+        "thp_split_page",
+        "thp_split_page_failed",
+    ])
+}
+
+/// Whether pages were moved since there were so many `moves`. Those of a round are counted at its end.
+fn has_moved_since(before: i64) -> bool {
+    let moved = || Ok(moves()? != before);
+    wait_for("pages that are moved", Duration::from_secs(2), moved).is_ok()
+}
+
+/// The kernel itself loses writes to a page that it moves while `clear_refs` comes by, with no KSM at all: the
+/// migration entry loses its soft-dirty bit, but remembers that the page may be written to
+/// (`clear_soft_dirty()` in fs/proc/task_mmu.c). So nothing is known about writes from then on.
+fn soft_dirty(player: &mut Player, step: &Step) -> Act {
+    let (slot, i, n) = player.range(step)?;
+    let before = moves()?;
+    pagemap::clear_soft_dirty()?;
+    write_some(player, step, slot, i, n)?;
+    let addr = player.mem(slot)?.addr() + i * PAGE;
+    let dirty = pagemap::soft_dirty(addr, n)?;
+    if let Err(fault) = check(&dirty, slot, i) {
+        return Err(if has_moved_since(before) {
+            Stop::Refused(libc::ESTALE)
+        } else {
+            fault
+        });
+    }
+    player.verify(slot, i, n)
+}
+
+fn scan(player: &mut Player, step: &Step) -> Act {
+    let (slot, i, n) = player.range(step)?;
+    let addr = player.mem(slot)?.addr() + i * PAGE;
+    let uffd = Uffd::new(true)?;
+    uffd.register(addr, n * PAGE)?;
+    pagemap::written(addr, n, true)?;
+    player.verify(slot, i, n)?;
+    write_some(player, step, slot, i, n)?;
+    let dirty = pagemap::written(addr, n, step.arg % 2 == 0)?;
+    check(&dirty, slot, i)?;
+    drop(uffd);
+    player.verify(slot, i, n)
+}
+
+pub fn act(player: &mut Player, step: &Step) -> Act {
+    match step.op {
+        Op::SoftDirty => soft_dirty(player, step),
+        _ => scan(player, step),
+    }
+}
+
+/// Why there is no telling which pages were written to.
+pub fn no_soft_dirty() -> Option<&'static str> {
+    let tell = || -> io::Result<[bool; 2]> {
+        let mut mem = Mem::new(1)?;
+        mem.poke(0, 0, &[1]);
+        pagemap::clear_soft_dirty()?;
+        let before = pagemap::soft_dirty(mem.addr(), 1)?[0];
+        mem.poke(0, 0, &[2]);
+        Ok([before, pagemap::soft_dirty(mem.addr(), 1)?[0]])
+    };
+    match tell() {
+        Ok([false, true]) => None,
+        _ => Some("the kernel does not track writes"),
+    }
+}
