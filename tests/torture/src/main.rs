@@ -128,7 +128,7 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     for _ in 0..2 {
         if !arena.failed() {
             round::run(warm, arena, &machine.tasks)?;
-            forks += arena.tried(Op::Fork);
+            forks += arena.tried(Op::Fork) + arena.tried(Op::BigExit);
             settle::settle(config.slow)?;
             before.push(settle::Memory::now()?);
         }
@@ -138,7 +138,7 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     } else {
         Some(round::run(config, arena, &machine.tasks)?)
     };
-    forks += arena.tried(Op::Fork);
+    forks += arena.tried(Op::Fork) + arena.tried(Op::BigExit);
     raw::say(&report::table(arena));
     let fault = arena.failed();
     let content = if fault {

@@ -44,6 +44,7 @@ ops! {
     Rest "rest" 30 true,
     Fork "fork" 12 false,
     Exit "exit" 1 false,
+    BigExit "big-exit" 2 false,
     Mergeable "mergeable" 40 true,
     Unmergeable "unmergeable" 6 true,
     PrctlOn "prctl-on" 3 true,

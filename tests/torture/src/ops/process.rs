@@ -11,10 +11,10 @@ use std::time::Duration;
 use rksm_guest_tests::sys::{self, Ended, Forked};
 
 use crate::arena::{Block, SLOTS};
-use crate::page::mix;
+use crate::page::{mix, Desc, WORDS};
 use crate::plan::{Allowed, Op, Plan, Step, Who};
 use crate::player::{Act, Player, Stop, Until, STATUS_WRONG};
-use crate::raw;
+use crate::raw::{self, Mem};
 
 /// Children of one process at a time.
 const CHILDREN: usize = 2;
@@ -74,7 +74,7 @@ pub fn fork(player: &mut Player, step: &Step) -> Act {
     let (slot, i, n) = player.range(step)?;
     for k in i..i + n {
         let (place, version) = player.place(slot, k);
-        player.put(slot, k, crate::page::Desc::own(0, place, version), step.op)?;
+        player.put(slot, k, Desc::own(0, place, version), step.op)?;
     }
     player.verify_all()
 }
@@ -143,6 +143,58 @@ pub fn executed(id: u8, number: u32, life: u32, child: u32) -> anyhow::Result<i3
     let allowed = Allowed(arena.allowed.load(Ordering::Relaxed));
     let mut player = Player::new(arena, id, who)?;
     Ok(player.run(Plan::new(who, allowed), Until::Steps(12)))
+}
+
+/// A child that takes much memory, half of which is equal to that of others, and ends while it is scanned.
+pub fn big_exit(player: &mut Player, step: &Step) -> Act {
+    let killed = step.arg & 1 != 0;
+    let me = std::process::id();
+    let pid = match sys::fork()? {
+        Forked::Parent(pid) => pid,
+        Forked::Child => sys::exit_now(big_child(player, step, killed.then_some(me))),
+    };
+    let linger = Duration::from_millis(u64::from((step.arg >> 8) & 511));
+    let end = std::time::Instant::now() + linger;
+    loop {
+        if killed && std::time::Instant::now() > end {
+            sys::kill(pid, libc::SIGKILL)?;
+        }
+        match sys::try_wait(pid)? {
+            Some((_, Ended::Exit(0))) => return Ok(()),
+            Some((_, Ended::Signal(libc::SIGKILL))) if killed => return Ok(()),
+            Some((_, ended)) => {
+                return Err(Stop::Fault(format!("a large child ended by {ended:?}")));
+            }
+            None => std::thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
+/// With `killed_by`, it waits for that.
+fn big_child(player: &Player, step: &Step, killed_by: Option<u32>) -> i32 {
+    const MANY: usize = 4096;
+    let fill = || -> std::io::Result<Mem> {
+        sys::die_with_parent()?;
+        let mut mem = Mem::new(MANY)?;
+        mem.advise(0, MANY, libc::MADV_MERGEABLE)?;
+        let mut page = [0; WORDS];
+        for k in 0..MANY {
+            player.bodies.render(Desc::class(k as u8, 0), &mut page);
+            if k % 2 == 0 {
+                page[0] ^= (u64::from(step.arg) << 32) ^ k as u64;
+            }
+            mem.write(k, &page);
+        }
+        Ok(mem)
+    };
+    // It exits with all of it, or, without memory, with nothing.
+    std::mem::forget(fill());
+    let linger = Duration::from_millis(u64::from((step.arg >> 8) & 511));
+    std::thread::sleep(linger);
+    while killed_by.is_some_and(|pid| raw::parent() == pid) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    0
 }
 
 /// Kills children whose time has come, and reaps those that are gone.
