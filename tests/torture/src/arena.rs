@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::page::Desc;
-use crate::plan::{Op, Step};
+use crate::plan::{Allowed, Op, Step};
 
 /// Ledgers: the players' first, then those of children and victims.
 pub const BLOCKS: usize = 96;
@@ -24,6 +24,9 @@ const OPS: usize = 64;
 const HISTORY: usize = 4;
 const LOG: usize = 64;
 const EVENTS: usize = 128;
+
+/// Control tasks, at most.
+pub const TASKS_MAX: usize = 16;
 
 /// The page may read as zeroes instead (after `MADV_FREE`).
 pub const MAY_BE_ZERO: u32 = 1;
@@ -149,9 +152,13 @@ impl Mail {
     }
 }
 
+/// No pid.
+const IN_USE: u32 = u32::MAX;
+
 /// One process: what it does, and what its pages hold.
 #[repr(C)]
 pub struct Block {
+    /// 0: free; [`IN_USE`]: a process has it; else the pid of who is about to fork that process.
     used: AtomicU32,
     pub pid: AtomicU32,
     pub number: AtomicU32,
@@ -167,27 +174,46 @@ pub struct Block {
     version: AtomicU32,
     /// It is to be killed.
     pub doomed: AtomicU32,
+    /// The [`Stand`] that it has come to; 0 while it works.
+    pub stands: AtomicU32,
     log: [[AtomicU64; 2]; LOG],
     pub entries: [[Entry; PAGES]; SLOTS],
 }
 
 impl Block {
-    /// Takes it for a new process.
+    fn change(&self, from: u32, to: u32) -> bool {
+        self.used
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Takes it for a process that the caller is about to fork.
     pub fn allocate(&self) -> bool {
-        let free = self
-            .used
-            .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok();
+        let free = self.change(0, std::process::id());
         if free {
-            self.start();
+            self.clear();
         }
         free
     }
 
+    /// The forked process has it from now on, unless its parent was killed and it was given up.
+    pub fn take(&self, parent: u32) -> bool {
+        self.change(parent, IN_USE)
+    }
+
+    /// `parent` was killed: it may not have got to forking, so nobody may have it.
+    pub fn give_up(&self, parent: u32) {
+        self.change(parent, 0);
+    }
+
     /// Makes it that of a process that begins.
     pub fn start(&self) {
-        self.used.store(1, Ordering::Relaxed);
-        for word in [&self.pid, &self.steps, &self.op, &self.doomed] {
+        self.used.store(IN_USE, Ordering::Relaxed);
+        self.clear();
+    }
+
+    fn clear(&self) {
+        for word in [&self.pid, &self.steps, &self.op, &self.doomed, &self.stands] {
             word.store(0, Ordering::Relaxed);
         }
         for entry in self.log.iter().flatten() {
@@ -203,6 +229,16 @@ impl Block {
 
     pub fn in_use(&self) -> bool {
         self.used.load(Ordering::Acquire) != 0
+    }
+
+    /// Says which stand it has come to.
+    pub fn note_stand(&self, stand: Option<Stand>) {
+        let code = stand.map_or(0, Stand::code);
+        self.stands.store(code, Ordering::Release);
+    }
+
+    pub fn has_come_to(&self, stand: Stand) -> bool {
+        self.stands.load(Ordering::Acquire) == stand.code()
     }
 
     pub fn next_version(&self) -> u32 {
@@ -261,6 +297,43 @@ impl Block {
     }
 }
 
+/// What a stand is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Pages merge.
+    Merge,
+    /// Some processes have protected pages.
+    Protected,
+    /// No process has any more.
+    Free,
+}
+
+impl Phase {
+    pub const ALL: [Self; 3] = [Self::Merge, Self::Protected, Self::Free];
+}
+
+/// A time at which no process works. The arena has it as one number, which is not 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stand {
+    /// Counts them, from 1.
+    pub number: u32,
+    pub phase: Phase,
+}
+
+impl Stand {
+    fn code(self) -> u32 {
+        (self.number << 2) | self.phase as u32
+    }
+
+    fn from_code(code: u32) -> Option<Self> {
+        let phase = *Phase::ALL.get(code as usize & 3)?;
+        (code != 0).then_some(Self {
+            number: code >> 2,
+            phase,
+        })
+    }
+}
+
 /// All that is shared.
 #[repr(C)]
 pub struct Arena {
@@ -270,6 +343,12 @@ pub struct Arena {
     pub players: AtomicU32,
     /// Everybody is to come to an end.
     pub stop: AtomicU32,
+    /// All are to stand still, see [`Stand`]; 0: they work.
+    pub stand: AtomicU32,
+    /// The [`Stand`] that each control task has come to.
+    pub task_stands: [AtomicU32; TASKS_MAX],
+    /// Whether the kernel can protect pages from being read.
+    pub has_rwp: AtomicU32,
     pub failures: AtomicU32,
     pub verified: AtomicU64,
     /// Which optional things there are: see [`crate::player::Env`].
@@ -285,6 +364,16 @@ pub struct Arena {
 }
 
 impl Arena {
+    /// Says which stand a control task has come to.
+    pub fn note_task_stand(&self, task: usize, stand: Option<Stand>) {
+        let code = stand.map_or(0, Stand::code);
+        self.task_stands[task].store(code, Ordering::Release);
+    }
+
+    pub fn task_has_come_to(&self, task: usize, stand: Stand) -> bool {
+        self.task_stands[task].load(Ordering::Acquire) == stand.code()
+    }
+
     /// Counts `op` as done (0) or refused with an errno.
     pub fn count(&self, op: Op, errno: i32) {
         let errno = usize::try_from(errno).unwrap_or(0).min(ERRNOS - 1);
@@ -339,8 +428,29 @@ impl Arena {
         self.verified.store(0, Ordering::Relaxed);
     }
 
+    /// Has all stand still, or go on.
+    pub fn set_stand(&self, stand: Option<Stand>) {
+        let code = stand.map_or(0, Stand::code);
+        self.stand.store(code, Ordering::Release);
+    }
+
+    /// Whether, and how, all are to stand still. At the end of a round none need.
+    pub fn stand(&self) -> Option<Stand> {
+        Stand::from_code(self.stand.load(Ordering::Acquire)).filter(|_| !self.stopping())
+    }
+
     pub fn stopping(&self) -> bool {
         self.stop.load(Ordering::Relaxed) != 0 || self.failed()
+    }
+
+    /// Whether an operation is done at all in this round.
+    pub fn may(&self, op: Op) -> bool {
+        Allowed(self.allowed.load(Ordering::Relaxed)).has(op)
+    }
+
+    /// Whether the kernel can protect pages from being read.
+    pub fn has_rwp(&self) -> bool {
+        self.has_rwp.load(Ordering::Relaxed) != 0
     }
 
     pub fn failed(&self) -> bool {
@@ -363,6 +473,11 @@ impl Arena {
     pub fn bury(&self, block: u8) {
         self.mail.iter().flatten().for_each(|m| m.release(block));
         self.blocks[block as usize].release();
+    }
+
+    /// A process is gone: who it has not forked yet will not come.
+    pub fn give_up_children(&self, parent: u32) {
+        self.blocks.iter().for_each(|b| b.give_up(parent));
     }
 
     pub fn block_of(&self, pid: u32) -> Option<u8> {

@@ -13,6 +13,7 @@ mod raw;
 mod report;
 mod round;
 mod settle;
+mod still;
 mod watch;
 
 use std::os::fd::AsRawFd;
@@ -25,6 +26,7 @@ use arena::{Arena, PLAYERS_MAX};
 use plan::{Allowed, Op};
 use report::Ktap;
 use round::Config;
+use still::Findings;
 
 const USAGE: &str = "usage: rksm-torture [--seconds N] [--seed N] [--players N] [--ops LIST] \
     [--not LIST] [--slow N] [--list]";
@@ -109,7 +111,7 @@ fn torture() -> Result<i32> {
 }
 
 /// Names of the results that are not about single operations.
-const RESULTS: usize = 7;
+const RESULTS: usize = 9;
 
 fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     let mut ktap = Ktap::begin(RESULTS + Op::ALL.len());
@@ -123,11 +125,11 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
         seed: page::mix(config.seed),
         ..config
     };
-    let mut before = Vec::new();
+    let (mut before, mut findings) = (Vec::new(), Findings::default());
     let mut forks = 0;
     for _ in 0..2 {
         if !arena.failed() {
-            round::run(warm, arena, &machine.tasks)?;
+            findings = round::run(warm, arena, &machine.tasks, findings)?.findings;
             forks += arena.tried(Op::Fork) + arena.tried(Op::BigExit);
             settle::settle(config.slow)?;
             before.push(settle::Memory::now()?);
@@ -136,7 +138,9 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     let outcome = if arena.failed() {
         None
     } else {
-        Some(round::run(config, arena, &machine.tasks)?)
+        let outcome = round::run(config, arena, &machine.tasks, findings)?;
+        findings = outcome.findings;
+        Some(outcome)
     };
     forks += arena.tried(Op::Fork) + arena.tried(Op::BigExit);
     raw::say(&report::table(arena));
@@ -147,8 +151,9 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
         Ok(())
     };
     ktap.result("content", &content);
-    let (sums, split) = outcome.map_or((watch::Sums::default(), 0), |o| (o.sums, o.split));
+    let (sums, split) = outcome.map_or_else(Default::default, |o| (o.sums, o.split));
     raw::say(&sums.line(arena, split));
+    raw::say(&findings.line());
     let happened = |yes: bool, what: &str| yes.then_some(()).ok_or(what.to_string());
     let hurried = report::hurried(arena);
     let few = if hurried { 10 } else { 100 };
@@ -157,6 +162,9 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     // Writing 2 to `run` has a pass begin anew, and goes by the clock.
     let enough = sums.passes > 2 || (hurried && sums.scanned > 10_000);
     ktap.result("passes", &happened(enough, "hardly any"));
+    for (name, outcome) in findings.results() {
+        ktap.result(name, &outcome);
+    }
     report::operations(&mut ktap, arena, config.allowed, &machine.absent);
 
     let told = |r: Result<()>| r.map_err(|e| format!("{e:#}"));

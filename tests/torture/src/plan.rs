@@ -65,6 +65,7 @@ ops! {
     VmWrite "vm-writev" 14 true,
     Uffd "uffd-wp" 8 true,
     UffdServed "uffd-wp-served" 3 false,
+    Rwp "uffd-rwp" 8 true,
     SoftDirty "soft-dirty" 4 true,
     PagemapScan "pagemap-scan" 4 true,
     NoAccess "prot-none" 5 true,

@@ -13,7 +13,7 @@ use rand::Rng;
 use rksm_guest_tests::pageflags::{merged_frames, Span};
 use rksm_guest_tests::sys;
 
-use crate::arena::{Arena, Block, Entry, MAIL, MAY_BE_ZERO, PAGES, PLAYERS_MAX, SLOTS};
+use crate::arena::{Arena, Block, Entry, Phase, MAIL, MAY_BE_ZERO, PAGES, PLAYERS_MAX, SLOTS};
 use crate::ops;
 use crate::ops::process::Child;
 use crate::page::{Bodies, Desc, Kind, Place, Words, PAGE, WORDS};
@@ -164,6 +164,7 @@ impl Player {
             {
                 return Ok(());
             }
+            self.stand_still()?;
             let Some(step) = plan.next() else {
                 return Ok(());
             };
@@ -185,6 +186,29 @@ impl Player {
             Err(fault) => return Err(fault),
         }
         Ok(())
+    }
+
+    /// Stands still as long as all do, with some pages protected if it is the time for that.
+    pub fn stand_still(&mut self) -> Act {
+        let (mut last, mut held) = (None, None);
+        while let Some(stand) = self.arena.stand() {
+            if last != Some(stand) {
+                held = None;
+                if stand.phase == Phase::Protected {
+                    held = ops::rwp::hold(self, stand.number)?;
+                }
+                last = Some(stand);
+                self.block.note_stand(last);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if last.is_none() {
+            return Ok(());
+        }
+        // What is protected must not be looked at.
+        drop(held);
+        self.block.note_stand(None);
+        self.verify_all()
     }
 
     /// Waits for the children and looks at everything once more.

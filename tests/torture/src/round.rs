@@ -12,11 +12,12 @@ use rksm_guest_tests::cgroup::Group;
 use rksm_guest_tests::sys::{self, Ended, Forked};
 use rksm_guest_tests::{module, proc};
 
-use crate::arena::Arena;
+use crate::arena::{Arena, Phase, Stand};
 use crate::control::{self, knobs, pressure, Control, Task};
 use crate::plan::{Allowed, Op, Who};
 use crate::player::{self, STATUS_WRONG};
 use crate::raw;
+use crate::still::{self, Findings};
 use crate::watch::{self, Sums, Watch};
 
 /// What to run.
@@ -34,12 +35,13 @@ pub struct Config {
 pub struct Outcome {
     pub sums: Sums,
     pub split: i64,
+    pub findings: Findings,
 }
 
 #[derive(Clone, Copy)]
 enum Member {
     Player { number: u32, life: u32 },
-    Task(&'static str),
+    Task { name: &'static str, number: u32 },
 }
 
 struct Round {
@@ -49,10 +51,34 @@ struct Round {
     rng: ChaCha8Rng,
     kill_at: u64,
     group: Option<Group>,
+    findings: Findings,
+    /// Whether all are to stand still, and the players that are started again after that.
+    standing: bool,
+    waiting: Vec<(u32, u32)>,
 }
 
-pub fn run(config: Config, arena: &'static Arena, tasks: &[&'static Task]) -> Result<Outcome> {
+/// How far apart the times are at which all stand still, in seconds; a short round has one. As each takes longer
+/// than that, a long round has no more than [`MAX_STANDS`].
+const STAND_EVERY: u64 = 10;
+const MAX_STANDS: u64 = 24;
+/// After how many looks it is told who has not come to a stand: a minute at least. The fifth time, they never will.
+const STAND_LOOKS: u64 = 12_000;
+
+/// Who all others wait for.
+enum Missing {
+    Owner(usize),
+    Task(&'static str, u32),
+}
+
+/// `findings` are those of the rounds before.
+pub fn run(
+    config: Config,
+    arena: &'static Arena,
+    tasks: &[&'static Task],
+    findings: Findings,
+) -> Result<Outcome> {
     arena.stop.store(0, Ordering::Relaxed);
+    arena.set_stand(None);
     arena.seed.store(config.seed, Ordering::Relaxed);
     arena.players.store(config.players, Ordering::Relaxed);
     arena.allowed.store(config.allowed.0, Ordering::Relaxed);
@@ -75,6 +101,9 @@ pub fn run(config: Config, arena: &'static Arena, tasks: &[&'static Task]) -> Re
         rng: who.rng(),
         kill_at: raw::now() + 1000,
         group: pressure::players_group()?,
+        findings,
+        standing: false,
+        waiting: Vec::new(),
     };
     for number in 0..config.players {
         round.start_player(number, 0)?;
@@ -90,6 +119,7 @@ pub fn run(config: Config, arena: &'static Arena, tasks: &[&'static Task]) -> Re
     Ok(Outcome {
         sums: sums?,
         split: proc::vmstat("cow_ksm").unwrap_or(0) - split,
+        findings: round.findings,
     })
 }
 
@@ -135,7 +165,8 @@ impl Round {
                 sys::exit_now(0)
             }
             Forked::Parent(pid) => {
-                self.members.insert(pid, Member::Task(task.name));
+                let name = task.name;
+                self.members.insert(pid, Member::Task { name, number });
                 Ok(())
             }
         }
@@ -143,7 +174,11 @@ impl Round {
 
     /// Until the time is over and all have ended.
     fn supervise(&mut self) -> Result<Sums> {
-        let end = raw::now() + self.config.seconds * 1000;
+        let mut end = raw::now() + self.config.seconds * 1000;
+        let stands = (self.config.seconds / STAND_EVERY).clamp(1, MAX_STANDS);
+        let pause = self.config.seconds * 1000 / (stands + 1);
+        let mut stand_at = raw::now() + pause;
+        let mut number = 0;
         let (mut watch, mut looks) = (Watch::new(self.arena), 0);
         let mut sums = Sums::default();
         let mut stopped = None;
@@ -158,12 +193,16 @@ impl Round {
             if now >= self.kill_at && stopped.is_none() {
                 self.kill_one();
             }
-            let stuck = watch.look(self.arena, self.config.slow);
-            if !stuck.is_empty() {
-                for who in &stuck {
-                    raw::say(&format!("# STUCK: {who}\n"));
-                }
-                bail!("{} processes are stuck", stuck.len());
+            self.look_for_stuck(&mut watch)?;
+            if now >= stand_at && stopped.is_none() {
+                number += 1;
+                self.stand_still(number, &mut watch)?;
+                sums.sample();
+                // Nothing is done in that time.
+                let took = raw::now() - now;
+                self.findings.millis += took;
+                end += took;
+                stand_at = raw::now() + pause;
             }
             if stopped.is_some() {
                 looks += 1;
@@ -181,6 +220,107 @@ impl Round {
             std::thread::sleep(Duration::from_millis(25));
         }
         Ok(sums)
+    }
+
+    fn look_for_stuck(&self, watch: &mut Watch) -> Result<()> {
+        let stuck = watch.look(self.arena, self.config.slow);
+        for who in &stuck {
+            raw::say(&format!("# STUCK: {who}\n"));
+        }
+        if !stuck.is_empty() {
+            bail!("{} processes are stuck", stuck.len());
+        }
+        Ok(())
+    }
+
+    /// Has all processes stand still, and looks at which pages are merged and listed.
+    fn stand_still(&mut self, number: u32, watch: &mut Watch) -> Result<()> {
+        self.standing = true;
+        let (arena, slow) = (self.arena, self.config.slow);
+        for phase in Phase::ALL {
+            let stand = Stand { number, phase };
+            arena.set_stand(Some(stand));
+            self.wait_for_all(stand, watch)?;
+            if !arena.failed() {
+                still::look(arena, phase, slow, &mut self.findings)?;
+            }
+        }
+        arena.set_stand(None);
+        self.standing = false;
+        for (number, life) in std::mem::take(&mut self.waiting) {
+            self.start_player(number, life)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until all have come to a stand, unless the round fails.
+    fn wait_for_all(&mut self, stand: Stand, watch: &mut Watch) -> Result<()> {
+        let mut looks = 0;
+        while !self.arena.failed() {
+            let missing = self.missing(stand);
+            if missing.is_empty() {
+                break;
+            }
+            looks += 1;
+            let many = looks % (STAND_LOOKS * self.config.slow) == 0;
+            if many {
+                for who in &missing {
+                    raw::say(&format!("# NOT STANDING: {}", self.describe(who)));
+                }
+            }
+            if many && looks > 4 * STAND_LOOKS * self.config.slow {
+                bail!("{} do not come to a stand", missing.len());
+            }
+            self.reap()?;
+            // As often as at other times.
+            if looks % 5 == 0 {
+                self.look_for_stuck(watch)?;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Who has come neither to a stand nor to its end.
+    fn missing(&self, stand: Stand) -> Vec<Missing> {
+        let owners = self.arena.blocks.iter().enumerate().filter(|(_, block)| {
+            let pid = block.pid.load(Ordering::Relaxed);
+            block.in_use() && !block.has_come_to(stand) && !(pid != 0 && still::is_gone(pid))
+        });
+        let tasks = self.members.iter().filter_map(|(&pid, member)| {
+            let Member::Task { name, number } = *member else {
+                return None;
+            };
+            let task = (number - control::FIRST) as usize;
+            let pid = pid as u32;
+            let there = self.arena.task_has_come_to(task, stand) || still::is_gone(pid);
+            (!there).then_some(Missing::Task(name, pid))
+        });
+        owners
+            .map(|(id, _)| Missing::Owner(id))
+            .chain(tasks)
+            .collect()
+    }
+
+    fn describe(&self, who: &Missing) -> String {
+        match *who {
+            Missing::Owner(id) => {
+                let block = &self.arena.blocks[id];
+                let pid = block.pid.load(Ordering::Relaxed);
+                let place = match pid {
+                    0 => "#   there is no such process\n".to_string(),
+                    pid => watch::whereabouts(pid),
+                };
+                format!(
+                    "owner {id} (pid {pid}, child {}); its last steps: {}\n{place}",
+                    block.child.load(Ordering::Relaxed),
+                    block.last_steps(8)
+                )
+            }
+            Missing::Task(name, pid) => {
+                format!("task {name} (pid {pid})\n{}", watch::whereabouts(pid))
+            }
+        }
     }
 
     fn kill_one(&mut self) {
@@ -205,7 +345,7 @@ impl Round {
         while let Ok(Some((pid, ended))) = sys::try_wait(-1) {
             match self.members.remove(&pid) {
                 Some(Member::Player { number, life }) => self.player_ended(number, life, ended)?,
-                Some(Member::Task(name)) => {
+                Some(Member::Task { name, .. }) => {
                     if !matches!(ended, Ended::Exit(0 | STATUS_WRONG)) {
                         self.fault(&format!("task {name} ended by {ended:?}"));
                     }
@@ -228,8 +368,12 @@ impl Round {
                 block.last_steps(24)
             )),
         }
+        self.arena
+            .give_up_children(block.pid.load(Ordering::Relaxed));
         self.arena.bury(number as u8);
-        if !self.arena.stopping() {
+        if self.standing {
+            self.waiting.push((number, life + 1));
+        } else if !self.arena.stopping() {
             self.start_player(number, life + 1)?;
         }
         Ok(())

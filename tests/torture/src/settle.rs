@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -14,8 +15,10 @@ use crate::arena::Arena;
 use crate::control::{Task, TASKS};
 use crate::disk;
 use crate::ops::tracking;
+use crate::page::PAGE;
 use crate::plan::Op;
-use crate::raw::{self, uffd::Uffd};
+use crate::raw::uffd::{NoAccess, Uffd};
+use crate::raw::{self, Mem};
 
 /// Size of the swap space, in MiB.
 const SWAP_MIB: usize = 256;
@@ -58,6 +61,13 @@ impl Machine {
                 this.absent
                     .push((op, "no userfaultfd that protects from writing"));
             }
+        }
+        let mem = Mem::new(1)?;
+        if NoAccess::new(mem.addr(), PAGE, false).is_ok() {
+            arena.has_rwp.store(1, Ordering::Relaxed);
+        } else {
+            let why = "no userfaultfd that protects from all access";
+            this.absent.push((Op::Rwp, why));
         }
         if let Some(why) = tracking::no_soft_dirty() {
             this.absent.push((Op::SoftDirty, why));

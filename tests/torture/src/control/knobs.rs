@@ -155,7 +155,7 @@ pub fn reload(control: &mut Control) -> Result<()> {
         if module::loaded() {
             continue;
         }
-        control.pause(0..200);
+        control.pause_briefly(0..200);
         // Nothing else loads or unloads it: there is no reason to refuse.
         if let Err(e) = module::load_file(&module::path()) {
             bail!("cannot load the module again: {e}");

@@ -42,12 +42,29 @@ impl Control {
         self.arena.stopping()
     }
 
-    /// Sleeps for some milliseconds of `range`, but not beyond the end.
+    /// Sleeps for some milliseconds of `range`, but not beyond the end, and stands still when all do.
     pub fn pause(&mut self, range: std::ops::Range<u64>) {
         let end = raw::now() + self.rng.random_range(range);
+        self.stand_still();
         while raw::now() < end && !self.stopping() {
             std::thread::sleep(Duration::from_millis(5.min(end.saturating_sub(raw::now()))));
+            self.stand_still();
         }
+    }
+
+    /// Sleeps in the middle of something.
+    pub fn pause_briefly(&mut self, range: std::ops::Range<u64>) {
+        std::thread::sleep(Duration::from_millis(self.rng.random_range(range)));
+    }
+
+    /// Returns when all go on.
+    pub fn stand_still(&self) {
+        let task = (self.who.number - FIRST) as usize;
+        while let Some(stand) = self.arena.stand() {
+            self.arena.note_task_stand(task, Some(stand));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.arena.note_task_stand(task, None);
     }
 
     /// Does `work` if it is allowed, and counts how it went. `None` if it is not.

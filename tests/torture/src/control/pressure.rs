@@ -101,11 +101,10 @@ pub fn oom(control: &mut Control) -> Result<()> {
     let mut life = 0;
     while !control.stopping() {
         control.pause(1500..6000);
-        let Some(id) = control
-            .arena
-            .allocate()
-            .filter(|_| control.allowed.has(Op::Oom) && !control.stopping())
-        else {
+        if control.stopping() || !control.allowed.has(Op::Oom) {
+            continue;
+        }
+        let Some(id) = control.arena.allocate() else {
             continue;
         };
         life += 1;
@@ -123,6 +122,7 @@ pub fn oom(control: &mut Control) -> Result<()> {
                 break ended;
             }
             std::thread::sleep(Duration::from_millis(10));
+            control.stand_still();
         };
         control.arena.bury(id);
         match ended {

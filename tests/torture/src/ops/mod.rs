@@ -5,6 +5,7 @@ pub mod io;
 pub mod memory;
 pub mod place;
 pub mod process;
+pub mod rwp;
 pub mod tracking;
 
 use crate::plan::{Op, Step};
@@ -29,6 +30,7 @@ pub fn act(player: &mut Player, step: &Step) -> Act {
         }
         Op::Direct | Op::Vmsplice | Op::VmWrite => io::act(player, step),
         Op::MovePages | Op::MigratePages | Op::Uffd | Op::UffdServed => place::act(player, step),
+        Op::Rwp => rwp::rwp(player, step),
         Op::SoftDirty | Op::PagemapScan => tracking::act(player, step),
         Op::BigExit => process::big_exit(player, step),
         op if memory::does(op) => memory::act(player, step),

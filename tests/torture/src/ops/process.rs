@@ -93,6 +93,10 @@ fn become_child(player: &mut Player, parent: u32, id: u8, step: &Step, end: End)
     player.id = id;
     player.block = &player.arena.blocks[id as usize];
     let (who, block) = (player.who, player.block);
+    if !block.take(parent) {
+        // The parent was killed. Nothing was found wrong.
+        sys::exit_now(0);
+    }
     block.number.store(who.number, Ordering::Relaxed);
     block.life.store(who.life, Ordering::Relaxed);
     block.child.store(who.child, Ordering::Relaxed);
@@ -112,7 +116,8 @@ fn become_child(player: &mut Player, parent: u32, id: u8, step: &Step, end: End)
         End::Killed => {
             while raw::parent() == parent && !player.arena.stopping() {
                 std::thread::sleep(Duration::from_millis(5));
-                if let Err(Stop::Fault(what)) = player.verify_all() {
+                let stood = player.stand_still();
+                if let Err(Stop::Fault(what)) = stood.and_then(|()| player.verify_all()) {
                     player.complain(&what);
                     sys::exit_now(STATUS_WRONG);
                 }
@@ -235,6 +240,7 @@ fn reap(player: &mut Player, wait: bool) -> Act {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(2));
+        player.stand_still()?;
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! userfaultfd, as far as it protects pages from being written.
+//! userfaultfd, as far as it protects pages.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -11,10 +11,16 @@ const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const UFFDIO_RWPROTECT: libc::c_ulong = 0xc018_aa09;
+/// Faults of the kernel on behalf of a process fail. (A debug kernel logs those that it cannot wait with.)
+const USER_MODE_ONLY: libc::c_int = 1;
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const FEATURE_RWP: u64 = 1 << 17;
+const FEATURE_RWP_ASYNC: u64 = 1 << 18;
 const REGISTER_MODE_WP: u64 = 2;
+const REGISTER_MODE_RWP: u64 = 8;
 const WRITEPROTECT_MODE_WP: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
 
@@ -40,40 +46,68 @@ struct Protect {
     mode: u64,
 }
 
+fn open(flags: libc::c_int, features: u64) -> io::Result<OwnedFd> {
+    // SAFETY: takes an integer.
+    let fd = check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | flags) })?;
+    // SAFETY: the descriptor is open and ours alone.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+    let mut api = Api {
+        api: UFFD_API,
+        features,
+        ioctls: 0,
+    };
+    // SAFETY: the request takes an `Api`, which outlives the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &mut api) }.into())?;
+    Ok(fd)
+}
+
+fn register(fd: &OwnedFd, start: usize, len: usize, mode: u64) -> io::Result<()> {
+    let mut range = Register {
+        start: start as u64,
+        len: len as u64,
+        mode,
+        ioctls: 0,
+    };
+    // SAFETY: the request takes a `Register`, which outlives the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_REGISTER, &mut range) }.into()).map(drop)
+}
+
+/// Pages that are protected from all access as long as this exists. A thread that touches them waits; with
+/// `by_itself`, the kernel takes the protection away at once.
+pub struct NoAccess(OwnedFd);
+
+impl NoAccess {
+    pub fn new(start: usize, len: usize, by_itself: bool) -> io::Result<Self> {
+        let features = FEATURE_RWP | if by_itself { FEATURE_RWP_ASYNC } else { 0 };
+        let this = Self(open(USER_MODE_ONLY, features)?);
+        register(&this.0, start, len, REGISTER_MODE_RWP)?;
+        let mut range = Protect {
+            start: start as u64,
+            len: len as u64,
+            mode: 1,
+        };
+        // SAFETY: the request takes a `Protect`, which outlives the call. The pages are not touched until
+        // the descriptor is closed, which gives them free.
+        check(unsafe { libc::ioctl(this.0.as_raw_fd(), UFFDIO_RWPROTECT, &mut range) }.into())?;
+        Ok(this)
+    }
+}
+
 /// A descriptor that pages can be registered with; closing it gives them free.
 pub struct Uffd(OwnedFd);
 
 impl Uffd {
     /// With `by_itself`, the kernel resolves each write; otherwise somebody has to.
     pub fn new(by_itself: bool) -> io::Result<Self> {
-        // SAFETY: takes an integer.
-        let fd = check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })?;
-        // SAFETY: the descriptor is open and ours alone.
-        let this = Self(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
         let mut features = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_UNPOPULATED;
         if by_itself {
             features |= FEATURE_WP_ASYNC;
         }
-        let mut api = Api {
-            api: UFFD_API,
-            features,
-            ioctls: 0,
-        };
-        // SAFETY: the request takes an `Api`, which outlives the call.
-        check(unsafe { libc::ioctl(this.0.as_raw_fd(), UFFDIO_API, &mut api) }.into())?;
-        Ok(this)
+        open(0, features).map(Self)
     }
 
     pub fn register(&self, start: usize, len: usize) -> io::Result<()> {
-        let mut range = Register {
-            start: start as u64,
-            len: len as u64,
-            mode: REGISTER_MODE_WP,
-            ioctls: 0,
-        };
-        // SAFETY: the request takes a `Register`, which outlives the call.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &mut range) }.into())
-            .map(drop)
+        register(&self.0, start, len, REGISTER_MODE_WP)
     }
 
     /// Protects from writing, or lets it be written again and wakes who waits.

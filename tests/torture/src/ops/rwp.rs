@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Pages that are protected from all access, also from that of the kernel when it unmerges them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rand::Rng;
+use rksm_guest_tests::engine::{write_to, RKSM};
+
+use crate::arena::SLOTS;
+use crate::page::{mix, PAGE};
+use crate::plan::{Op, Step, Who};
+use crate::player::{Act, Player, Stop};
+use crate::raw::uffd::NoAccess;
+
+/// Protects pages, and has them unmerged, paged out or left alone meanwhile.
+pub fn rwp(player: &mut Player, step: &Step) -> Act {
+    let (slot, i, n) = player.range(step)?;
+    let n = n.min(64);
+    player.verify(slot, i, n)?;
+    let addr = player.mem(slot)?.addr() + i * PAGE;
+    let held = NoAccess::new(addr, n * PAGE, step.arg % 4 == 0)?;
+    match (step.arg >> 2) % 16 {
+        0 => run_two(player),
+        1..5 => unmerge(player, step, slot, i, n),
+        5..8 => {
+            let paged = player.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT);
+            // Locked pages cannot be.
+            drop(paged);
+        }
+        _ => {}
+    }
+    std::thread::sleep(Duration::from_millis(u64::from((step.arg >> 8) & 31)));
+    drop(held);
+    player.verify(slot, i, n)
+}
+
+/// The kernel may refuse, or do it for some pages, or for none and say nothing.
+fn unmerge(player: &Player, step: &Step, slot: usize, i: usize, n: usize) {
+    let Some(mem) = &player.slots[slot] else {
+        return;
+    };
+    let (i, n) = if step.arg >> 31 == 0 {
+        (i, n)
+    } else {
+        (0, mem.pages())
+    };
+    let errno = match mem.advise(i, n, libc::MADV_UNMERGEABLE) {
+        Ok(()) => 0,
+        Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
+    };
+    player.arena.count(Op::Unmergeable, errno);
+}
+
+/// Asks for everything to be unmerged, which cannot be done, and has merging go on.
+fn run_two(player: &Player) {
+    if !player.arena.may(Op::Run2) {
+        return;
+    }
+    let errno = match write_to(Path::new(RKSM), "run", b"2") {
+        Ok(()) => 0,
+        Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
+    };
+    player.arena.count(Op::Run2, errno);
+    // The module may be unloaded just now.
+    let _ = write_to(Path::new(RKSM), "run", b"1");
+}
+
+/// Protects some pages for the time in which all stand still, as the seed says. The caller touches none of its
+/// pages until it drops what this returns.
+pub fn hold(player: &Player, number: u32) -> Result<Option<NoAccess>, Stop> {
+    let mut rng = Who {
+        seed: mix(player.who.seed ^ u64::from(number)),
+        ..player.who
+    }
+    .rng();
+    let (slot, at, len) = (
+        rng.random_range(0..SLOTS),
+        rng.random::<u16>(),
+        rng.random_range(1..=128),
+    );
+    let (wanted, by_itself, arg) = (
+        rng.random_range(0..4) != 0,
+        rng.random_range(0..4) == 0,
+        rng.random::<u32>(),
+    );
+    let there = player.arena.has_rwp() && player.arena.may(Op::Rwp);
+    if !wanted || !there || player.pages(slot) == 0 {
+        return Ok(None);
+    }
+    let (slot, i, n) = player.range_of(slot, at, len)?;
+    let Some(mem) = &player.slots[slot] else {
+        return Ok(None);
+    };
+    let held = match NoAccess::new(mem.addr() + i * PAGE, n * PAGE, by_itself) {
+        Ok(held) => held,
+        Err(e) => {
+            let errno = e.raw_os_error().unwrap_or(libc::EIO);
+            player.arena.count(Op::Rwp, errno);
+            return Ok(None);
+        }
+    };
+    player.arena.count(Op::Rwp, 0);
+    if arg % 3 == 0 {
+        let step = Step {
+            op: Op::Rwp,
+            slot: slot as u8,
+            other: 0,
+            at,
+            len,
+            arg,
+        };
+        unmerge(player, &step, slot, i, n);
+    }
+    Ok(Some(held))
+}
