@@ -40,6 +40,11 @@ impl Sample {
         self.0
     }
 
+    /// One of 64 bits, for sets of samples that need not be exact.
+    pub(crate) const fn bit(self) -> u64 {
+        1 << (self.0 % u64::BITS)
+    }
+
     /// What becomes of it on a memory node. As `salt` is odd, it is another one on each.
     const fn salted(self, salt: u32, node: u32) -> Self {
         Self(self.0 ^ node.wrapping_mul(salt))

@@ -172,6 +172,7 @@ impl State {
                 }
             }
         }
+        self.core.lately_merged = 0;
     }
 
     /// Merges a page for which [`Self::join_all`] found no merged page with the one that waits under its
@@ -184,28 +185,40 @@ impl State {
         sum: Checksum,
         may_be_shared: bool,
     ) {
+        let (sum, may_be_shared) = if self.may_fit_a_node(sum) {
+            // One of the same batch was merged since; what is published twice stays twice.
+            let Ok(lock) = MmapLock::try_new(mm) else {
+                return self.retry(place);
+            };
+            let Some(vma) = MergeableVma::at(&lock, place.addr) else {
+                return;
+            };
+            match self.join_stable(hasher, &vma, place, sum.sample()) {
+                Joined::NoneFits(sum, may_be_shared) => (sum, may_be_shared),
+                Joined::Hopeless => return self.retry(place),
+                _ => return,
+            }
+        } else {
+            (sum, may_be_shared)
+        };
         match self.core.index.waiting(sum) {
             Some(other) if other == place => {}
             Some(other) => self.merge_with_waiting(hasher, mm, place, other, sum, may_be_shared),
-            // One of the same batch may have been merged since.
-            None => match self.core.index.nodes_with(sum) {
-                Some(nodes) => {
-                    let Ok(lock) = MmapLock::try_new(mm) else {
-                        return self.retry(place);
-                    };
-                    let joined = MergeableVma::at(&lock, place.addr)
-                        .and_then(|vma| self.join_one_of(&vma, place, nodes, None));
-                    drop(lock);
-                    match joined.map(|result| result.map_err(Joined::failed)) {
-                        // None of them takes any more.
-                        None => self.wait(place, sum),
-                        Some(Ok(()) | Err(Joined::LeftWhole)) => {}
-                        Some(Err(_)) => self.retry(place),
-                    }
-                }
-                None => self.wait(place, sum),
-            },
+            None => self.wait(place, sum),
         }
+    }
+
+    /// Whether there is a merged page by now that one which is about to wait under `sum` may be equal to.
+    fn may_fit_a_node(&self, sum: Checksum) -> bool {
+        if self.core.lately_merged & sum.sample().bit() == 0 {
+            return false;
+        }
+        let index = &self.core.index;
+        if sum.is_unknown() {
+            return index.nodes_like(sum.sample()) != NodesLike::None;
+        }
+        let unknown = Checksum::unknown(sum.sample());
+        index.nodes_with(sum).is_some() || index.nodes_with(unknown).is_some()
     }
 
     /// Puts a page into the unstable tree, in the place of whoever waits under that checksum.
@@ -493,6 +506,7 @@ impl State {
     fn merged(&mut self, place: Place, item: ItemBox, key: StableKey) {
         self.core.items = self.core.items.saturating_add(1);
         self.core.try_again();
+        self.core.lately_merged |= key.sum.sample().bit();
         self.core.index.move_to_stable(key);
         if item.mappings() >= self.core.max_sharing {
             self.core.index.set_full(key);
@@ -645,6 +659,9 @@ impl State {
         };
         let key = self.publish(vma, place, item, sum)?;
         if self.join(other_vma, other, other_item, key).is_err() {
+            // The next one does not try it again in vain.
+            self.leave_unstable(other, sum);
+            self.retry(other);
             // A merged page that nobody shares is no gain.
             self.undo_later(place, Some(key));
         }
@@ -991,6 +1008,11 @@ impl Engine {
             let Some((place, key)) = state.undo.pop() else {
                 return;
             };
+            let node = key.and_then(|key| state.core.index.node(key));
+            if node.is_some_and(|node| node.items() > 1) {
+                // Others have joined it meanwhile.
+                continue;
+            }
             let mm = state.mms.get(&place.slot).map(|known| known.mm.clone());
             drop(state);
             let Some(mm) = mm.and_then(|mm| use_mm(&mm)) else {
