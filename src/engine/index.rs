@@ -23,8 +23,7 @@ pub(crate) type SlotId = u64;
 /// one node takes) differ in `nth`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct StableKey {
-    /// The checksum that the page had when it was about to be merged. Only if it changed in that very
-    /// moment is it that of other content; then the node is found in vain, or not at all.
+    /// The checksum of the page, taken when nobody could write to it any more.
     pub(crate) sum: Checksum,
     /// Numbers all nodes ever made, downwards: the newest is found first, as it is the one that most
     /// likely takes another page.

@@ -626,13 +626,13 @@ impl State {
         }
         drop(other_page);
         let (this, other) = ((&vma, place), (&other_vma, other));
-        let result = match self.merge_into_first(this, other, sum) {
+        let result = match self.merge_into_first(hasher, this, other, sum) {
             Err(ENOMEM) => {
                 self.core.starved.set(true);
                 Err(ENOMEM)
             }
             // The other page may be one that can be the merged one.
-            Err(EMLINK) => self.merge_into_first(other, this, sum),
+            Err(EMLINK) => self.merge_into_first(hasher, other, this, sum),
             result => result,
         };
         // If it is neither, because strangers have both, that lasts: once in a while is enough.
@@ -646,6 +646,7 @@ impl State {
     /// pages that they are parts of may be split, that is decided.
     fn merge_into_first(
         &mut self,
+        hasher: &Hasher,
         (vma, place): (&MergeableVma<'_>, Place),
         (other_vma, other): (&MergeableVma<'_>, Place),
         sum: Checksum,
@@ -657,7 +658,7 @@ impl State {
             self.wait(place, sum);
             return Ok(());
         };
-        let key = self.publish(vma, place, item, sum)?;
+        let key = self.publish(hasher, vma, place, item, sum)?;
         if self.join(other_vma, other, other_item, key).is_err() {
             // The next one does not try it again in vain.
             self.leave_unstable(other, sum);
@@ -718,6 +719,7 @@ impl State {
     /// Makes the page at `place` a merged page, with a node of its own.
     fn publish(
         &mut self,
+        hasher: &Hasher,
         vma: &MergeableVma<'_>,
         place: Place,
         mut item: ItemBox,
@@ -727,7 +729,7 @@ impl State {
         let key = core.index.new_key(sum);
         let node = NodeBox::new(key, GFP_SCAN)?;
         core.index.insert(key, node, GFP_SCAN)?;
-        match core.publish_at(vma, key, &mut item, &mut splits) {
+        match core.publish_at(hasher, vma, key, &mut item, &mut splits) {
             Ok(Published { shared, strays }) => {
                 if shared {
                     let leaf = PageMap::<PageWord>::number(place.addr);
@@ -983,6 +985,7 @@ impl Core {
 
     fn publish_at(
         &self,
+        hasher: &Hasher,
         vma: &MergeableVma<'_>,
         key: StableKey,
         item: &mut ItemBox,
@@ -991,7 +994,12 @@ impl Core {
         let place = splits.place;
         let node = self.index.node(key).ok_or(EBUSY)?;
         let page = vma.page_at(place.addr).ok_or(EBUSY)?;
-        vma.publish(place.addr, page, node, item, splits)
+        let sum = key.sum;
+        let is_still = |page: &PageRef| match sum.is_unknown() {
+            true => page.sample(hasher) == sum.sample(),
+            false => page.checksum(hasher) == sum,
+        };
+        vma.publish(place.addr, page, node, item, is_still, splits)
     }
 }
 

@@ -282,18 +282,20 @@ impl<'a> MergeableVma<'a> {
     /// The page is split off its huge page if need be, write-protected, and left alone with
     /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
     /// not there any more; with `E2BIG` if it is part of a huge page that `splits` wants whole. Of a page that
-    /// is shared over a fork, see [`LockedPage::refuse_strangers`] for `EMLINK` and `EBUSY`. Takes the folio
-    /// lock and a page-table lock.
+    /// is shared over a fork, see [`LockedPage::refuse_strangers`] for `EMLINK` and `EBUSY`. When nobody can write
+    /// to it any more, it has to be what it `is_still` thought to be, or else the result is `EAGAIN`. Takes the
+    /// folio lock and a page-table lock.
     pub(crate) fn publish(
         &self,
         addr: usize,
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
+        is_still: impl FnOnce(&PageRef) -> bool,
         splits: &mut dyn SplitPolicy,
     ) -> Result<Published> {
         let pfn = page.pfn();
-        let result = self.try_publish(addr, page, node, item, splits);
+        let result = self.try_publish(addr, page, node, item, is_still, splits);
         trace::merge_with_ksm_page(true, pfn, ptr::null_mut(), item, self.mm(), &result);
         result
     }
@@ -304,6 +306,7 @@ impl<'a> MergeableVma<'a> {
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
+        is_still: impl FnOnce(&PageRef) -> bool,
         splits: &mut dyn SplitPolicy,
     ) -> Result<Published> {
         let page = lock_plain(page)?;
@@ -313,6 +316,11 @@ impl<'a> MergeableVma<'a> {
         // the only mapping be a relative's.
         let shared = page.refuse_strangers(self, addr)?;
         self.write_protect(addr, &page)?;
+        // Who writes to it from here on gets a copy, as its lock is held. (The caller knew it by what was read
+        // some time ago.)
+        if !is_still(&page) {
+            return Err(EAGAIN);
+        }
         // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
         // it is either mapped here only, or shared by a fork that is over, and so write-protected
         // everywhere, and known to be so by all CPUs.
