@@ -117,3 +117,29 @@ need_setup()
 	[[ $RKSM_KERNEL == stock || -d $RKSM_DEBUG_TREE ]] ||
 		die "the debug kernel is not built: run scripts/setup --debug first"
 }
+
+# --- stages of the tests -------------------------------------------------
+
+# Runs a command that prints results, see ktap-sum, and leaves what it prints in
+# build/log/NAME.
+stage() # TALLY NAME COMMAND…
+{
+	local began=$SECONDS
+
+	mkdir -p "$RKSM_TOP/build/log"
+	printf '\n# === %s ===\n' "$2"
+	"$RKSM_TOP/scripts/ktap-sum" "$2" "$1" "${@:3}" | tee "$RKSM_TOP/build/log/$2" || true
+	printf '# === %s took %d s ===\n' "$2" "$((SECONDS - began))"
+}
+
+# The sum of each stage, the twenty tests that took longest, and the sum of all.
+# Fails when a test has.
+stages_done() # TALLY
+{
+	printf '\n# the slowest tests:\n'
+	awk '{ print "build/log/" $1 }' "$1" | (cd "$RKSM_TOP" && xargs grep -H -E '^# .* took [0-9.]+ s$') |
+		sed -E 's,^build/log/([^:]*):# (.*) took ([0-9.]+) s$,\3 s \1: \2,' | sort -rn | awk 'NR <= 20 { print "#   " $0 }' || true
+	printf '\n'
+	awk '{ printf "# %s: %d passed, %d failed, %d skipped\n", $1, $2, $3, $4 }' "$1"
+	"$RKSM_TOP/scripts/ktap-sum" --total "$1"
+}
