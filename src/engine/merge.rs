@@ -642,7 +642,8 @@ impl State {
     }
 
     /// Makes the first page a merged page, and merges the other one into it. If it is the latter that
-    /// fails, the first is undone, and waits. `ENOMEM`: there is no memory for the rmap item of the first. Huge
+    /// fails, the first is undone, and waits, unless others have joined it by then; and the other one waits no
+    /// longer, but is looked at again. `ENOMEM`: there is no memory for the rmap item of the first. Huge
     /// pages that they are parts of may be split, that is decided.
     fn merge_into_first(
         &mut self,
@@ -716,7 +717,7 @@ impl State {
         Ok(())
     }
 
-    /// Makes the page at `place` a merged page, with a node of its own.
+    /// Makes the page at `place` a merged page, with a node of its own. `EAGAIN`: it is not what it was.
     fn publish(
         &mut self,
         hasher: &Hasher,
