@@ -8,7 +8,7 @@ use kernel::{
     sync::atomic::{Atomic, Relaxed},
 };
 
-/// All counters. The first five are states.
+/// All counters. The first seven are states.
 pub(crate) struct Stats {
     /// Merged pages that are in use.
     pub(crate) shared: Atomic<u64>,

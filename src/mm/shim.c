@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * One-line bodies for shim.h.  Anything longer than a line or two that is not
- * forced by a macro belongs in Rust.
+ * The bodies for shim.h, of a line or two each where nothing forces more.
+ * The exception is who maps a page over a fork (rksm_relative() and its kin).
  */
 #include <linux/capability.h>
 #include <linux/ksm.h>

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * What bindgen cannot reach of the kernel's mm: static inlines and macros,
- * each behind one function.  Nothing is decided here; the rules for calling
- * are those of the wrapped function and stand at its Rust caller.
+ * each behind one function.  The rules for calling are those of the wrapped
+ * function and stand at its Rust caller.
  *
  * bindgen reads this file too (src/mm/ffi.rs), so the Rust declarations can
  * never disagree with these prototypes.
