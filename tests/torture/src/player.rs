@@ -127,13 +127,15 @@ impl Player {
     }
 
     /// Publishes pages that others may write to.
-    pub fn open_mail(&mut self) -> Result<()> {
+    pub fn open_mail(&mut self) -> Act {
         let mem = Mem::new(MAIL)?;
         mem.advise(0, MAIL, libc::MADV_MERGEABLE)?;
         let number = self.id as usize;
         for mail in &self.arena.mail[number] {
-            // Somebody may be about to find that the one before us is gone.
+            // Somebody may be about to find that the one before us is gone; or was killed while at it, and is reaped
+            // by a parent that stands still meanwhile.
             while !mail.claim(self.id) {
+                self.stand_still()?;
                 std::thread::sleep(Duration::from_millis(1));
             }
             mail.reset(Desc::ZERO);
@@ -470,7 +472,9 @@ pub fn play(arena: &'static Arena, who: Who, allowed: Allowed) -> i32 {
         raw::be_nice(10)?;
         let mut player = Player::new(arena, who.number as u8, who)?;
         anyhow::ensure!((who.number as usize) < PLAYERS_MAX, "too many players");
-        player.open_mail()?;
+        player
+            .open_mail()
+            .map_err(|stop| anyhow::anyhow!("mail: {stop:?}"))?;
         Ok(player)
     };
     match begin() {
