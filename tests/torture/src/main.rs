@@ -68,6 +68,7 @@ fn options() -> Result<Options> {
         players: 10,
         allowed: Allowed::ALL,
         slow: 1,
+        warm: false,
     };
     let (mut only, mut not, mut list) = (String::new(), String::new(), false);
     let mut parser = lexopt::Parser::from_env();
@@ -123,6 +124,7 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     let warm = Config {
         seconds: (config.seconds / 10).clamp(4, 15),
         seed: page::mix(config.seed),
+        warm: true,
         ..config
     };
     let (mut before, mut findings) = (Vec::new(), Findings::default());

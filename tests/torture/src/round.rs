@@ -29,6 +29,8 @@ pub struct Config {
     pub allowed: Allowed,
     /// How many times slower than a stock kernel: for finding what is stuck.
     pub slow: u64,
+    /// Whether the round is for caches to be filled only.
+    pub warm: bool,
 }
 
 /// What came of it, other than the counts in the arena.
@@ -58,8 +60,10 @@ struct Round {
 }
 
 /// How far apart the times are at which all stand still, in seconds; a short round has one. As each takes longer
-/// than that, a long round has no more than [`MAX_STANDS`].
+/// than that, a long round has no more than [`MAX_STANDS`]. In the debug kernel one takes minutes, so they are farther
+/// apart there, and a round for warming up has none.
 const STAND_EVERY: u64 = 10;
+const STAND_EVERY_SLOW: u64 = 30;
 const MAX_STANDS: u64 = 24;
 /// After how many looks it is told who has not come to a stand: a minute at least. The fifth time, they never will.
 const STAND_LOOKS: u64 = 12_000;
@@ -175,7 +179,7 @@ impl Round {
     /// Until the time is over and all have ended.
     fn supervise(&mut self) -> Result<Sums> {
         let mut end = raw::now() + self.config.seconds * 1000;
-        let stands = (self.config.seconds / STAND_EVERY).clamp(1, MAX_STANDS);
+        let stands = self.stands();
         let pause = self.config.seconds * 1000 / (stands + 1);
         let mut stand_at = raw::now() + pause;
         let mut number = 0;
@@ -220,6 +224,21 @@ impl Round {
             std::thread::sleep(Duration::from_millis(25));
         }
         Ok(sums)
+    }
+
+    /// How often all are to stand still.
+    fn stands(&self) -> u64 {
+        let Config {
+            seconds,
+            slow,
+            warm,
+            ..
+        } = self.config;
+        match (slow, warm) {
+            (1, _) => (seconds / STAND_EVERY).clamp(1, MAX_STANDS),
+            (_, true) => 0,
+            (_, false) => (seconds / STAND_EVERY_SLOW).clamp(1, MAX_STANDS),
+        }
     }
 
     fn look_for_stuck(&self, watch: &mut Watch) -> Result<()> {
