@@ -42,9 +42,8 @@ pub(super) enum Joined {
     Waiting(Checksum),
     /// The page is merged.
     Yes,
-    /// There is none. This is the page's checksum (perhaps [`Checksum::unknown`]), and whether it may be
-    /// mapped elsewhere, too.
-    NoneFits(Checksum, bool),
+    /// There is none. This is the page's checksum (perhaps [`Checksum::unknown`]).
+    NoneFits(Checksum),
     /// Nothing can be done with the page now.
     Hopeless,
     /// The page is not to be merged yet, or is not what it was. It is looked at again anyway.
@@ -172,21 +171,14 @@ impl State {
                 }
             }
         }
-        self.core.lately_merged = 0;
+        self.core.lately = 0;
     }
 
     /// Merges a page for which [`Self::join_all`] found no merged page with the one that waits under its
     /// checksum, or lets it wait.
-    pub(super) fn merge_or_wait(
-        &mut self,
-        hasher: &Hasher,
-        mm: &Mm,
-        place: Place,
-        sum: Checksum,
-        may_be_shared: bool,
-    ) {
-        let (sum, may_be_shared) = if self.may_fit_a_node(sum) {
-            // One of the same batch was merged since; what is published twice stays twice.
+    pub(super) fn merge_or_wait(&mut self, hasher: &Hasher, mm: &Mm, place: Place, sum: Checksum) {
+        let sum = if self.has_news_of(sum) {
+            // Another one of the same batch came before; what is published twice stays twice.
             let Ok(lock) = MmapLock::try_new(mm) else {
                 return self.retry(place);
             };
@@ -194,30 +186,33 @@ impl State {
                 return;
             };
             match self.join_stable(hasher, &vma, place, sum.sample()) {
-                Joined::NoneFits(sum, may_be_shared) => (sum, may_be_shared),
+                Joined::NoneFits(sum) => sum,
                 Joined::Hopeless => return self.retry(place),
                 _ => return,
             }
         } else {
-            (sum, may_be_shared)
+            sum
         };
         match self.core.index.waiting(sum) {
             Some(other) if other == place => {}
-            Some(other) => self.merge_with_waiting(hasher, mm, place, other, sum, may_be_shared),
+            Some(other) => self.merge_with_waiting(hasher, mm, place, other, sum),
             None => self.wait(place, sum),
         }
     }
 
-    /// Whether there is a merged page by now that one which is about to wait under `sum` may be equal to.
-    fn may_fit_a_node(&self, sum: Checksum) -> bool {
-        if self.core.lately_merged & sum.sample().bit() == 0 {
+    /// Whether it is not true any more that there is no merged page for one which is about to wait under `sum`; or
+    /// that all pages with its sample have one content, if `sum` is not known.
+    fn has_news_of(&self, sum: Checksum) -> bool {
+        let (index, sample) = (&self.core.index, sum.sample());
+        if self.core.lately & sample.bit() == 0 {
             return false;
         }
-        let index = &self.core.index;
+        let unknown = Checksum::unknown(sample);
         if sum.is_unknown() {
-            return index.nodes_like(sum.sample()) != NodesLike::None;
+            let is_known = |sum: Checksum| !sum.is_unknown();
+            return index.nodes_like(sample) != NodesLike::None
+                || index.waiting_like(sample).is_some_and(is_known);
         }
-        let unknown = Checksum::unknown(sum.sample());
         index.nodes_with(sum).is_some() || index.nodes_with(unknown).is_some()
     }
 
@@ -397,13 +392,13 @@ impl State {
             NodesLike::Alike(nodes) => match self.join_one_of(vma, place, nodes, Some(hasher)) {
                 Some(Ok(())) => return Joined::Yes,
                 Some(Err(err)) if err != EAGAIN => return Joined::failed(err),
-                None if nodes.sum().is_unknown() => return Joined::NoneFits(unknown, true),
+                None if nodes.sum().is_unknown() => return Joined::NoneFits(unknown),
                 _ => {}
             },
             NodesLike::None => {
                 let waiting = self.core.index.waiting_like(sample);
                 if waiting.is_none_or(Checksum::is_unknown) {
-                    return Joined::NoneFits(unknown, true);
+                    return Joined::NoneFits(unknown);
                 }
             }
             NodesLike::Various => {}
@@ -413,7 +408,6 @@ impl State {
             return Joined::Hopeless;
         };
         let sum = page.checksum(hasher);
-        let may_be_shared = page.may_be_shared();
         drop(page);
         if sum.sample() != sample {
             return self.changed(place, sum.sample());
@@ -425,7 +419,7 @@ impl State {
         match joined {
             Some(Ok(())) => Joined::Yes,
             Some(Err(err)) if err != EAGAIN => Joined::failed(err),
-            _ => Joined::NoneFits(sum, may_be_shared),
+            _ => Joined::NoneFits(sum),
         }
     }
 
@@ -506,7 +500,7 @@ impl State {
     fn merged(&mut self, place: Place, item: ItemBox, key: StableKey) {
         self.core.items = self.core.items.saturating_add(1);
         self.core.try_again();
-        self.core.lately_merged |= key.sum.sample().bit();
+        self.core.lately |= key.sum.sample().bit();
         self.core.index.move_to_stable(key);
         if item.mappings() >= self.core.max_sharing {
             self.core.index.set_full(key);
@@ -537,7 +531,6 @@ impl State {
         place: Place,
         other: Place,
         sum: Checksum,
-        may_be_shared: bool,
     ) {
         let other_mm = self.mms.get(&other.slot).map(|known| known.mm.clone());
         let Some(other_mm) = other_mm else {
@@ -578,52 +571,51 @@ impl State {
             }
             return self.wait(place, sum);
         };
-        if may_be_shared || other_page.is_large() {
-            let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
-                return;
-            };
-            if page.is_same(&other_page) {
-                // Shared by fork: nothing to gain.
-                return;
-            }
-            // A split cannot be undone, so both pages have to be fit for merging, and equal, before either
-            // huge page is split.
-            let large = page.is_large() || other_page.is_large();
-            if large {
-                if Splits::of(self, place).0.keep_whole(&page) {
-                    // It comes by again when it may be split.
-                    return;
-                }
-                if Splits::of(self, other).0.keep_whole(&other_page) {
-                    return self.wait(place, sum);
-                }
-                // References on the other one were counted before there was a second one of ours, if both are
-                // parts of one huge page.
-                if other_page.is_locked() || !other_vma.maps_unmarked(other.addr, &other_page) {
-                    return self.wait(place, sum);
-                }
-                let held = !page.shares_folio_with(&other_page) && page.is_held_by_others();
-                if held || page.is_locked() || !vma.maps_unmarked(place.addr, &page) {
-                    return self.retry(place);
-                }
-            }
-            if (large || sum.is_unknown()) && page.differs_from(&other_page) {
-                if !sum.is_unknown() {
-                    // The other one changed where the sample does not look.
-                    return self.wait(place, sum);
-                }
-                // From now on both need their checksums.
-                let sums = (page.checksum(hasher), other_page.checksum(hasher));
-                drop((page, other_page));
-                return self.part(sum, place, sums.0, other, sums.1);
-            }
-            if page.is_large() && !Splits::of(self, place).0.may_split() {
+        let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
+            return;
+        };
+        if page.is_same(&other_page) {
+            // Shared by fork: nothing to gain.
+            return;
+        }
+        // A split cannot be undone, so both pages have to be fit for merging, and equal, before either
+        // huge page is split.
+        let large = page.is_large() || other_page.is_large();
+        if large {
+            if Splits::of(self, place).0.keep_whole(&page) {
+                // It comes by again when it may be split.
                 return;
             }
-            if other_page.is_large() && !Splits::of(self, other).0.may_split() {
+            if Splits::of(self, other).0.keep_whole(&other_page) {
                 return self.wait(place, sum);
             }
+            // References on the other one were counted before there was a second one of ours, if both are
+            // parts of one huge page.
+            if other_page.is_locked() || !other_vma.maps_unmarked(other.addr, &other_page) {
+                return self.wait(place, sum);
+            }
+            let held = !page.shares_folio_with(&other_page) && page.is_held_by_others();
+            if held || page.is_locked() || !vma.maps_unmarked(place.addr, &page) {
+                return self.retry(place);
+            }
         }
+        if page.differs_from(&other_page) {
+            if !sum.is_unknown() {
+                // The other one changed where the sample does not look.
+                return self.wait(place, sum);
+            }
+            // From now on both need their checksums.
+            let sums = (page.checksum(hasher), other_page.checksum(hasher));
+            drop((page, other_page));
+            return self.part(sum, place, sums.0, other, sums.1);
+        }
+        if page.is_large() && !Splits::of(self, place).0.may_split() {
+            return;
+        }
+        if other_page.is_large() && !Splits::of(self, other).0.may_split() {
+            return self.wait(place, sum);
+        }
+        drop(page);
         drop(other_page);
         let (this, other) = ((&vma, place), (&other_vma, other));
         let result = match self.merge_into_first(hasher, this, other, sum) {
@@ -664,6 +656,9 @@ impl State {
             // The next one does not try it again in vain.
             self.leave_unstable(other, sum);
             self.retry(other);
+            if lru::was_in_the_way() {
+                self.note_batched(other);
+            }
             // A merged page that nobody shares is no gain.
             self.undo_later(place, Some(key));
         }
@@ -680,6 +675,7 @@ impl State {
         other: Place,
         other_sum: Checksum,
     ) {
+        self.core.lately |= unknown.sample().bit();
         self.core.index.stop_waiting(unknown, other);
         for (place, sum) in [(other, other_sum), (place, sum)] {
             let (Some(word), core) = self.word(place) else {

@@ -220,8 +220,9 @@ struct Core {
     born: Instant<Monotonic>,
     /// Pages that were written to soon after they were merged.
     soon_broken: usize,
-    /// The [bits](checksum::Sample::bit) of the pages that were merged since merged pages were last looked for.
-    lately_merged: u64,
+    /// The [bits](checksum::Sample::bit) of pages that were merged, or found to differ from one with their sample, since
+    /// merged pages were last looked for.
+    lately: u64,
     /// Whether VMAs that are not mergeable may have merged pages.
     has_strays: bool,
     /// Whether this pass has found such pages.
@@ -594,7 +595,7 @@ impl State {
                 clock: Clock::new(),
                 born: Instant::now(),
                 soon_broken: 0,
-                lately_merged: 0,
+                lately: 0,
                 has_strays: false,
                 found_strays: false,
                 brought: (false, None),

@@ -485,8 +485,8 @@ impl Engine {
                     CandidateKind::Steady(_, Joined::NoneFits(..)) if is_starved => {
                         state.retry(place)
                     }
-                    CandidateKind::Steady(_, Joined::NoneFits(sum, may_be_shared)) => {
-                        state.merge_or_wait(hasher, mm, place, sum, may_be_shared)
+                    CandidateKind::Steady(_, Joined::NoneFits(sum)) => {
+                        state.merge_or_wait(hasher, mm, place, sum)
                     }
                     CandidateKind::Steady(..) => {}
                     CandidateKind::Unlisted(node) => state.list(mm, place, node),

@@ -87,12 +87,6 @@ impl PageRef {
         unsafe { ffi::rksm_folio_test_large(self.folio()) }
     }
 
-    /// Whether it is mapped more than once, or part of a larger folio.
-    pub(crate) fn may_be_shared(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
-        self.is_large() || unsafe { ffi::rksm_folio_mapcount(self.folio()) } != 1
-    }
-
     /// Whether any page table maps the folio.
     pub(crate) fn is_mapped(&self) -> bool {
         // SAFETY: by the type invariant the folio is valid.
