@@ -98,6 +98,21 @@ pub fn try_wait(pid: libc::pid_t) -> io::Result<Option<(libc::pid_t, Ended)>> {
     Ok(Some((got as libc::pid_t, ended)))
 }
 
+/// Asks after child `pid` as [`try_wait`] does, but leaves it to be reaped.
+pub fn has_ended(pid: u32) -> io::Result<Option<Ended>> {
+    // SAFETY: all zeroes are a value of this type.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: `info` outlives the call.
+    check(unsafe { libc::waitid(libc::P_PID, pid, &mut info, options) }.into())?;
+    // SAFETY: waitid() has filled these in, or left them zero.
+    let (found, status) = unsafe { (info.si_pid(), info.si_status()) };
+    Ok((found != 0).then_some(match info.si_code {
+        libc::CLD_EXITED => Ended::Exit(status),
+        _ => Ended::Signal(status),
+    }))
+}
+
 /// Who forked this process; 0 if not [`fork`].
 static PARENT: AtomicI32 = AtomicI32::new(0);
 

@@ -227,10 +227,14 @@ fn reap(player: &mut Player, wait: bool) -> Act {
                     .store(1, Ordering::Relaxed);
                 sys::kill(child.pid, libc::SIGKILL)?;
             }
-            match sys::try_wait(child.pid)? {
-                Some((_, ended)) => {
+            // We may be killed at any time: with a child that was reaped, but not buried, its ledger and the mailbox
+            // that it may hold would be lost. One that was not reaped is left to the supervisor.
+            match sys::has_ended(child.pid as u32)? {
+                Some(ended) => {
                     let child = player.children.swap_remove(i);
-                    bury(player, &child, ended)?;
+                    let buried = bury(player, &child, ended);
+                    sys::try_wait(child.pid)?;
+                    buried?;
                     reaped = true;
                 }
                 None => i += 1,
