@@ -660,7 +660,8 @@ impl State {
                 self.note_batched(other);
             }
             // A merged page that nobody shares is no gain.
-            self.undo_later(place, Some(key));
+            let id = self.core.index.node(key).and_then(NodeBox::id);
+            self.undo_later(place, id);
         }
         Ok(())
     }
@@ -748,23 +749,28 @@ impl State {
     /// Has the merged page at `place` made an ordinary page again when `state` is unlocked: that takes memory,
     /// which may have to be waited for. If there is no room to remember it, it stays merged, listed with its
     /// node like any other, and is as good a partner for the next equal page.
-    pub(super) fn undo_later(&mut self, place: Place, key: Option<StableKey>) {
-        let _ = self.undo.push_within_capacity((place, key));
+    pub(super) fn undo_later(&mut self, place: Place, node: Option<NodeId>) {
+        let _ = self.undo.push_within_capacity((place, node));
     }
 
-    /// Notes that the page at `place`, which was the only one of the node `key`, is an ordinary page again, and
-    /// lets it wait.
+    /// Whether the page at `place` is still the only one that is listed with `node`.
+    fn is_alone(&mut self, place: Place, node: NodeId) -> bool {
+        let listed = self.word(place).0.and_then(|word| word.listed_with(node));
+        listed.is_some_and(|(_, items)| items == 1)
+    }
+
+    /// Notes that the page at `place`, which was the only one of `node`, is an ordinary page again, and lets it
+    /// wait.
     ///
     /// So it is the other page's turn to be tried first, which costs nothing when that is pinned.
-    fn undone(&mut self, place: Place, key: StableKey) {
-        let id = self.core.index.node(key).and_then(NodeBox::id);
+    fn undone(&mut self, place: Place, node: NodeId) {
         let (Some(word), core) = self.word(place) else {
             return;
         };
         // It may have been forgotten meanwhile, and more.
-        if !matches!(word.state(), PageState::Merged(found) if found.is_some() && found == id) {
+        let Some((key, _)) = word.listed_with(node) else {
             return;
-        }
+        };
         let sample = key.sum.sample();
         // Nobody wrote to it, so that it was merged for so short a time is no strike.
         let print = Print::of(key.sum);
@@ -1010,12 +1016,11 @@ impl Engine {
     pub(super) fn undo_merges(&self) {
         loop {
             let mut state = self.state.lock();
-            let Some((place, key)) = state.undo.pop() else {
+            let Some((place, node)) = state.undo.pop() else {
                 return;
             };
-            let node = key.and_then(|key| state.core.index.node(key));
-            if node.is_some_and(|node| node.items() > 1) {
-                // Others have joined it meanwhile.
+            if node.is_some_and(|node| !state.is_alone(place, node)) {
+                // Others have joined it meanwhile, or it was forgotten, in which case the next look lists it.
                 continue;
             }
             let mm = state.mms.get(&place.slot).map(|known| known.mm.clone());
@@ -1028,8 +1033,8 @@ impl Engine {
                 continue;
             }
             drop(mm);
-            if let Some(key) = key {
-                self.state.lock().undone(place, key);
+            if let Some(node) = node {
+                self.state.lock().undone(place, node);
             }
         }
     }

@@ -25,7 +25,7 @@ mod unlisted;
 
 use crate::mm::{
     intree, kthread,
-    stable::{Detached, ItemBox, NodeBox, NodePage},
+    stable::{Detached, ItemBox, NodeBox, NodeId, NodePage},
     unload,
     word::{PageState, PageWord},
 };
@@ -177,8 +177,8 @@ pub(crate) struct State {
     /// How many of [`Self::mms`] are gone.
     dying: usize,
     /// Merged pages that are to be ordinary ones again: because no other page could be merged with them, in
-    /// which case this is the key of the node; or because they are of no node.
-    undo: KVec<(Place, Option<StableKey>)>,
+    /// which case this is the node, whose key may change; or because they are of no node.
+    undo: KVec<(Place, Option<NodeId>)>,
     /// Pages that were left alone in this pass because a per-CPU LRU batch may hold them.
     batched: KVec<Place>,
     /// The newest address space when all pages were unmerged last.

@@ -751,6 +751,20 @@ impl ItemBox {
             .and_then(|node| NodeId::new(node.as_ptr() as usize))
     }
 
+    /// The key of the node that the item in `word` is listed with, and how many places are known to map the page of that.
+    ///
+    /// # Safety
+    ///
+    /// As for [`ItemBox::node_id_in`].
+    pub(super) unsafe fn node_in(word: NonNull<u8>) -> Option<(StableKey, usize)> {
+        // SAFETY: the item is alive by the caller's promise.
+        let node = unsafe { word.cast::<Item>().as_ref() }.node()?;
+        // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
+        // before it took off all its items.
+        let node = unsafe { node.as_ref() };
+        Some((node.key.get(), node.items.get()))
+    }
+
     /// The sample that the item in `word` was made with.
     ///
     /// # Safety

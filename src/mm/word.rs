@@ -5,6 +5,7 @@
 use super::stable::{ItemBox, NodeId};
 use crate::engine::{
     checksum::{Checksum, Sample, SUM_BITS},
+    index::StableKey,
     probation::{Probation, Strikes},
 };
 use core::ptr::NonNull;
@@ -181,6 +182,18 @@ impl PageWord {
             })),
             _ => PageState::Seen(sample),
         }
+    }
+
+    /// The key of this node, and how many places are known to map its page, if this page is listed with it.
+    pub(crate) fn listed_with(&self, node: NodeId) -> Option<(StableKey, usize)> {
+        let word = self.item_word()?;
+        // SAFETY: by the type invariant the item was not given back yet.
+        let found = unsafe { ItemBox::node_id_in(word) };
+        if found != Some(node) {
+            return None;
+        }
+        // SAFETY: as above.
+        unsafe { ItemBox::node_in(word) }
     }
 
     /// The sample that the page had when it was seen last, or when it was merged.
