@@ -283,15 +283,15 @@ impl<'a> MergeableVma<'a> {
     /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
     /// not there any more; with `E2BIG` if it is part of a huge page that `splits` wants whole. Of a page that
     /// is shared over a fork, see [`LockedPage::refuse_strangers`] for `EMLINK` and `EBUSY`. When nobody can write
-    /// to it any more, it has to be what it `is_still` thought to be, or else the result is `EAGAIN`. Takes the
-    /// folio lock and a page-table lock.
+    /// to it any more, it has to be what it `is_still` thought to be, or else the result is `EAGAIN`; a part of a
+    /// huge page is asked before that is split, too. Takes the folio lock and a page-table lock.
     pub(crate) fn publish(
         &self,
         addr: usize,
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
-        is_still: impl FnOnce(&PageRef) -> bool,
+        is_still: impl Fn(&PageRef) -> bool,
         splits: &mut dyn SplitPolicy,
     ) -> Result<Published> {
         let pfn = page.pfn();
@@ -306,11 +306,14 @@ impl<'a> MergeableVma<'a> {
         page: PageRef,
         node: &NodeBox,
         item: &mut ItemBox,
-        is_still: impl FnOnce(&PageRef) -> bool,
+        is_still: impl Fn(&PageRef) -> bool,
         splits: &mut dyn SplitPolicy,
     ) -> Result<Published> {
         let page = lock_plain(page)?;
-        let fits = || page.refuse_strangers(self, addr).map(drop);
+        let fits = || match is_still(&page) {
+            true => page.refuse_strangers(self, addr).map(drop),
+            false => Err(EAGAIN),
+        };
         self.make_small(addr, &page, fits, splits)?;
         // Asked before `write_protect` sees the page mapped here: at any time after that we may give it up, and
         // the only mapping be a relative's.
