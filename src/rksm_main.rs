@@ -6,11 +6,12 @@
 //! that stays off. See `Documentation/architecture.md`.
 
 pub mod abi;
-mod engine;
+mod hash;
+mod ksm;
 mod mm;
 
-use engine::Engine;
 use kernel::prelude::*;
+use ksm::Engine;
 use mm::{hotplug, intree, kthread::Kthread, lru, sysfs::Shown, unload};
 
 module! {

@@ -3,10 +3,8 @@
 //! Owned references to pages of user memory, and the folio lock.
 
 use super::{ffi, lru, stable::NodeId, vma::MergeableVma};
-use crate::engine::{
-    checksum::{Checksum, Hasher, Sample, LINES, LINE_WORDS, PAGE_WORDS},
-    index::StableKey,
-};
+use crate::hash::{Checksum, Hasher, Sample, LINES, LINE_WORDS, PAGE_WORDS};
+use crate::ksm::index::StableKey;
 use core::{cell::Cell, marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
 use kernel::{bindings, error::to_result, prelude::*};
 

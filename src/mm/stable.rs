@@ -21,10 +21,10 @@ use super::{
     trace,
     vma::MergeableVma,
 };
+use crate::hash::Sample;
 use crate::{
     abi::layout::*,
-    engine::{
-        checksum::Sample,
+    ksm::{
         index::StableKey,
         probation::{Strikes, BEAT_BITS},
     },
@@ -671,7 +671,7 @@ impl ItemBox {
     pub(crate) const SIZE: usize = size_of::<Item>();
 
     /// An item that is on no list, for a page with this sample that is merged in this beat (see
-    /// [`Clock`](crate::engine::probation::Clock)).
+    /// [`Clock`](crate::ksm::probation::Clock)).
     pub(crate) fn new(sample: Sample, beat: u32, flags: Flags) -> Result<Self> {
         let item = Item {
             abi: UnsafeCell::new([0; ITEM_WORDS]),

@@ -12,7 +12,7 @@ use super::{
     vma::MergeableVma,
     word::PageWord,
 };
-use crate::engine::checksum::{Hasher, Sample};
+use crate::hash::{Hasher, Sample};
 use core::ptr::{self, NonNull};
 use kernel::{
     bindings,

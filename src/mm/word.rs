@@ -3,8 +3,8 @@
 //! What the engine remembers of one page, in one machine word.
 
 use super::stable::{ItemBox, NodeId};
-use crate::engine::{
-    checksum::{Checksum, Sample, SUM_BITS},
+use crate::hash::{Checksum, Sample, SUM_BITS};
+use crate::ksm::{
     index::StableKey,
     probation::{Probation, Strikes},
 };

@@ -7,11 +7,12 @@
 //! a buffer of 1 GiB, much larger than any cache. Pages do not depend on each other, so the processor
 //! fetches several at a time, as it does when the module walks a page table.
 
-#[path = "../src/engine.rs"]
-mod engine;
+#[path = "../../../src/hash.rs"]
+#[allow(dead_code, clippy::style, clippy::precedence)]
+mod hash;
 
 use criterion::{criterion_group, criterion_main, Criterion};
-use engine::checksum::{Hasher, LINE_WORDS, PAGE_WORDS, SEED_WORDS};
+use hash::{Hasher, LINE_WORDS, PAGE_WORDS, SEED_WORDS};
 use kernel::testing::Random;
 use std::{alloc::Layout, hint::black_box, time::Duration};
 use twox_hash::{XxHash3_64, XxHash64};

@@ -6,19 +6,22 @@
 //! Keys come at random, as checksums do, so the larger trees are not in any cache. The page map is
 //! gone through in the order of addresses, as the scan does.
 
-#[path = "../src/engine.rs"]
-mod engine;
+#[path = "../../../src/hash.rs"]
+#[allow(dead_code, clippy::style, clippy::precedence)]
+mod hash;
+#[path = "../src/ksm.rs"]
+mod ksm;
 
 use criterion::{
     criterion_group, criterion_main, measurement::WallTime, BenchmarkGroup, BenchmarkId, Criterion,
 };
-use engine::{
-    checksum::{Checksum, Sample},
+use hash::{Checksum, Sample};
+use kernel::{alloc::flags::GFP_NOWAIT, page::PAGE_SIZE, testing::Random};
+use ksm::{
     filter::Filter,
     index::{Index, Place, StableKey},
-    pagemap::{Found, PageMap},
+    page_map::{Found, PageMap},
 };
-use kernel::{alloc::flags::GFP_NOWAIT, page::PAGE_SIZE, testing::Random};
 use std::{
     hint::black_box,
     time::{Duration, Instant},

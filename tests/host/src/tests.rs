@@ -3,15 +3,15 @@
 //! The tests, a file for each file of the module.
 
 mod advisor;
-mod checksum;
 mod counted;
+mod cursor;
 mod deferred;
 mod filter;
+mod hash;
 mod index;
-mod pagemap;
-mod position;
+mod mms;
+mod page_map;
 mod probation;
-mod registry;
 mod standin;
 mod unlisted;
 

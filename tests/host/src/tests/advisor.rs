@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/advisor.rs`: the advice, against the formulas in exact numbers.
+//! Tests of `ksm/advisor.rs`: the advice, against the formulas in exact numbers.
 
-use crate::engine::advisor::{Advice, Advisor, DEFAULT_PAGES_TO_SCAN};
+use crate::ksm::advisor::{Advice, Advisor, DEFAULT_PAGES_TO_SCAN};
 use proptest::prelude::*;
 
 const SECOND: u64 = 1000;

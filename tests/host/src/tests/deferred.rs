@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/deferred.rs`.
+//! Tests of `ksm/deferred.rs`.
 
-use crate::engine::deferred::Deferred;
+use crate::ksm::deferred::Deferred;
 
 /// They come out in the order in which they went in; what is too many is dropped.
 #[test]

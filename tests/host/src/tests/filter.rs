@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/filter.rs`: against plain counts.
+//! Tests of `ksm/filter.rs`: against plain counts.
 
-use crate::engine::{checksum::Sample, filter::Filter};
+use crate::{hash::Sample, ksm::filter::Filter};
 use kernel::{
     error::code::ENOMEM,
     testing::{failing, live, watch, Events, Live, Plan, Random},

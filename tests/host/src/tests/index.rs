@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/index.rs`: against plain maps.
+//! Tests of `ksm/index.rs`: against plain maps.
 
 use super::counted::{Counted, Ledger};
-use crate::engine::{
-    checksum::{Checksum, Sample, SUM_BITS},
-    index::{Index, Nodes, NodesLike, Place, StableKey, MAX_COMPARES},
-};
+use crate::hash::{Checksum, Sample, SUM_BITS};
+use crate::ksm::index::{Index, Nodes, NodesLike, Place, StableKey, MAX_COMPARES};
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     error::code::{ENOENT, ENOMEM},

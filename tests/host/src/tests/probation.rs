@@ -2,10 +2,8 @@
 
 //! Tests of how long a page that was written to soon after it was merged has to hold still.
 
-use crate::engine::{
-    checksum::{Checksum, Sample},
-    probation::{is_soon, Clock, Print, Probation, Strikes, Verdict, BEAT_BITS},
-};
+use crate::hash::{Checksum, Sample};
+use crate::ksm::probation::{is_soon, Clock, Print, Probation, Strikes, Verdict, BEAT_BITS};
 use proptest::prelude::*;
 
 fn sum(content: u64) -> Checksum {

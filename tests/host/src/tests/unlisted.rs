@@ -2,7 +2,7 @@
 
 //! Tests of the set of leaves that may have merged pages without items.
 
-use crate::engine::unlisted::Unlisted;
+use crate::ksm::unlisted::Unlisted;
 use kernel::testing::Random;
 use std::collections::HashSet;
 

@@ -12,9 +12,9 @@
 //!
 //! | step | in the module |
 //! | --- | --- |
-//! | `Scan::Turn`, `Scan::Look` | `Engine::step_mm`, `State::absorb` (src/engine/scan.rs) |
-//! | `Scan::Drop` | `Core::detach` (src/engine/mod.rs), `ItemBox::detach` (src/mm/stable.rs) |
-//! | `Scan::List` | `State::list` (src/engine/merge.rs) |
+//! | `Scan::Turn`, `Scan::Look` | `Engine::step_mm`, `State::absorb` (src/ksm/scan.rs) |
+//! | `Scan::Drop` | `Core::detach` (src/ksm/mod.rs), `ItemBox::detach` (src/mm/stable.rs) |
+//! | `Scan::List` | `State::list` (src/ksm/merge.rs) |
 //! | `Scan::Relatives`, `Scan::Publish`, `Scan::Join` | `State::merge_into_first` |
 //! | `Scan::Undo` … `Scan::UndoLook` | `State::undo` |
 //! | `RunTwo` | `Engine::unmerge_all` |

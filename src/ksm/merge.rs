@@ -6,14 +6,14 @@
 //! way, memory stays as it was, and the page is looked at again in a later pass.
 
 use super::{
-    checksum::{Checksum, Hasher, Sample},
     index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
     metadata::gfp_inherited,
-    pagemap::{Found, Moment, PageMap},
+    page_map::{Found, Moment, PageMap},
     probation::{Print, Probation, Verdict},
     scan::{known_mm, seconds_since, Candidate, CandidateKind, Cursor},
     Core, Engine, Forget, MmState, Released, State, GFP_SCAN, LIMBO_SWEEP,
 };
+use crate::hash::{Checksum, Hasher, Sample};
 use crate::mm::{
     folio::{LockedPage, PageRef},
     intree, lru, memcg,

@@ -4,7 +4,7 @@
 
 use super::LEAF;
 use crate::{
-    engine::pagemap::{Found, LeafCursor, PageMap},
+    ksm::page_map::{Found, LeafCursor, PageMap},
     tests::counted::{Counted, Ledger},
 };
 use kernel::{

@@ -3,16 +3,16 @@
 //! The scan: one pass after the other over all mergeable pages, some pages at a time.
 
 use super::{
-    checksum::{Checksum, Sample},
+    cursor::Position,
     deferred::Deferred,
     index::{NodesLike, Place, SlotId},
     merge::Joined,
     metadata::gfp_mapping,
-    pagemap::{Found, PageMap, Pass},
-    position::Position,
+    page_map::{Found, PageMap, Pass},
     probation::{Print, Probation},
     run, Core, Engine, Forget, MmState, State, GFP_SCAN,
 };
+use crate::hash::{Checksum, Sample};
 use crate::mm::{
     kthread::Current,
     lru, memcg,

@@ -2,7 +2,7 @@
 
 //! Which samples more than one page has.
 
-use super::checksum::Sample;
+use crate::hash::Sample;
 use core::mem::size_of;
 use kernel::{alloc::KVVec, prelude::*};
 

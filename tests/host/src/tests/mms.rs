@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/registry.rs`: against plain maps, and against the reference counts.
+//! Tests of `ksm/mms.rs`: against plain maps, and against the reference counts.
 
-use crate::engine::registry::{Registry, Reservation};
+use crate::ksm::mms::{Registry, Reservation};
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     error::code::ENOMEM,

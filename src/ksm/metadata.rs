@@ -9,7 +9,8 @@
 //! process that it was made for, and serves all groups that map its page. There is a bounded number of bytes
 //! of it for each page frame, and page frames are charged.
 
-use super::{checksum::Sample, Core, GFP_SCAN};
+use super::{Core, GFP_SCAN};
+use crate::hash::Sample;
 use crate::mm::{
     memcg::{accounted, charge},
     stable::ItemBox,

@@ -20,7 +20,7 @@ pub(super) struct Pace {
 }
 
 /// How many quick passes follow one that was kept apart: so many that most of them skip what does not change, see
-/// [`Age`](super::pagemap). In-tree KSM would do thousands meanwhile.
+/// [`Age`](super::page_map). In-tree KSM would do thousands meanwhile.
 const QUICK_PASSES: u8 = 32;
 
 /// How many pages a quick pass has, at most.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/checksum.rs`.
+//! Tests of `hash.rs`.
 
-use crate::engine::checksum::{
+use crate::hash::{
     Checksum, Hasher, Sample, FULL_BITS, LINES, LINE_WORDS, PAGE_WORDS, SEED_WORDS, SUM_BITS,
 };
 use kernel::testing::Random;

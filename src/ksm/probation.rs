@@ -7,7 +7,7 @@
 //! A page with strikes is on *probation*: it is merged again only after its full checksum has held, and the more
 //! strikes it has, the longer that must be.
 
-use super::checksum::Checksum;
+use crate::hash::Checksum;
 
 /// A write within so many beats (see [`Clock`]) after a merge comes too soon.
 const SOON_BEATS: u32 = 4;

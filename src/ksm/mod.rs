@@ -5,24 +5,24 @@
 //! Safe code only; everything that touches memory of others goes through [`crate::mm`].
 
 mod advisor;
-pub(crate) mod checksum;
+mod cursor;
 pub(crate) mod deferred;
 mod filter;
-mod hotplug;
 pub(crate) mod index;
-mod knobs;
 mod limits;
 mod merge;
 mod metadata;
+mod mms;
+mod offline;
 mod pace;
-mod pagemap;
-mod position;
+mod page_map;
 pub(crate) mod probation;
-mod registry;
 mod scan;
 mod stats;
+mod sysfs;
 mod unlisted;
 
+use crate::hash::{Hasher, Sample, Zeroes};
 use crate::mm::{
     intree, kthread,
     stable::{Detached, ItemBox, NodeBox, NodeId, NodePage},
@@ -30,7 +30,6 @@ use crate::mm::{
     word::{PageState, PageWord},
 };
 use advisor::Advisor;
-use checksum::{Hasher, Sample, Zeroes};
 use core::cell::Cell;
 use filter::Filter;
 use index::{Index, Place, SlotId, StableKey};
@@ -48,10 +47,10 @@ use kernel::{
     task::Task,
     time::{Instant, Monotonic},
 };
+use mms::{Registry, Reservation};
 use pace::Pace;
-use pagemap::PageMap;
+use page_map::PageMap;
 use probation::{Clock, Print, Probation, Strikes};
-use registry::{Registry, Reservation};
 use stats::Stats;
 use unlisted::Unlisted;
 
@@ -73,7 +72,7 @@ pub(crate) mod run {
 ///
 /// Locks, in the order in which they are taken:
 ///
-/// 0. those of memory hotplug, held around a [`hotplug`] notification,
+/// 0. those of memory hotplug, held around a [`offline`] notification,
 /// 1. `state` (the whole index and all that is known of pages),
 /// 2. `mmap_lock` of one registered mm, or of two, for reading: only tried, never waited for,
 /// 3. the folio lock of a merged page, then of the page to be merged into it: only tried,
@@ -220,7 +219,7 @@ struct Core {
     born: Instant<Monotonic>,
     /// Pages that were written to soon after they were merged.
     soon_broken: usize,
-    /// The [bits](checksum::Sample::bit) of pages that were merged, or found to differ from one with their sample, since
+    /// The [bits](Sample::bit) of pages that were merged, or found to differ from one with their sample, since
     /// merged pages were last looked for.
     lately: u64,
     /// Whether VMAs that are not mergeable may have merged pages.
@@ -281,13 +280,13 @@ impl Engine {
                 left_chores: Atomic::new(false),
                 run: Atomic::new(run::STOP),
                 pages_to_scan: Atomic::new(advisor::DEFAULT_PAGES_TO_SCAN),
-                sleep_millisecs: Atomic::new(knobs::DEFAULT_SLEEP_MILLISECS),
+                sleep_millisecs: Atomic::new(sysfs::DEFAULT_SLEEP_MILLISECS),
                 smart_scan: Atomic::new(1),
                 merge_eagerly: Atomic::new(0),
-                pass_millisecs: Atomic::new(knobs::DEFAULT_PASS_MILLISECS),
+                pass_millisecs: Atomic::new(sysfs::DEFAULT_PASS_MILLISECS),
                 use_zero_pages: Atomic::new(0),
-                max_page_sharing: Atomic::new(knobs::DEFAULT_MAX_PAGE_SHARING),
-                stable_node_chains_prune_millisecs: Atomic::new(knobs::DEFAULT_PRUNE_MILLISECS),
+                max_page_sharing: Atomic::new(sysfs::DEFAULT_MAX_PAGE_SHARING),
+                stable_node_chains_prune_millisecs: Atomic::new(sysfs::DEFAULT_PRUNE_MILLISECS),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
                 hashers: {
@@ -584,7 +583,7 @@ impl State {
                 filter_failed: None,
                 zeroes: None,
                 by_node: false,
-                max_sharing: knobs::DEFAULT_MAX_PAGE_SHARING as usize,
+                max_sharing: sysfs::DEFAULT_MAX_PAGE_SHARING as usize,
                 items: 0,
                 pages: 0,
                 steady: 0,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/position.rs`: passes over a registry in which address spaces come and go, against a
+//! Tests of `ksm/cursor.rs`: passes over a registry in which address spaces come and go, against a
 //! plain list of who is to have a turn.
 
-use crate::engine::{
-    position::Position,
-    registry::{Registry, Reservation},
+use crate::ksm::{
+    cursor::Position,
+    mms::{Registry, Reservation},
 };
 use kernel::{
     alloc::flags::GFP_NOWAIT,

@@ -8,7 +8,7 @@
 //! As long as no two pages with the same sample are known to differ, nobody computes the checksum: they
 //! are all entered under [`Checksum::unknown`].
 
-use super::checksum::{Checksum, Sample};
+use crate::hash::{Checksum, Sample};
 use core::mem::size_of;
 use kernel::{
     alloc::Flags,

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `engine/pagemap/`: against a map of the standard library.
+//! Tests of `ksm/page_map/`: against a map of the standard library.
 
 mod pair;
 
 use super::counted::Counted;
-use crate::engine::{
-    pagemap::{Found, Moment, PageMap, Pass},
+use crate::ksm::{
+    page_map::{Found, Moment, PageMap, Pass},
     unlisted::Unlisted,
 };
 use kernel::{
