@@ -7,12 +7,15 @@
 
 pub mod abi;
 mod hash;
+mod intree;
 mod ksm;
 mod mm;
+mod sys;
 
 use kernel::prelude::*;
 use ksm::Engine;
-use mm::{hotplug, intree, kthread::Kthread, lru, sysfs::Shown, unload};
+use mm::lru;
+use sys::{kthread::Kthread, memory_notifier, module_pin, sysfs::Shown};
 
 module! {
     type: Rksm,
@@ -29,19 +32,28 @@ struct Rksm {
     _probes: intree::Probes<Engine>,
     _thread: Kthread<Engine>,
     _drains: lru::Drains,
-    _hotplug: hotplug::Registration<Engine>,
-    _explainer: Option<unload::Explainer>,
+    _hotplug: memory_notifier::Registration<Engine>,
+    _explainer: Option<module_pin::Explainer>,
     _blocked: intree::Blocked,
+}
+
+/// Checks, while the module is being initialised, that the static data that it will change is not
+/// read-only. What is gets named in the log.
+///
+/// Fails with `ENOEXEC`.
+fn check_writable(module: &'static ThisModule) -> Result {
+    let (intree, unload) = (intree::check_writable(), module_pin::check_writable(module));
+    intree.and(unload)
 }
 
 impl kernel::Module for Rksm {
     fn init(module: &'static ThisModule) -> Result<Self> {
-        mm::abi::check_build()?;
-        mm::abi::check()?;
-        mm::check_writable(module)?;
+        abi::check::check_build()?;
+        abi::check::check()?;
+        check_writable(module)?;
         let blocked = intree::Blocked::new()?;
         let engine = Engine::new(module)?;
-        let hotplug = hotplug::Registration::new(engine.clone())?;
+        let hotplug = memory_notifier::Registration::new(engine.clone())?;
         let drains = lru::Drains::new();
         let thread = Kthread::spawn(engine.clone())?;
         engine.set_waker(thread.waker());
@@ -55,7 +67,7 @@ impl kernel::Module for Rksm {
             _thread: thread,
             _drains: drains,
             _hotplug: hotplug,
-            _explainer: unload::Explainer::new(),
+            _explainer: module_pin::Explainer::new(),
             _blocked: blocked,
         })
     }

@@ -7,6 +7,7 @@
 pub mod btf;
 #[allow(dead_code)]
 pub mod buildid;
+pub(crate) mod check;
 #[allow(dead_code)]
 pub mod signature;
 

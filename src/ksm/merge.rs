@@ -14,9 +14,10 @@ use super::{
     Core, Engine, Forget, MmState, Released, State, GFP_SCAN, LIMBO_SWEEP,
 };
 use crate::hash::{Checksum, Hasher, Sample};
+use crate::intree;
 use crate::mm::{
     folio::{LockedPage, PageRef},
-    intree, lru, memcg,
+    lru, memcg,
     mmap_lock::{MmapLock, NotLocked},
     stable::{ItemBox, NodeBox, NodeId, NodePage},
     vma::{is_abandoned, MergeableVma, Next, Published, SplitPolicy, Unmerged, Which, HOLD_VMAS},

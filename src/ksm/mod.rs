@@ -23,11 +23,13 @@ mod sysfs;
 mod unlisted;
 
 use crate::hash::{Hasher, Sample, Zeroes};
-use crate::mm::{
-    intree, kthread,
-    stable::{Detached, ItemBox, NodeBox, NodeId, NodePage},
-    unload,
-    word::{PageState, PageWord},
+use crate::{
+    intree,
+    mm::{
+        stable::{Detached, ItemBox, NodeBox, NodeId, NodePage},
+        word::{PageState, PageWord},
+    },
+    sys::{kthread, module_pin},
 };
 use advisor::Advisor;
 use core::cell::Cell;
@@ -240,7 +242,7 @@ struct Core {
     pruned: Option<StableKey>,
     /// When it began at the beginning last; `None` before the first time.
     prune_began: Option<Instant<Monotonic>>,
-    pin: unload::Pin,
+    pin: module_pin::Pin,
 }
 
 /// How far freeing the nodes whose pages are gone has come: in which tree, and behind which node.
@@ -604,7 +606,7 @@ impl State {
                 swept: None,
                 pruned: None,
                 prune_began: None,
-                pin: unload::Pin::new(module),
+                pin: module_pin::Pin::new(module),
             },
             scratch: Some(KBox::init(scan::Scratch::init(), GFP_KERNEL)?),
             cursor: scan::Cursor::new(),

@@ -14,7 +14,6 @@ use super::{
 };
 use crate::hash::{Checksum, Sample};
 use crate::mm::{
-    kthread::Current,
     lru, memcg,
     mmap_lock::{MmapLock, NotLocked},
     stable::NodeId,
@@ -23,6 +22,7 @@ use crate::mm::{
     walk::{self, Batch, Seen, BATCH_PAGES},
     word::{PageState, PageWord},
 };
+use crate::sys::kthread::Current;
 use kernel::{
     mm::Mm,
     page::PAGE_SIZE,

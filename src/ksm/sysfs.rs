@@ -5,7 +5,7 @@
 //! are rksm's own.
 
 use super::{run, Engine};
-use crate::mm::{
+use crate::sys::{
     oom::OomOrigin,
     sysfs::{only_einval, Directory, Input, Knob},
 };

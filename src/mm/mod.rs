@@ -2,8 +2,9 @@
 
 //! Safe abstractions over the kernel's memory management, for an engine that merges pages.
 //!
-//! All `unsafe` code of the module is in this directory. C is only in `shim.c`, for what bindgen
-//! cannot reach. What is used of the kernel but not exported stands in `symbols.klp`; what is used of
+//! `unsafe` code of the module is in this directory, in [`crate::sys`], [`crate::intree`] and
+//! [`crate::abi::check`] only. C is only in `shim.c`, for what bindgen cannot reach. What is used of the
+//! kernel but not exported stands in `abi/symbols.klp`; what is used of
 //! structures that are private to mm/ksm.c comes from the target kernel's BTF ([`crate::abi::layout`]).
 //!
 //! Locks, in the order in which they are taken here:
@@ -14,36 +15,19 @@
 //! 3. MMU notifier sections ([`pte::NotifierRange`]),
 //! 4. a page-table lock ([`pte::PteLock`], [`walk`]).
 
-pub(crate) mod abi;
-mod ffi;
+pub(crate) mod ffi;
 pub(crate) mod folio;
-pub(crate) mod hotplug;
-pub(crate) mod intree;
-pub(crate) mod kthread;
 pub(crate) mod lru;
 pub(crate) mod memcg;
 pub(crate) mod mmap_lock;
-pub(crate) mod oom;
-mod patch;
 mod pte;
 pub(crate) mod stable;
-pub(crate) mod sysfs;
 pub(crate) mod trace;
-pub(crate) mod unload;
 pub(crate) mod vma;
 pub(crate) mod walk;
 pub(crate) mod word;
 
-use kernel::{bindings, mm::Mm, page::PAGE_SIZE, prelude::*};
-
-/// Checks, while the module is being initialised, that the static data that it will change is not
-/// read-only. What is gets named in the log.
-///
-/// Fails with `ENOEXEC`.
-pub(crate) fn check_writable(module: &'static ThisModule) -> Result {
-    let (intree, unload) = (intree::check_writable(), unload::check_writable(module));
-    intree.and(unload)
-}
+use kernel::{bindings, mm::Mm, page::PAGE_SIZE};
 
 /// Words that nobody can know.
 pub(crate) fn random_words<const N: usize>() -> [u64; N] {

@@ -1058,7 +1058,7 @@ bool rksm_module_pinned(struct module *mod)
 	return !READ_ONCE(mod->exit);
 }
 
-/* src/mm/unload.rs */
+/* src/sys/module_pin.rs */
 void rksm_unload_attempt(unsigned long name);
 
 /* Without a trace in the audit log: it is not we who decide. */

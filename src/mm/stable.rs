@@ -179,7 +179,7 @@ impl StableNode {
             let kpfn = self.kpfn();
             // SAFETY: returns null for a pfn that is not in an online section. That the section stays
             // in the memory map while it is looked at, without the lock of memory hotplug, is what
-            // `super::hotplug` is about: the engine frees this node under its mutex, which our caller
+            // `crate::sys::memory_notifier` is about: the engine frees this node under its mutex, which our caller
             // holds, before the kernel goes on to take away the section of `kpfn`.
             let folio = unsafe { ffi::rksm_pfn_folio(kpfn) };
             if let Some(folio) = NonNull::new(folio) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The list files: `src/mm/symbols.klp` and `src/abi/structs.list`.
+//! The list files: `src/abi/symbols.klp` and `src/abi/structs.list`.
 //!
 //! One name a line; `#` starts a comment; blank lines do not count.
 

@@ -3,11 +3,11 @@
 //! The load-time check: whether this kernel is the build that the module was made for, and whether the
 //! interfaces that are used look in its own BTF as they did there.
 
-use super::ffi;
-use crate::abi::{
+use super::{
     btf::{Blob, Btf},
     buildid, layout, signature,
 };
+use crate::mm::ffi;
 use kernel::{alloc::KVVec, fmt, prelude::*};
 
 /// The running kernel's BTF.

@@ -2,7 +2,7 @@
 
 //! A freezable kernel thread that works for a shared object.
 
-use super::ffi;
+use crate::mm::ffi;
 use core::ptr::NonNull;
 use kernel::{
     bindings,

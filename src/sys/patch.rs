@@ -5,7 +5,7 @@
 //! A plain store there would be an oops. The kernel's exception table catches this one, so that the
 //! module can refuse to load instead.
 
-use super::ffi;
+use crate::mm::ffi;
 use kernel::{error::to_result, prelude::*};
 
 /// Writes a word, or fails with `EFAULT` if it is read-only.
@@ -13,7 +13,7 @@ use kernel::{error::to_result, prelude::*};
 /// # Safety
 ///
 /// `at` is aligned and valid for reads, and a write of `value` to it does no harm.
-pub(super) unsafe fn write(at: *mut usize, value: usize) -> Result {
+pub(crate) unsafe fn write(at: *mut usize, value: usize) -> Result {
     // SAFETY: The caller vouches for the write. A fault that it takes is caught.
     to_result(unsafe { ffi::rksm_store_word(at, value) })
 }
@@ -23,7 +23,7 @@ pub(super) unsafe fn write(at: *mut usize, value: usize) -> Result {
 /// # Safety
 ///
 /// `at` is aligned and valid for reads, and nobody else changes the word while this runs.
-pub(super) unsafe fn is_writable(at: *mut usize) -> bool {
+pub(crate) unsafe fn is_writable(at: *mut usize) -> bool {
     // SAFETY: By the caller's promise the word can be read, and the write changes nothing.
     unsafe { write(at, at.read_volatile()) }.is_ok()
 }

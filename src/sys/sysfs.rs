@@ -2,7 +2,7 @@
 
 //! A directory of knobs in `/sys/kernel/mm/`.
 
-use super::ffi;
+use crate::mm::ffi;
 use core::{
     fmt::{self, Write},
     ptr::{self, NonNull},
@@ -133,13 +133,13 @@ pub(crate) fn only_einval(_: Error) -> Error {
 }
 
 /// The kobject of `/sys/kernel/mm`.
-pub(super) fn mm_kobj() -> *mut bindings::kobject {
+pub(crate) fn mm_kobj() -> *mut bindings::kobject {
     // SAFETY: set at boot and never changed.
     unsafe { ffi::rksm_mm_kobj() }
 }
 
 /// The attribute behind `/sys/kernel/mm/<group>/<file>`, made by `kobj_attribute`.
-pub(super) fn find_mm_attribute(
+pub(crate) fn find_mm_attribute(
     group: &CStr,
     file: &CStr,
 ) -> Option<NonNull<bindings::kobj_attribute>> {

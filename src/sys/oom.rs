@@ -2,7 +2,7 @@
 
 //! Who is to blame when memory runs out.
 
-use super::ffi;
+use crate::mm::ffi;
 use kernel::types::NotThreadSafe;
 
 /// While this lives, the OOM killer picks the current task first.

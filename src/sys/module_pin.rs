@@ -2,13 +2,13 @@
 
 //! Refusing to be unloaded while merged pages exist.
 
-use super::ffi;
+use crate::mm::ffi;
 use kernel::{error::to_result, pr_err_once, prelude::*};
 
 /// Checks that the module will be able to refuse to be unloaded. Called while it is being initialised.
 ///
 /// Fails with `ENOEXEC` and a line in the log.
-pub(super) fn check_writable(module: &'static ThisModule) -> Result {
+pub(crate) fn check_writable(module: &'static ThisModule) -> Result {
     // SAFETY: The module is ours, and is being initialised.
     if unsafe { ffi::rksm_module_can_pin(module.as_ptr()) } {
         return Ok(());

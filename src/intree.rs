@@ -3,8 +3,11 @@
 //! Living beside in-tree KSM: its registrations are ours too, and its engine stays off while we are
 //! loaded, because each engine would take the other's stable nodes for its own.
 
-use super::{ffi, patch, sysfs};
-use core::ptr::{self, NonNull};
+use crate::{
+    mm::ffi,
+    sys::{patch, sysfs, tracepoint::find_tracepoint},
+};
+use core::ptr::NonNull;
 use kernel::{
     bindings,
     error::to_result,
@@ -152,34 +155,6 @@ unsafe extern "C" fn on_exit<T: Listener>(data: *mut c_void, mm: *mut c_void) {
     listener.exit(mm);
 }
 
-fn find_tracepoint(name: &CStr) -> Option<NonNull<bindings::tracepoint>> {
-    struct Search<'a> {
-        name: &'a CStr,
-        found: *mut bindings::tracepoint,
-    }
-
-    /// # Safety
-    ///
-    /// `data` is a `Search`, `tracepoint` is valid.
-    unsafe extern "C" fn look(tracepoint: *mut bindings::tracepoint, data: *mut c_void) {
-        // SAFETY: the caller's promise; tracepoints have names.
-        unsafe {
-            let search = &mut *data.cast::<Search<'_>>();
-            if CStr::from_char_ptr((*tracepoint).name) == search.name {
-                search.found = tracepoint;
-            }
-        }
-    }
-
-    let mut search = Search {
-        name,
-        found: ptr::null_mut(),
-    };
-    // SAFETY: `look` takes what it is given.
-    unsafe { bindings::for_each_kernel_tracepoint(Some(look), (&raw mut search).cast()) };
-    NonNull::new(search.found)
-}
-
 /// A C string for a log line.
 struct Text<'a>(&'a CStr);
 
@@ -243,7 +218,7 @@ fn run_attribute() -> Result<NonNull<bindings::kobj_attribute>> {
 /// Checks that what keeps the in-tree engine off can be written. What cannot is named in the log.
 ///
 /// Fails with `ENOEXEC`, and `ENOENT` without in-tree KSM.
-pub(super) fn check_writable() -> Result {
+pub(crate) fn check_writable() -> Result {
     let attr = run_attribute()?;
     // SAFETY: The attribute is static data of the kernel, and nobody but `Blocked` changes its handlers.
     let handler = unsafe { patch::is_writable(store_word(attr)) };

@@ -13,7 +13,7 @@
 //! reading): these are outside all locks of this module. Nothing that takes one of them may be called
 //! with a lock held that the listener takes.
 
-use super::ffi;
+use crate::mm::ffi;
 use core::ops::Range;
 use kernel::{
     bindings,
