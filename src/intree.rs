@@ -35,7 +35,7 @@ pub(crate) trait Listener: Send + Sync {
     fn exit(&self, mm: &Mm);
 }
 
-// shim.c walks the in-tree registrations as a list of their first member.
+// helpers/intree.c walks the in-tree registrations as a list of their first member.
 const _: () = assert!(crate::abi::layout::KSM_MM_SLOT_SLOT == 0);
 
 /// Calls `enter` for every address space that in-tree KSM has registered. It must not sleep.

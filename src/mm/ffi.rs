@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Declarations of the functions in `shim.h`, made by bindgen from that header (see `Kbuild`).
+//! Declarations of the functions in `helpers/shim.h`, made by bindgen from that header (see `Kbuild`).
 
 #![allow(
     clippy::all,

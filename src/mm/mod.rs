@@ -3,7 +3,7 @@
 //! Safe abstractions over the kernel's memory management, for an engine that merges pages.
 //!
 //! `unsafe` code of the module is in this directory, in [`crate::sys`], [`crate::intree`] and
-//! [`crate::abi::check`] only. C is only in `shim.c`, for what bindgen cannot reach. What is used of the
+//! [`crate::abi::check`] only. C is only in `helpers/`, for what bindgen cannot reach. What is used of the
 //! kernel but not exported stands in `abi/symbols.klp`; what is used of
 //! structures that are private to mm/ksm.c comes from the target kernel's BTF ([`crate::abi::layout`]).
 //!

@@ -629,7 +629,7 @@ fn walk(vma: &MergeableVma<'_>, start: usize, end: usize, visit: &mut Visit<'_>)
     }
 }
 
-/// Called by the kernel's page walker (through shim.c) for each populated entry of the second-lowest
+/// Called by the kernel's page walker (through helpers/pgtable.c) for each populated entry of the second-lowest
 /// level. Returns 1 when the walk is over.
 ///
 /// # Safety
@@ -669,7 +669,7 @@ unsafe extern "C" fn rksm_walk_pmd(
     over.into()
 }
 
-/// Called by the kernel's page walker (through shim.c) for each table of page tables, which begins at `addr`,
+/// Called by the kernel's page walker (through helpers/pgtable.c) for each table of page tables, which begins at `addr`,
 /// before its entries are gone through. Returns 1 when the walk is over.
 ///
 /// # Safety

@@ -81,7 +81,7 @@ impl Drop for Explainer {
 
 const NAME: &[u8; 5] = b"rksm\0";
 
-/// Called (through shim.c) when somebody calls `delete_module(2)`, with preemption disabled.
+/// Called (through helpers/module.c) when somebody calls `delete_module(2)`, with preemption disabled.
 #[no_mangle]
 extern "C" fn rksm_unload_attempt(name: usize) {
     let module = kernel::module::this_module::<crate::LocalModule>();
