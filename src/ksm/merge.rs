@@ -19,8 +19,11 @@ use crate::mm::{
     folio::{LockedPage, PageRef},
     lru, memcg,
     mmap_lock::{MmapLock, NotLocked},
-    stable::{ItemBox, NodeBox, NodeId, NodePage},
-    vma::{is_abandoned, MergeableVma, Next, Published, SplitPolicy, Unmerged, Which, HOLD_VMAS},
+    replace::{Published, SplitPolicy},
+    rmap_item::ItemBox,
+    stable_node::{NodeBox, NodeId, NodePage},
+    unshare::Unmerged,
+    vma::{is_abandoned, MergeableVma, Next, Which, HOLD_VMAS},
     word::{PageState, PageWord},
 };
 use kernel::{

@@ -13,7 +13,7 @@ use super::{Core, GFP_SCAN};
 use crate::hash::Sample;
 use crate::mm::{
     memcg::{accounted, charge},
-    stable::ItemBox,
+    rmap_item::ItemBox,
 };
 use kernel::{
     alloc::{flags, Flags},

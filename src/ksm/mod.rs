@@ -26,7 +26,8 @@ use crate::hash::{Hasher, Sample, Zeroes};
 use crate::{
     intree,
     mm::{
-        stable::{Detached, ItemBox, NodeBox, NodeId, NodePage},
+        rmap_item::{Detached, ItemBox},
+        stable_node::{NodeBox, NodeId, NodePage},
         word::{PageState, PageWord},
     },
     sys::{kthread, module_pin},

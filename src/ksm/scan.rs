@@ -16,7 +16,7 @@ use crate::hash::{Checksum, Sample};
 use crate::mm::{
     lru, memcg,
     mmap_lock::{MmapLock, NotLocked},
-    stable::NodeId,
+    stable_node::NodeId,
     trace,
     vma::{MergeableVma, Next, Which, HOLD_VMAS},
     walk::{self, Batch, Seen, BATCH_PAGES},

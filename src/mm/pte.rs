@@ -5,7 +5,7 @@
 use super::{
     ffi,
     folio::{node_id_of, PageRef},
-    stable::NodeId,
+    stable_node::NodeId,
     vma::MergeableVma,
     walk::PMD_SIZE,
 };

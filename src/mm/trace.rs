@@ -6,7 +6,7 @@
 //! While nobody records an event, it costs a call and a load. Nothing may be assumed of what a listener
 //! does but that it does not sleep, so the functions can be called under any lock.
 
-use super::{ffi, stable::ItemBox};
+use super::{ffi, rmap_item::ItemBox};
 use core::ptr;
 use kernel::{ffi::c_int, mm::Mm, prelude::*};
 

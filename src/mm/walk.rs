@@ -8,7 +8,7 @@
 use super::{
     ffi,
     folio::{is_ksm_mapping, node_id_of, Content, PageRef},
-    stable::NodeId,
+    stable_node::NodeId,
     vma::MergeableVma,
     word::PageWord,
 };

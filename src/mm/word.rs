@@ -2,7 +2,7 @@
 
 //! What the engine remembers of one page, in one machine word.
 
-use super::stable::{ItemBox, NodeId};
+use super::{rmap_item::ItemBox, stable_node::NodeId};
 use crate::hash::{Checksum, Sample, SUM_BITS};
 use crate::ksm::{
     index::StableKey,

@@ -11,8 +11,8 @@
 //!
 //! | step | in the module |
 //! | --- | --- |
-//! | `Scan::Relatives` | `LockedPage::refuse_strangers` (src/mm/folio.rs) |
-//! | `Scan::Get` … `Scan::Publish` | `MergeableVma::publish` (src/mm/vma.rs), `NodeBox::publish` (src/mm/stable.rs) |
+//! | `Scan::Relatives` | `LockedPage::refuse_strangers` (src/mm/rmap.rs) |
+//! | `Scan::Get` … `Scan::Publish` | `MergeableVma::publish` (src/mm/replace.rs), `NodeBox::publish` (src/mm/stable_node.rs) |
 //! | `Scan::Find`, `Scan::LockMerged` | `NodeBox::page`, `PageRef::try_lock` |
 //! | `Scan::Join…` | `MergeableVma::try_join`, `PteLock::clear_unless` (src/mm/pte.rs), `NodeBox::attach` |
 //! | `Scan::Prune` | freeing a node that no folio points at |
