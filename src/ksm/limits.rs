@@ -2,7 +2,7 @@
 
 //! What can be changed only while nothing is merged.
 
-use super::{Core, Engine, State, LIMBO_SWEEP};
+use super::{Core, Engine, State};
 use kernel::{
     prelude::*,
     sync::{
@@ -71,24 +71,5 @@ impl Engine {
             fsleep(Delta::from_millis(RELEASE_MS));
         }
         Err(EBUSY)
-    }
-}
-
-impl Core {
-    /// Frees nodes without known mappings, some each time. Returns whether none is left.
-    fn release_unused(&mut self) -> bool {
-        let mut next = self.index.next_limbo(None);
-        for _ in 0..LIMBO_SWEEP {
-            let Some(key) = next else {
-                break;
-            };
-            next = self.index.next_limbo(Some(key));
-            if self.index.node(key).is_some_and(|node| node.abandon(false)) {
-                self.release(key);
-            }
-            crate::mm::cond_resched();
-        }
-        self.swept = None;
-        self.index.has_no_nodes()
     }
 }

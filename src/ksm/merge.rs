@@ -6,65 +6,34 @@
 //! way, memory stays as it was, and the page is looked at again in a later pass.
 
 use super::{
-    index::{Nodes, NodesLike, Place, SlotId, StableKey, MAX_COMPARES},
+    candidate::{Candidate, CandidateKind, Joined},
+    index::{Nodes, NodesLike, Place, SlotId, StableKey},
     metadata::gfp_inherited,
-    page_map::{Found, Moment, PageMap},
+    page_map::{Moment, PageMap},
     probation::{Print, Probation, Verdict},
-    scan::{known_mm, seconds_since, Candidate, CandidateKind, Cursor},
-    Core, Engine, Forget, MmState, Released, State, GFP_SCAN, LIMBO_SWEEP,
+    scan::seconds_since,
+    use_mm, Core, Engine, MmState, State, GFP_SCAN,
 };
-use crate::hash::{Checksum, Hasher, Sample};
-use crate::intree;
-use crate::mm::{
-    folio::{LockedPage, PageRef},
-    lru, memcg,
-    mmap_lock::{MmapLock, NotLocked},
-    replace::{Published, SplitPolicy},
-    rmap_item::ItemBox,
-    stable_node::{NodeBox, NodeId, NodePage},
-    unshare::Unmerged,
-    vma::{is_abandoned, MergeableVma, Next, Which, HOLD_VMAS},
-    word::{PageState, PageWord},
+use crate::{
+    hash::{Checksum, Hasher, Sample},
+    mm::{
+        folio::{LockedPage, PageRef},
+        lru,
+        mmap_lock::{MmapLock, NotLocked},
+        replace::{Published, SplitPolicy},
+        rmap_item::ItemBox,
+        stable_node::{NodeBox, NodeId, NodePage},
+        vma::{MergeableVma, Which},
+        word::{PageState, PageWord},
+    },
 };
 use kernel::{
-    mm::{Mm, MmWithUser, MmWithUserAsync},
+    mm::{Mm, MmWithUser},
     page::PAGE_SIZE,
     prelude::*,
     rbtree::RBTree,
-    sync::{aref::ARef, atomic::Relaxed},
-    time::{delay::fsleep, Delta, Instant, Monotonic},
+    time::{Instant, Monotonic},
 };
-
-/// What came of looking for a merged page to join.
-#[derive(Clone, Copy)]
-pub(super) enum Joined {
-    /// Not looked for yet.
-    Unknown,
-    /// Not looked for yet; the page is on probation, so its full checksum must have held.
-    OnProbation,
-    /// Not looked for yet; the page waits under this checksum, which may not be its own any more.
-    Waiting(Checksum),
-    /// The page is merged.
-    Yes,
-    /// There is none. This is the page's checksum (perhaps [`Checksum::unknown`]).
-    NoneFits(Checksum),
-    /// Nothing can be done with the page now.
-    Hopeless,
-    /// The page is not to be merged yet, or is not what it was. It is looked at again anyway.
-    NotYet,
-    /// The page is part of a huge page that is to stay whole for a while. It is looked at again afterwards.
-    LeftWhole,
-}
-
-impl Joined {
-    /// What came of it when merging failed for another reason than the content.
-    fn failed(err: Error) -> Self {
-        match err {
-            err if err == E2BIG => Self::LeftWhole,
-            _ => Self::Hopeless,
-        }
-    }
-}
 
 /// Says whether the huge page that a page is part of may be split.
 struct Splits<'a> {
@@ -220,34 +189,6 @@ impl State {
         index.nodes_with(sum).is_some() || index.nodes_with(unknown).is_some()
     }
 
-    /// Puts a page into the unstable tree, in the place of whoever waits under that checksum.
-    fn wait(&mut self, place: Place, sum: Checksum) {
-        let state = self.word(place).0.map(|word| word.state());
-        match state {
-            // An item that is listed must never be dropped; or every candidate is remembered.
-            Some(PageState::Merged(_)) | None => return,
-            Some(PageState::Waiting(old)) if old == sum => return,
-            Some(PageState::Waiting(old)) => self.leave_unstable(place, old),
-            Some(_) => {}
-        }
-        let before = self.core.index.waiting(sum);
-        if self.core.index.wait(sum, place, GFP_SCAN).is_err() {
-            return self.retry(place);
-        }
-        if let Some(other) = before.filter(|&other| self.waits(other, sum)) {
-            if let (Some(word), core) = self.word(other) {
-                core.stop_waiting(word, sum);
-            }
-        }
-        match self.word(place) {
-            (Some(word), core) => {
-                core.try_again();
-                core.relabel(word, PageWord::waiting(sum, word.strikes()));
-            }
-            (None, core) => core.index.stop_waiting(sum, place),
-        }
-    }
-
     /// Looks whether the full checksum of a page on probation has held, and if so, goes on as
     /// [`Self::join_stable`] does.
     fn check(
@@ -331,39 +272,6 @@ impl State {
                 Joined::failed(err)
             }
             _ => Joined::NotYet,
-        }
-    }
-
-    /// Whether the page at `place` waits under `sum`, as far as its word tells.
-    fn waits(&mut self, place: Place, sum: Checksum) -> bool {
-        let (word, _) = self.word(place);
-        word.is_some_and(|word| matches!(word.state(), PageState::Waiting(found) if found == sum))
-    }
-
-    /// Takes the page at `place` out of the unstable tree if it waits under `sum`: it is steady from now on.
-    fn leave_unstable(&mut self, place: Place, sum: Checksum) {
-        if !self.waits(place, sum) {
-            return;
-        }
-        self.core.index.stop_waiting(sum, place);
-        if let (Some(word), core) = self.word(place) {
-            core.stop_waiting(word, sum);
-        }
-    }
-
-    /// Notes that a page has changed since its sample was taken, and has this one now.
-    fn changed(&mut self, place: Place, sample: Sample) -> Joined {
-        if let (Some(word), core) = self.word(place) {
-            core.renew(place, word, sample);
-        }
-        self.note_change(place);
-        Joined::NotYet
-    }
-
-    /// Notes that something happened to a page whose area has been accounted for already.
-    fn note_change(&mut self, place: Place) {
-        if let Some(known) = self.mms.get_mut(&place.slot) {
-            known.pages.note_change(place.addr);
         }
     }
 
@@ -498,33 +406,6 @@ impl State {
         let (mut splits, core) = Splits::of(self, place);
         let result = core.join_node(vma, key, guessing, &mut splits)?;
         Some(result.map(|item| self.merged(place, item, key)))
-    }
-
-    /// Notes that the page at `place`, which is remembered with the same sample, was merged.
-    fn merged(&mut self, place: Place, item: ItemBox, key: StableKey) {
-        self.core.items = self.core.items.saturating_add(1);
-        self.core.try_again();
-        self.core.lately |= key.sum.sample().bit();
-        self.core.index.move_to_stable(key);
-        if item.mappings() >= self.core.max_sharing {
-            self.core.index.set_full(key);
-        }
-        // What is merged is looked at in the next pass, which may have been going to skip the area.
-        let State { mms, core, .. } = self;
-        let known = mms.get_mut(&place.slot);
-        let word = known.and_then(|known| known.pages.get_changed(place.addr));
-        match word {
-            Some(word) if !matches!(word.state(), PageState::Merged(_)) => {
-                let strikes = word.strikes();
-                if !strikes.is_none() {
-                    item.set_strikes(strikes);
-                }
-                let old = core::mem::replace(word, PageWord::merged(item));
-                core.retire(place, old.state());
-            }
-            // Every candidate is remembered, and is not merged; or else the item would be lost, and say so.
-            _ => drop(item),
-        }
     }
 
     /// Merges the page at `place` with the one that waits at `other`, or lets it wait in its stead.
@@ -821,24 +702,6 @@ impl State {
         }
         result
     }
-
-    /// Remembers a page that is not remembered, and that is to be listed.
-    fn remember(&mut self, mm: &Mm, place: Place, sample: Sample) -> Result {
-        let known = known_mm(&mut self.mms, mm, place.slot).ok_or(ENOMEM)?;
-        let pass = self.core.pass;
-        let mut leaf = known.pages.leaf_from(place.addr, pass, gfp_inherited())?;
-        let result = match leaf.seek(place.addr) {
-            Found::Nothing => leaf
-                .insert(PageWord::seen(sample), 1, gfp_inherited())
-                .map_err(|_| ENOMEM),
-            _ => Err(EEXIST),
-        };
-        match result {
-            Ok(()) => self.core.enter(sample),
-            Err(_) => known.pages.prune(place.addr, Some(self.core.clock.secs())),
-        }
-        result
-    }
 }
 
 impl Core {
@@ -895,101 +758,6 @@ impl Core {
         Some(result)
     }
 
-    /// Finds merged pages that were moved to another memory node, and gives them keys under which pages of
-    /// that one come by them. Looks at some each time. Returns whether it has come to the end.
-    pub(super) fn bring_some_home(&mut self, hasher: &Hasher) -> bool {
-        for _ in 0..LIMBO_SWEEP {
-            let (full, after) = self.brought;
-            let next = match full {
-                true => self.index.next_full(after),
-                false => self.index.next_node(after),
-            };
-            let Some(key) = next else {
-                self.brought = (!full, None);
-                if full {
-                    return true;
-                }
-                continue;
-            };
-            self.brought = (full, Some(key));
-            if self.index.node(key).is_some_and(NodeBox::take_strayed) {
-                self.bring_one_home(hasher, key);
-            }
-            crate::mm::cond_resched();
-        }
-        false
-    }
-
-    fn bring_one_home(&mut self, hasher: &Hasher, key: StableKey) {
-        let Some(node) = self.index.node(key) else {
-            return;
-        };
-        // Write-protected wherever it is mapped, so its sample differs from the key's by the memory node
-        // only.
-        let Some(page) = node.page() else {
-            return self.release(key);
-        };
-        if page.is_poisoned() {
-            return;
-        }
-        let sample = page.sample(hasher);
-        drop(page);
-        if sample == key.sum.sample() {
-            return;
-        }
-        if self.rekey(key, key.sum.with_sample(sample)).is_err() {
-            // Without memory the next pass tries again.
-            if let Some(node) = self.index.node(key) {
-                node.set_strayed();
-            }
-        }
-    }
-
-    /// Gives a node with known mappings another checksum. Nothing is changed on failure.
-    fn rekey(&mut self, key: StableKey, sum: Checksum) -> Result {
-        let key = self.index.rekey(key, sum, GFP_SCAN)?;
-        if let Some(node) = self.index.node(key) {
-            node.set_key(key);
-            // Pages that come from now on have an equal in these.
-            let filter = &mut self.filter;
-            node.set_samples(sum.sample(), |old| {
-                filter.remove(old);
-                filter.add(sum.sample());
-            });
-            self.events = self.events.wrapping_add(1);
-        }
-        Ok(())
-    }
-
-    /// Computes the checksums of merged pages with this sample that were merged without, so that pages
-    /// which are not like them can be told apart. A few at a time, as there may be any number.
-    fn find_sums(&mut self, hasher: &Hasher, sample: Sample) {
-        for _ in 0..MAX_COMPARES {
-            let Some(key) = self.index.any_stable(Checksum::unknown(sample)) else {
-                break;
-            };
-            let Some(node) = self.index.node(key) else {
-                break;
-            };
-            let Some(page) = node.page() else {
-                self.release(key);
-                continue;
-            };
-            let sum = if page.is_poisoned() {
-                // Nobody is to read it or join it any more; so that it does not stand in the way of the
-                // others, any checksum will do.
-                Checksum::new(sample, 0)
-            } else {
-                // Write-protected wherever it is mapped, so this is the checksum as long as it is merged.
-                page.checksum(hasher)
-            };
-            drop(page);
-            if self.rekey(key, sum).is_err() {
-                return self.try_again();
-            }
-        }
-    }
-
     fn publish_at(
         &self,
         hasher: &Hasher,
@@ -1009,11 +777,6 @@ impl Core {
         vma.publish(place.addr, page, node, item, is_still, splits)
     }
 }
-
-/// How often, and after how long each time, to try again to lock the pages of nodes that are left when
-/// everything was unmerged.
-const SETTLE_ATTEMPTS: u32 = 100;
-const SETTLE_MS: i64 = 10;
 
 impl Engine {
     /// Undoes merges that could not be completed, without any lock of the engine.
@@ -1042,226 +805,6 @@ impl Engine {
             }
         }
     }
-
-    /// Gives every process back pages of its own, and forgets all that is known of pages.
-    ///
-    /// A process that cannot be served does not keep others from being: the first error is returned when
-    /// all were tried. `EBUSY`: a page cannot be unshared, because of a userfaultfd monitor. `ERESTARTSYS` ends
-    /// it at once. What stays merged stays known and counted.
-    ///
-    /// Memory that goes offline meanwhile does not stop it: the merged pages of children that no pass has seen yet are
-    /// found by what is listed of their parent, which may have been served already, so that the kernel could
-    /// not move them for as long as we waited for it.
-    pub(super) fn unmerge_all(&self) -> Result {
-        // From here on the swap-in path hands out copies of merged pages, not the pages.
-        let _copying = intree::SwapInCopies::new();
-        // Who was not entered is not served, so nothing may be taken from its pages.
-        let entered = self.enter_registered();
-        let mut result = entered.and(self.unmerge_each(Which::Mergeable));
-        if self.release_idle(false) && result.is_ok() {
-            // Merged pages are left that are not listed: in VMAs that lost VM_MERGEABLE, or swapped in by a task
-            // that had locked the page before copies were asked for. That one is over when the page was
-            // unlocked once.
-            let unlocked = self.see_all_unlocked();
-            let again = self.unmerge_each(Which::MayBeMerged);
-            result = entered.and(again);
-            let complete = result.is_ok() && unlocked && !self.registry.lock().has_missed();
-            if complete {
-                let mut state = self.state.lock();
-                state.unmerged_to = self.registry.lock().newest();
-                drop(state);
-            }
-            self.release_idle(complete);
-        }
-        if self.registry.lock().has_missed() {
-            result = result.and(Err(ENOMEM));
-        }
-        let mut state = self.state.lock();
-        state.core.unpin_if_empty();
-        self.left_chores.store(self.has_leftovers(&state), Relaxed);
-        // The scan starts again; as in-tree, so does counting when all is unmerged.
-        state.batched.clear();
-        state.cursor = Cursor::new();
-        if result.is_ok() {
-            self.stats.reset_full_scans();
-        }
-        self.publish_stats(&state);
-        result
-    }
-
-    /// Gives every process back pages of its own in these VMAs.
-    fn unmerge_each(&self, which: Which) -> Result {
-        let mut result = Ok(());
-        let mut slot = 0;
-        loop {
-            // Children that are forked meanwhile come later, so they are not missed.
-            let next = self.registry.lock().next(slot);
-            let Some((id, mm)) = next else {
-                return result;
-            };
-            slot = id;
-            let served = self.unmerge_mm(id, &mm, which);
-            self.state.lock().report(id);
-            if served == Err(ERESTARTSYS) {
-                return served;
-            }
-            result = result.and(served);
-        }
-    }
-
-    /// Gives one process back pages of its own in these VMAs, and forgets what is known of its pages, but for
-    /// those that stay merged.
-    ///
-    /// `mmap_lock` is given up again and again: rksmd merges nothing meanwhile, and the kernel unmerges what it
-    /// moves to another address, so nothing is missed. It is waited for without any lock of the engine.
-    fn unmerge_mm(&self, slot: SlotId, mm: &Mm, which: Which) -> Result {
-        let mut result = Ok(());
-        let mut addr = 0;
-        let mut attempts = SETTLE_ATTEMPTS;
-        loop {
-            // Held for one step: the last reference to be dropped tears the address space down.
-            let Some(user) = use_mm(mm).filter(|user| !is_abandoned(user)) else {
-                break;
-            };
-            let lock = MmapLock::killable(&user)?;
-            let mut left = HOLD_VMAS;
-            let (step, end) = match MergeableVma::next(&lock, addr, which, &mut left) {
-                Next::Vma(vma) => (vma.unmerge(&user, addr, vma.end()), false),
-                Next::GoOn(next) => (Unmerged::nothing(next), false),
-                Next::None => (Unmerged::nothing(usize::MAX), true),
-            };
-            drop(lock);
-            drop(user);
-            self.forget_unmerged(slot, mm, addr, &step, &mut attempts);
-            step.result?;
-            if !step.unserved().is_empty() {
-                result = Err(EBUSY);
-            }
-            if end {
-                break;
-            }
-            addr = step.reached;
-        }
-        result
-    }
-
-    /// Forgets what is known of the pages from `addr` on that were unmerged. What is busy is tried again after a
-    /// while, as often as there are `attempts` left.
-    fn forget_unmerged(
-        &self,
-        slot: SlotId,
-        mm: &Mm,
-        addr: usize,
-        step: &Unmerged,
-        attempts: &mut u32,
-    ) {
-        let unserved = step.unserved();
-        let mut from = addr;
-        loop {
-            let mut state = self.state.lock();
-            let mut budget = Forget::new();
-            let mut contended = false;
-            let keep = |addr, word: &PageWord| {
-                if addr >= step.from {
-                    return unserved.binary_search(&addr).is_ok();
-                }
-                // What is in a VMA that was not looked at is left for the next round.
-                is_merged(mm, addr, word).unwrap_or_else(|| {
-                    contended = true;
-                    true
-                })
-            };
-            let more = memcg::charge(mm, || {
-                state.forget_range(slot, from, step.reached, &mut budget, keep)
-            });
-            self.publish_stats(&state);
-            drop(state);
-            // Who waited for our hold of `mmap_lock` to end to change the address space may not be done yet.
-            if (budget.was_busy() || contended) && *attempts != 0 {
-                *attempts = attempts.saturating_sub(1);
-                fsleep(Delta::from_millis(SETTLE_MS));
-                continue;
-            }
-            match more {
-                Some(next) => from = next,
-                None => return,
-            }
-            crate::mm::cond_resched();
-        }
-    }
-
-    /// Forgets who is gone, and frees nodes whose pages are gone, all of them; with `force`, also nodes
-    /// whose pages are left in the swap cache, or mapped by processes that are not registered (a fork's other
-    /// half). Returns whether nodes are left.
-    fn release_idle(&self, force: bool) -> bool {
-        let mut stale = Some(Released::nothing());
-        let mut attempts = SETTLE_ATTEMPTS;
-        loop {
-            let mut state = self.state.lock();
-            self.reap(&mut state);
-            let mut more = state.forget_dying();
-            let core = &mut state.core;
-            stale = stale.and_then(|at| core.release_some_stale(at));
-            more |= stale.is_some();
-            core.sweep_limbo(LIMBO_SWEEP, force);
-            more |= core.swept.is_some();
-            let left = !core.index.has_no_nodes();
-            self.publish_stats(&state);
-            drop(state);
-            if more {
-                crate::mm::cond_resched();
-                continue;
-            }
-            // Those that are left may be locked, but not for long.
-            attempts = attempts.saturating_sub(1);
-            if !left || !force || attempts == 0 {
-                return left;
-            }
-            fsleep(Delta::from_millis(SETTLE_MS));
-        }
-    }
-
-    /// Waits until the pages of all nodes without known mappings have been unlocked at least once. Returns
-    /// whether that came about in time.
-    fn see_all_unlocked(&self) -> bool {
-        let mut after = None;
-        for _ in 0..SETTLE_ATTEMPTS {
-            loop {
-                let state = self.state.lock();
-                match state.core.see_unlocked(after) {
-                    Ok(None) => return true,
-                    Ok(some) => after = some,
-                    Err(before) => {
-                        after = before;
-                        break;
-                    }
-                }
-            }
-            fsleep(Delta::from_millis(SETTLE_MS));
-        }
-        false
-    }
-}
-
-/// Whether the page at `addr`, of which `word` is remembered, is still merged; `None` if that cannot be known now.
-fn is_merged(mm: &Mm, addr: usize, word: &PageWord) -> Option<bool> {
-    let PageState::Merged(Some(node)) = word.state() else {
-        return Some(false);
-    };
-    match MmapLock::try_new(mm) {
-        Ok(lock) => {
-            let vma = MergeableVma::find(&lock, addr, Which::MayBeMerged);
-            Some(vma.is_some_and(|vma| vma.maps(addr, node)))
-        }
-        Err(NotLocked::Contended) => None,
-        Err(NotLocked::Exiting) => Some(false),
-    }
-}
-
-/// Takes a user reference on an address space, unless it is exiting. Dropping the reference never
-/// tears the address space down in the context of the task that does so.
-fn use_mm(mm: &Mm) -> Option<ARef<MmWithUserAsync>> {
-    mm.mmget_not_zero().map(MmWithUser::into_mmput_async)
 }
 
 /// Makes the merged page at `addr` an ordinary page, if that can be done at once. Returns whether the page is no

@@ -5,6 +5,7 @@
 //! Safe code only; everything that touches memory of others goes through [`crate::mm`].
 
 mod advisor;
+mod candidate;
 mod cursor;
 pub(crate) mod deferred;
 mod filter;
@@ -13,24 +14,28 @@ mod limits;
 mod merge;
 mod metadata;
 mod mms;
+mod numa;
 mod offline;
-mod pace;
+mod page;
 mod page_map;
 pub(crate) mod probation;
 mod scan;
+mod stable_tree;
 mod stats;
 mod sysfs;
+mod thread;
 mod unlisted;
+mod unmerge;
 
-use crate::hash::{Hasher, Sample, Zeroes};
 use crate::{
+    hash::{Hasher, Zeroes},
     intree,
     mm::{
-        rmap_item::{Detached, ItemBox},
-        stable_node::{NodeBox, NodeId, NodePage},
-        word::{PageState, PageWord},
+        rmap_item::ItemBox,
+        stable_node::{NodeBox, NodeId},
+        word::PageWord,
     },
-    sys::{kthread, module_pin},
+    sys::module_pin,
 };
 use advisor::Advisor;
 use core::cell::Cell;
@@ -38,7 +43,7 @@ use filter::Filter;
 use index::{Index, Place, SlotId, StableKey};
 use kernel::{
     alloc::{flags, Flags},
-    mm::Mm,
+    mm::{Mm, MmWithUser, MmWithUserAsync},
     new_condvar, new_mutex, new_spinlock,
     prelude::*,
     rbtree::RBTree,
@@ -51,9 +56,10 @@ use kernel::{
     time::{Instant, Monotonic},
 };
 use mms::{Registry, Reservation};
-use pace::Pace;
+use page::Forget;
 use page_map::PageMap;
-use probation::{Clock, Print, Probation, Strikes};
+use probation::Clock;
+use stable_tree::Released;
 use stats::Stats;
 use unlisted::Unlisted;
 
@@ -129,33 +135,6 @@ pub(crate) struct Engine {
     merge_across_nodes: Atomic<u32>,
 }
 
-/// How much is still to be forgotten under this hold of `state`, and what came of it.
-struct Forget {
-    leaves: usize,
-    busy: bool,
-}
-
-impl Forget {
-    fn new() -> Self {
-        Self {
-            leaves: FORGET_LEAVES,
-            busy: false,
-        }
-    }
-
-    fn everything() -> Self {
-        Self {
-            leaves: usize::MAX,
-            busy: false,
-        }
-    }
-
-    /// Whether something could not be forgotten, as its merged page is locked by another task.
-    fn was_busy(&self) -> bool {
-        self.busy
-    }
-}
-
 /// What is known of the pages of one address space.
 pub(crate) struct MmState {
     mm: ARef<Mm>,
@@ -170,7 +149,7 @@ pub(crate) struct MmState {
 pub(crate) struct State {
     mms: RBTree<SlotId, MmState>,
     core: Core,
-    scratch: Option<KBox<scan::Scratch>>,
+    scratch: Option<KBox<candidate::Scratch>>,
     cursor: scan::Cursor,
     /// Anonymous pages of all registered processes when the pass began.
     mapped_pages: usize,
@@ -222,8 +201,8 @@ struct Core {
     born: Instant<Monotonic>,
     /// Pages that were written to soon after they were merged.
     soon_broken: usize,
-    /// The [bits](Sample::bit) of pages that were merged, or found to differ from one with their sample, since
-    /// merged pages were last looked for.
+    /// The [bits](crate::hash::Sample::bit) of pages that were merged, or found to differ from one with their
+    /// sample, since merged pages were last looked for.
     lately: u64,
     /// Whether VMAs that are not mergeable may have merged pages.
     has_strays: bool,
@@ -244,29 +223,6 @@ struct Core {
     /// When it began at the beginning last; `None` before the first time.
     prune_began: Option<Instant<Monotonic>>,
     pin: module_pin::Pin,
-}
-
-/// How far freeing the nodes whose pages are gone has come: in which tree, and behind which node.
-#[derive(Clone, Copy)]
-struct Released {
-    full: bool,
-    after: Option<StableKey>,
-}
-
-impl Released {
-    const fn nothing() -> Self {
-        Self {
-            full: false,
-            after: None,
-        }
-    }
-
-    const fn full() -> Self {
-        Self {
-            full: true,
-            after: None,
-        }
-    }
 }
 
 impl Engine {
@@ -364,74 +320,6 @@ impl Engine {
         drop(unused);
     }
 
-    /// Whether there is anything to scan.
-    fn should_scan(&self) -> bool {
-        self.run() == run::MERGE && !self.registry.lock().is_empty()
-    }
-
-    /// Whether something has to be done at once even when nothing is to be scanned.
-    fn has_chores(&self) -> bool {
-        self.left_chores.load(Relaxed) || self.registry.lock().has_dead()
-    }
-
-    /// Forgets who is gone, finds who was missed, frees what can be freed. Returns whether something is left
-    /// to be done a little later: nodes whose pages are about to be freed, items whose pages are locked by
-    /// other tasks, processes for which there was no memory. Takes `state` again and again, never for long.
-    fn do_chores(&self) -> bool {
-        if self.registry.lock().has_missed() {
-            // If that fails, the next round tries again.
-            let _ = self.enter_registered();
-        }
-        loop {
-            let mut state = self.state.lock();
-            if self.is_offlining() {
-                return false;
-            }
-            let more = self.do_some_chores(&mut state);
-            let left = self.has_leftovers(&state);
-            drop(state);
-            if !more {
-                return left;
-            }
-            crate::mm::cond_resched();
-        }
-    }
-
-    /// Does some of that. Returns whether there is more to be done at once.
-    fn do_some_chores(&self, state: &mut State) -> bool {
-        self.left_chores.store(false, Relaxed);
-        self.reap(state);
-        let mut more = state.forget_dying();
-        if let Some(at) = state.core.releasing {
-            state.core.releasing = state.core.release_some_stale(at);
-            more = true;
-        }
-        if state.core.pages == 0 && !self.should_scan() {
-            state.core.filter = Filter::new();
-        }
-        // An address space that came since all were unmerged may have merged pages: the other half of a fork
-        // that was not registered before.
-        let force = self.run() == run::UNMERGE
-            && !self.unmerging.load(Relaxed)
-            && self.registry.lock().newest() == state.unmerged_to;
-        state.core.sweep_limbo(LIMBO_SWEEP, force);
-        if self.run() == run::MERGE {
-            let pause = self.stable_node_chains_prune_millisecs.load(Relaxed);
-            state.core.prune_after(pause);
-        }
-        state.core.unpin_if_empty();
-        self.publish_stats(state);
-        more
-    }
-
-    /// Whether there are chores to try again in a while.
-    fn has_leftovers(&self, state: &State) -> bool {
-        state.core.index.limbo_len() != 0
-            || state.core.releasing.is_some()
-            || state.dying != 0
-            || self.registry.lock().has_missed()
-    }
-
     /// Notes who is gone.
     fn reap(&self, state: &mut State) {
         loop {
@@ -467,110 +355,16 @@ impl intree::Listener for Engine {
     }
 }
 
-impl kthread::Main for Engine {
-    fn main(&self, current: &kthread::Current) {
-        let mut backoff = RETRY_MS;
-        let mut pace = Pace::new();
-        while !current.should_stop() {
-            if self.is_offlining() {
-                current.sleep(None, || !self.is_offlining());
-                continue;
-            }
-            let unfinished = self.do_chores();
-            if self.is_offlining() {
-                continue;
-            }
-            // When to try the chores again.
-            backoff = next_backoff(backoff, unfinished);
-            let shortest = self.pass_millisecs.load(Relaxed);
-            if self.should_scan() {
-                let rest = pace.rest(shortest);
-                if rest != 0 {
-                    let nap = if unfinished { rest.min(backoff) } else { rest };
-                    current.sleep(Some(nap), || {
-                        self.pass_millisecs.load(Relaxed) != shortest
-                            || !self.should_scan()
-                            || self.has_chores()
-                    });
-                    continue;
-                }
-                pace.go_on();
-                if let Some(pages) = self.scan(current) {
-                    pace.end_pass(pages, self.sleep_millisecs.load(Relaxed) == 0);
-                }
-            }
-            if self.should_scan() {
-                self.rest(current, backoff);
-            } else {
-                // The last batch may have left some.
-                let retry = self.has_leftovers(&self.state.lock()).then_some(backoff);
-                // Who was missed is looked for again in a while, or as soon as somebody is.
-                current.sleep(retry, || {
-                    self.should_scan()
-                        || self.has_chores()
-                        || (retry.is_none() && self.registry.lock().has_missed())
-                });
-            }
-        }
-    }
-}
-
-impl Engine {
-    /// Sleeps `sleep_millisecs` between batches. Chores that turn up meanwhile are done at once, those that
-    /// are left over after `backoff` milliseconds at first. Neither shortens the sleep, or processes that come
-    /// and go would keep the thread from resting.
-    fn rest(&self, current: &kthread::Current, mut backoff: u32) {
-        let sleep = self.sleep_millisecs.load(Relaxed);
-        let is_over = || self.sleep_millisecs.load(Relaxed) != sleep || self.run() != run::MERGE;
-        let began = Instant::<Monotonic>::now();
-        let mut left = sleep;
-        // The batch may have left some, to which the main loop comes at once if there is no rest.
-        let mut unfinished = sleep != 0 && self.has_leftovers(&self.state.lock());
-        loop {
-            let nap = if unfinished { left.min(backoff) } else { left };
-            current.sleep(Some(nap), || is_over() || self.has_chores());
-            let past = u32::try_from(began.elapsed().as_millis()).unwrap_or(u32::MAX);
-            left = sleep.saturating_sub(past);
-            if left == 0 || is_over() || current.should_stop() {
-                return;
-            }
-            unfinished = self.do_chores();
-            if !self.should_scan() || self.is_offlining() {
-                // Nobody is left, and there is nothing to rest from.
-                return;
-            }
-            backoff = next_backoff(backoff, unfinished);
-        }
-    }
-}
-
-/// In how many milliseconds to try chores again after `backoff`, if there are any.
-fn next_backoff(backoff: u32, unfinished: bool) -> u32 {
-    match unfinished {
-        true => backoff.saturating_mul(2).min(RETRY_MAX_MS),
-        false => RETRY_MS,
-    }
-}
-
 /// How many times the pages that are remembered the filter may have room for, in view of how many are mapped.
 const FILTER_AHEAD: usize = 16;
 
-/// How soon to try again what could not be finished: freeing nodes whose pages are about to be freed,
-/// and entering processes for which there was no memory.
-const RETRY_MS: u32 = 20;
-const RETRY_MAX_MS: u32 = 1000;
-/// How many leaves of pages are forgotten under one hold of `state`.
-const FORGET_LEAVES: usize = 16;
 /// How many leaves of pages are counted anew under one hold of `state`.
 const COUNT_LEAVES: usize = 64;
 /// How many merged pages are undone after one step of the scan, at most.
 const UNDO_PAGES: usize = 128;
 /// How many pages that per-CPU LRU batches may hold are tried again at the end of the pass, at most.
 const BATCHED_PAGES: usize = 512;
-/// How many nodes to look at in one round.
-const LIMBO_SWEEP: usize = 1024;
-/// The same for nodes whose pages are mapped as often as they may be.
-const PRUNE_SWEEP: usize = 256;
+
 /// How often to try to enter everybody, and how many entries to allocate in between: at first, then four
 /// times as many each time.
 const ENTER_ATTEMPTS: usize = 8;
@@ -609,7 +403,7 @@ impl State {
                 prune_began: None,
                 pin: module_pin::Pin::new(module),
             },
-            scratch: Some(KBox::init(scan::Scratch::init(), GFP_KERNEL)?),
+            scratch: Some(KBox::init(candidate::Scratch::init(), GFP_KERNEL)?),
             cursor: scan::Cursor::new(),
             mapped_pages: 0,
             map_bytes: 0,
@@ -618,64 +412,6 @@ impl State {
             batched: KVec::with_capacity(BATCHED_PAGES, GFP_KERNEL)?,
             unmerged_to: 0,
         })
-    }
-
-    /// The word of the page at `place`, and all that is known of others.
-    fn word(&mut self, place: Place) -> (Option<&mut PageWord>, &mut Core) {
-        let word = self
-            .mms
-            .get_mut(&place.slot)
-            .and_then(|mm| mm.pages.get_mut(place.addr));
-        (word, &mut self.core)
-    }
-
-    /// Forgets the page at `place`. Returns whether that was possible now, see [`Core::release_item`].
-    fn forget(&mut self, place: Place) -> bool {
-        let State { mms, core, .. } = self;
-        let Some(known) = mms.get_mut(&place.slot) else {
-            return true;
-        };
-        let Some(word) = known.pages.get_mut(place.addr) else {
-            return true;
-        };
-        let left = core.leave(place, word);
-        if left {
-            drop(known.pages.remove(place.addr, core.clock.secs()));
-        }
-        left
-    }
-
-    /// Forgets the pages in `from..to` of an address space that `keep` does not keep, and whose merged pages
-    /// are not locked by another task. Goes through as many leaves as `budget` says. Returns where to go on, if
-    /// there are more.
-    fn forget_range(
-        &mut self,
-        slot: SlotId,
-        from: usize,
-        to: usize,
-        budget: &mut Forget,
-        mut keep: impl FnMut(usize, &PageWord) -> bool,
-    ) -> Option<usize> {
-        let State { mms, core, .. } = self;
-        let known = mms.get_mut(&slot)?;
-        let mut next = from;
-        loop {
-            let Some(left) = budget.leaves.checked_sub(1) else {
-                return Some(next);
-            };
-            // Nothing is to be known for later of what is gone for good.
-            let second = known.forgotten_to.is_none().then_some(core.clock.secs());
-            next = known.pages.retain_leaf(next, to, second, |addr, word| {
-                if keep(addr, word) {
-                    return true;
-                }
-                let forgotten = core.leave(Place { slot, addr }, word);
-                budget.busy |= !forgotten;
-                !forgotten
-            })?;
-            budget.leaves = left;
-            crate::mm::cond_resched();
-        }
     }
 
     /// Forgets some of what is known of address spaces that are gone. Returns whether there is more to be
@@ -833,273 +569,6 @@ impl Engine {
 }
 
 impl Core {
-    /// Notes that a page with this sample is remembered from now on.
-    fn enter(&mut self, sample: Sample) {
-        self.changes = self.changes.wrapping_add(1);
-        self.count(sample);
-        self.pages = self.pages.saturating_add(1);
-    }
-
-    /// Counts one more page with this sample.
-    fn count(&mut self, sample: Sample) {
-        if self.filter.add(sample) {
-            self.try_again();
-        }
-    }
-
-    /// Has pages that are steady looked at again in the next pass: for any of them something may have changed.
-    /// (For what concerns a single page, see [`State::retry`].)
-    fn try_again(&mut self) {
-        self.events = self.events.wrapping_add(1);
-    }
-
-    /// Notes that a page is no longer remembered, and takes it out of whichever tree it is in. Returns whether
-    /// that was possible now, see [`Self::release_item`]; if not, it has to stay as it is.
-    fn leave(&mut self, place: Place, word: &mut PageWord) -> bool {
-        if !self.release_item(word) {
-            return false;
-        }
-        self.changes = self.changes.wrapping_add(1);
-        self.pages = self.pages.saturating_sub(1);
-        self.filter.remove(word.sample());
-        self.retire(place, word.state());
-        true
-    }
-
-    /// Changes what is remembered of a page to "seen with this sample": its content is not what it was. Returns
-    /// whether that was possible now, see [`Self::release_item`]; if not, the next pass finds the page changed
-    /// again.
-    fn renew(&mut self, place: Place, word: &mut PageWord, sample: Sample) -> bool {
-        let (merged_in, strikes) = (word.merged_in(), word.strikes());
-        if !self.release_item(word) {
-            return false;
-        }
-        let strikes = self.strikes_after(merged_in, strikes);
-        let probation = Probation::new(strikes, Print::UNKNOWN, self.clock.secs());
-        self.replace(place, word, PageWord::seen_on(sample, probation));
-        true
-    }
-
-    /// The strikes of a page whose sample changed, as far as its old word tells, which says when it was merged, and
-    /// how many strikes it had: one more when it was written to soon after it was merged, so that merging it was no
-    /// gain.
-    fn strikes_after(&mut self, merged_in: Option<u32>, strikes: Strikes) -> Strikes {
-        match merged_in {
-            Some(beat) => {
-                let age = self.clock.beats_since(beat);
-                if probation::is_soon(age) {
-                    self.soon_broken = self.soon_broken.saturating_add(1);
-                }
-                strikes.after_write(age)
-            }
-            // Nobody had to look for long to see that.
-            None => strikes,
-        }
-    }
-
-    /// Changes what is remembered of a page that is not merged to another word, and undoes what the old one stood
-    /// for.
-    fn replace(&mut self, place: Place, word: &mut PageWord, new: PageWord) {
-        self.changes = self.changes.wrapping_add(1);
-        if let PageState::Steady(_) = new.state() {
-            self.steady = self.steady.saturating_add(1);
-        }
-        let sample = new.sample();
-        let old = core::mem::replace(word, new);
-        if old.sample() != sample {
-            self.filter.remove(old.sample());
-            self.count(sample);
-        }
-        self.retire(place, old.state());
-    }
-
-    /// Changes the word of a page that does not wait, and is not merged, to another with the same sample.
-    fn relabel(&mut self, word: &mut PageWord, new: PageWord) {
-        self.changes = self.changes.wrapping_add(1);
-        let old = core::mem::replace(word, new);
-        if let PageState::Steady(_) = old.state() {
-            self.steady = self.steady.saturating_sub(1);
-        }
-        if let PageState::Steady(_) = word.state() {
-            self.steady = self.steady.saturating_add(1);
-        }
-    }
-
-    /// Undoes what the state of a page that is not merged stands for, besides its sample.
-    fn retire(&mut self, place: Place, state: PageState) {
-        match state {
-            PageState::Steady(_) => self.steady = self.steady.saturating_sub(1),
-            PageState::Waiting(sum) => self.index.stop_waiting(sum, place),
-            _ => {}
-        }
-    }
-
-    /// Takes the rmap item, if there is one, out of a word and off its node, and frees both where possible.
-    /// Returns whether the word is without one now. If not, because another task has the merged page locked,
-    /// it still says "merged": an item that is listed must never be dropped.
-    fn release_item(&mut self, word: &mut PageWord) -> bool {
-        let Some(mut item) = word.take_item() else {
-            return true;
-        };
-        match item.detach() {
-            Detached::Idle => {}
-            Detached::Busy => {}
-            Detached::Stale(key) => self.release(key),
-            Detached::Done(key, left) => {
-                self.items = self.items.saturating_sub(1);
-                if left == 0 {
-                    self.index.move_to_limbo(key);
-                } else if left.saturating_add(1) == self.max_sharing {
-                    self.index.set_not_full(key);
-                }
-            }
-        }
-        if item.mappings() != 0 {
-            *word = PageWord::merged(item);
-            return false;
-        }
-        true
-    }
-
-    /// Frees a stale node. Pages that were on it find out when they are looked at.
-    fn release(&mut self, key: StableKey) {
-        let Some(node) = self.index.remove(key) else {
-            return;
-        };
-        let items = node.items();
-        match node.release() {
-            Ok(()) => self.items = self.items.saturating_sub(items),
-            // Not stale after all. Without memory to index it, it is lost but harmless: dropping
-            // it says so in the log.
-            Err(node) => {
-                if self.index.insert(key, node, GFP_KERNEL).is_ok() && items != 0 {
-                    self.index.move_to_stable(key);
-                    if items >= self.max_sharing {
-                        self.index.set_full(key);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Frees nodes without known mappings whose pages are gone: all of them, or some each time. With
-    /// `force`, also those whose pages are left in the swap cache, or mapped by processes that are
-    /// not registered (a fork's other half).
-    fn sweep_limbo(&mut self, most: usize, force: bool) {
-        let mut next = self.index.next_limbo(self.swept);
-        for _ in 0..most {
-            let Some(key) = next else {
-                break;
-            };
-            self.swept = Some(key);
-            next = self.index.next_limbo(self.swept);
-            self.settle(key, force);
-            crate::mm::cond_resched();
-        }
-        if next.is_none() {
-            self.swept = None;
-        }
-    }
-
-    /// Frees some of the nodes with known mappings whose pages are gone, and whose items nobody looked at since.
-    /// Returns where to go on, if there are more.
-    fn release_some_stale(&mut self, mut at: Released) -> Option<Released> {
-        for _ in 0..LIMBO_SWEEP {
-            let next = match at.full {
-                true => self.index.next_full(at.after),
-                false => self.index.next_node(at.after),
-            };
-            match next {
-                Some(key) => {
-                    at.after = Some(key);
-                    self.release_if_stale(key);
-                }
-                None if at.full => return None,
-                None => at = Released::full(),
-            }
-        }
-        Some(at)
-    }
-
-    /// Frees nodes whose pages are gone, of those that take no other page: nobody comes by these but who
-    /// maps them. Looks at some each time.
-    fn prune(&mut self, most: usize) {
-        let mut next = self.index.next_full(self.pruned);
-        for _ in 0..most {
-            let Some(key) = next else {
-                break;
-            };
-            self.pruned = Some(key);
-            next = self.index.next_full(self.pruned);
-            self.release_if_stale(key);
-        }
-        if next.is_none() {
-            self.pruned = None;
-        }
-    }
-
-    /// Does so, beginning again when `pause` milliseconds are over since that was done last.
-    fn prune_after(&mut self, pause: u32) {
-        if self.pruned.is_none() {
-            let over = |began: Instant<Monotonic>| began.elapsed().as_millis() >= i64::from(pause);
-            if !self.prune_began.is_none_or(over) {
-                return;
-            }
-            self.prune_began = Some(Instant::now());
-        }
-        self.prune(PRUNE_SWEEP);
-    }
-
-    fn release_if_stale(&mut self, key: StableKey) {
-        if self
-            .index
-            .node(key)
-            .is_some_and(|node| node.page().is_none())
-        {
-            self.release(key);
-        }
-        crate::mm::cond_resched();
-    }
-
-    /// Whether the pages of all nodes without known mappings have been unlocked at least once, of those behind
-    /// `after` at which it looks this time. Returns the last one of these; `Err`: that one is locked.
-    fn see_unlocked(
-        &self,
-        after: Option<StableKey>,
-    ) -> Result<Option<StableKey>, Option<StableKey>> {
-        let mut last = after;
-        for _ in 0..LIMBO_SWEEP {
-            let Some(key) = self.index.next_limbo(last) else {
-                return Ok(None);
-            };
-            let node = self.index.node(key);
-            if node.is_some_and(|node| matches!(node.locked_page(), NodePage::Busy)) {
-                return Err(last);
-            }
-            last = Some(key);
-            crate::mm::cond_resched();
-        }
-        Ok(last)
-    }
-
-    /// Frees a node without known mappings if its page is gone.
-    fn settle(&mut self, key: StableKey, force: bool) {
-        let Some(node) = self.index.node(key).filter(|node| node.items() == 0) else {
-            return;
-        };
-        let gone = match node.page() {
-            None => true,
-            Some(page) if !force && (page.is_mapped() || page.is_swapcache()) => false,
-            Some(page) => {
-                drop(page);
-                node.abandon(force)
-            }
-        };
-        if gone {
-            self.release(key);
-        }
-    }
-
     /// What is kept for all pages together, in bytes, without the allocator's own overhead.
     fn bytes(&self) -> usize {
         let items = self.items.saturating_mul(ItemBox::SIZE);
@@ -1132,4 +601,10 @@ impl Drop for State {
         self.core.swept = None;
         self.core.sweep_limbo(usize::MAX, true);
     }
+}
+
+/// Takes a user reference on an address space, unless it is exiting. Dropping the reference never
+/// tears the address space down in the context of the task that does so.
+fn use_mm(mm: &Mm) -> Option<ARef<MmWithUserAsync>> {
+    mm.mmget_not_zero().map(MmWithUser::into_mmput_async)
 }

@@ -4,14 +4,14 @@
 //!
 //! From "going offline" until it is known how that ended, nothing is scanned or merged, and `run=2` is not begun.
 //! (Faults, and whatever else the kernel does with merged pages, go on.) Looking at nodes would be safe,
-//! see [`crate::sys::memory_notifier`]. But each look takes a reference or the lock of a page, either of which makes the
-//! page's migration fail, and offlining starts over as long as pages are left.
+//! see [`crate::sys::memory_notifier`]. But each look takes a reference or the lock of a page, either of which makes
+//! the page's migration fail, and offlining starts over as long as pages are left.
 //!
 //! The mutex is not held all that time, since it is the kernel that has to go on; a flag stands for it
 //! meanwhile. Nor does the kernel wait for a `run=2` that is under way, which holds the mutex only now and then: that
 //! one goes on to its end, and pages that it was looking at are moved at the next attempt.
 
-use super::{Engine, Released, State};
+use super::{stable_tree::Released, Engine, State};
 use crate::sys::memory_notifier::Listener;
 use core::ops::Range;
 use kernel::{

@@ -3,26 +3,27 @@
 //! The scan: one pass after the other over all mergeable pages, some pages at a time.
 
 use super::{
+    candidate::{Candidate, CandidateKind, Joined, Scratch},
     cursor::Position,
     deferred::Deferred,
-    index::{NodesLike, Place, SlotId},
-    merge::Joined,
+    index::{Place, SlotId},
     metadata::gfp_mapping,
+    page::Forget,
     page_map::{Found, PageMap, Pass},
-    probation::{Print, Probation},
-    run, Core, Engine, Forget, MmState, State, GFP_SCAN,
+    run, Core, Engine, MmState, State, GFP_SCAN,
 };
-use crate::hash::{Checksum, Sample};
-use crate::mm::{
-    lru, memcg,
-    mmap_lock::{MmapLock, NotLocked},
-    stable_node::NodeId,
-    trace,
-    vma::{MergeableVma, Next, Which, HOLD_VMAS},
-    walk::{self, Batch, Seen, BATCH_PAGES},
-    word::{PageState, PageWord},
+use crate::{
+    hash::Sample,
+    mm::{
+        lru, memcg,
+        mmap_lock::{MmapLock, NotLocked},
+        trace,
+        vma::{MergeableVma, Next, Which, HOLD_VMAS},
+        walk::{self, Seen, BATCH_PAGES},
+        word::{PageState, PageWord},
+    },
+    sys::kthread::Current,
 };
-use crate::sys::kthread::Current;
 use kernel::{
     mm::Mm,
     page::PAGE_SIZE,
@@ -86,77 +87,11 @@ enum Step {
     PassDone(usize),
 }
 
-/// A page that is worth trying to merge.
-#[derive(Clone, Copy)]
-pub(super) struct Candidate {
-    pub(super) addr: usize,
-    pub(super) kind: CandidateKind,
-}
-
-#[derive(Clone, Copy)]
-pub(super) enum CandidateKind {
-    /// An anonymous page whose sample held between two looks, and that another page seems to have;
-    /// and what came of looking for a merged page for it.
-    Steady(Sample, Joined),
-    /// A KSM page of this node that is not listed with it: mapped by a child since a fork.
-    Unlisted(NodeId),
-    /// An anonymous page that waits, and that may be all zeroes.
-    Zero,
-    /// A KSM page of no node: unshared by this process only when it is written to, and found by no rmap walk.
-    Ownerless,
-}
-
 /// How long to wait, in milliseconds, when all address spaces that are left of a pass are locked by others.
 const LOCKED_MS: u32 = 20;
 
 /// How many pages are merged under one hold of `mmap_lock`.
 const JOIN_PAGES: usize = 16;
-
-/// What one step works on. Too large for the stack.
-pub(super) struct Scratch {
-    batch: Batch,
-    candidates: [Option<Candidate>; BATCH_PAGES],
-    len: usize,
-}
-
-impl Scratch {
-    /// Initialises it in place.
-    pub(super) fn init() -> impl Init<Self> {
-        init!(Self {
-            batch <- Batch::init(),
-            candidates <- pin_init::init_array_from_fn(|_| None),
-            len: 0,
-        })
-    }
-
-    fn push(&mut self, candidate: Candidate) {
-        if let Some(place) = self.candidates.get_mut(self.len) {
-            *place = Some(candidate);
-            self.len = self.len.saturating_add(1);
-        }
-    }
-
-    /// Whether the page at `addr` is a candidate.
-    fn has(&self, addr: usize) -> bool {
-        let candidates = self.candidates.iter().take(self.len).flatten();
-        candidates.into_iter().any(|known| known.addr == addr)
-    }
-
-    /// Adds the KSM pages among `count` pages from number `first` of the batch on. None of the pages is remembered.
-    fn push_unlisted(&mut self, first: usize, count: usize) {
-        for nth in first..first.saturating_add(count) {
-            let Some(&page) = self.batch.pages().get(nth) else {
-                break;
-            };
-            if let Seen::Ksm(Some(node)) = page.seen() {
-                self.push(Candidate {
-                    addr: page.addr(),
-                    kind: CandidateKind::Unlisted(node),
-                });
-            }
-        }
-    }
-}
 
 /// Tells merged pages that are there to stay from those that are gone, where the walk did not come by them.
 struct GapCheck<'a> {
@@ -631,13 +566,6 @@ impl State {
         }
     }
 
-    /// Has a page that could not be merged for the moment tried again in the next pass.
-    pub(super) fn retry(&mut self, place: Place) {
-        if let Some(known) = self.mms.get_mut(&place.slot) {
-            known.pages.note_retry(place.addr);
-        }
-    }
-
     /// Forgets what is remembered of `from..to`, where no page to be looked at is left. Goes through as
     /// many leaves as `budget` says. Returns where to go on, if there are more.
     fn forget_gap(
@@ -823,146 +751,4 @@ pub(super) fn known_mm<'a>(
 /// How many seconds are over since `began`.
 pub(super) fn seconds_since(began: Instant<Monotonic>) -> u64 {
     u64::try_from(began.elapsed().as_millis() / 1000).unwrap_or(0)
-}
-
-impl Core {
-    /// Does [`Self::look`] for pages that follow each other, from number `first` of the batch on, and
-    /// that are remembered as `words` say. `news`: see [`Cursor`].
-    fn look_at_run(
-        &mut self,
-        slot: SlotId,
-        words: &mut [PageWord],
-        first: usize,
-        scratch: &mut Scratch,
-        news: bool,
-    ) {
-        for (nth, word) in words.iter_mut().enumerate() {
-            let Some(&page) = scratch.batch.pages().get(first.wrapping_add(nth)) else {
-                break;
-            };
-            let kind = if page.is_unchanged(word) {
-                match page.sample() {
-                    Some(sample) if news => self.candidate(sample),
-                    _ => continue,
-                }
-            } else {
-                let place = Place {
-                    slot,
-                    addr: page.addr(),
-                };
-                self.look(place, word, page.seen(), news)
-            };
-            if let Some(kind) = kind {
-                scratch.push(Candidate {
-                    addr: page.addr(),
-                    kind,
-                });
-            }
-        }
-    }
-
-    /// Compares what a page is with what is remembered of it, and says whether it is worth trying to
-    /// merge. `news`: see [`Cursor`].
-    #[inline]
-    fn look(
-        &mut self,
-        place: Place,
-        word: &mut PageWord,
-        seen: Seen,
-        news: bool,
-    ) -> Option<CandidateKind> {
-        match (word.state(), seen) {
-            (PageState::Steady(old), Seen::Anon(new)) if old == new => {
-                if !news {
-                    return None;
-                }
-                let kind = self.candidate_on(word.probation(), new);
-                if let (true, Some(probation)) = (self.refreshing, word.probation()) {
-                    word.set_probation(probation.eased());
-                }
-                kind
-            }
-            (PageState::Seen(old), Seen::Anon(new)) if old == new => {
-                let probation = match word.probation() {
-                    None => {
-                        self.relabel(word, PageWord::steady(new));
-                        return self.candidate(new);
-                    }
-                    Some(probation) => probation,
-                };
-                if !probation.is_due(&self.clock) {
-                    return None;
-                }
-                let kind = self.candidate_on(Some(probation), new);
-                if kind.is_none() {
-                    // Nobody has an equal, so it does not matter for now whether it has held still.
-                    self.relabel(word, PageWord::steady_on(new, probation));
-                }
-                kind
-            }
-            (PageState::Waiting(sum), Seen::Anon(new)) if sum.sample() == new => {
-                // Who waits under `unknown` was not compared with merged pages when none took another page:
-                // now there may be room. Newcomers go there, and never find this one.
-                let has_nowhere_to_go =
-                    || sum.is_unknown() && self.index.nodes_like(new) == NodesLike::None;
-                if !self.refreshing || has_nowhere_to_go() {
-                    // It has to be found out here when it is zero now, or when that matters from now on:
-                    // no equal page ever comes to wait.
-                    let may_be_zero = self.zeroes.is_some_and(|zeroes| zeroes.contains(new));
-                    return may_be_zero.then_some(CandidateKind::Zero);
-                }
-                if !sum.is_unknown() {
-                    // If its checksum has not changed, it goes on waiting, and that is news for nobody.
-                    return Some(CandidateKind::Steady(new, Joined::Waiting(sum)));
-                }
-                // It waits again, under the checksum that it has now. That is no event for the area.
-                let changes = self.changes;
-                self.index.stop_waiting(sum, place);
-                self.stop_waiting(word, sum);
-                self.changes = changes;
-                self.candidate_on(word.probation(), new)
-            }
-            (PageState::Merged(Some(old)), Seen::Ksm(Some(new))) if old == new => None,
-            (_, Seen::Anon(new)) => {
-                // New content, or somebody wrote to what was merged.
-                self.renew(place, word, new);
-                // With few strikes it may merge in the next pass, if its checksum is known by then.
-                let strikes = word.strikes();
-                (!strikes.is_none() && strikes.are_few())
-                    .then_some(CandidateKind::Steady(new, Joined::OnProbation))
-            }
-            (_, Seen::Ksm(Some(node))) => Some(CandidateKind::Unlisted(node)),
-            (_, Seen::Ksm(None)) => {
-                let sample = word.sample();
-                let probation = Probation::new(word.strikes(), Print::UNKNOWN, self.clock.secs());
-                if self.release_item(word) {
-                    self.replace(place, word, PageWord::seen_on(sample, probation));
-                }
-                Some(CandidateKind::Ownerless)
-            }
-        }
-    }
-
-    /// Changes the word of a page that waits under `sum` to "steady". The unstable tree has it no more.
-    pub(super) fn stop_waiting(&mut self, word: &mut PageWord, sum: Checksum) {
-        let now = self.clock.secs();
-        let probation = Probation::new(word.strikes(), Print::of(sum), now);
-        self.relabel(word, PageWord::steady_on(sum.sample(), probation));
-    }
-
-    #[inline]
-    fn candidate(&self, sample: Sample) -> Option<CandidateKind> {
-        self.filter
-            .has_two(sample)
-            .then_some(CandidateKind::Steady(sample, Joined::Unknown))
-    }
-
-    /// Does so for a page that may be on probation.
-    #[inline]
-    fn candidate_on(&self, probation: Option<Probation>, sample: Sample) -> Option<CandidateKind> {
-        self.filter.has_two(sample).then_some(match probation {
-            None => CandidateKind::Steady(sample, Joined::Unknown),
-            Some(_) => CandidateKind::Steady(sample, Joined::OnProbation),
-        })
-    }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who maps a page over a fork.
+//! Processes that share a page over a fork.
 
 use super::{ffi, folio::LockedPage, vma::MergeableVma};
 use kernel::{error::to_result, prelude::*};

@@ -669,8 +669,8 @@ unsafe extern "C" fn rksm_walk_pmd(
     over.into()
 }
 
-/// Called by the kernel's page walker (through helpers/pgtable.c) for each table of page tables, which begins at `addr`,
-/// before its entries are gone through. Returns 1 when the walk is over.
+/// Called by the kernel's page walker (through helpers/pgtable.c) for each table of page tables, which begins at
+/// `addr`, before its entries are gone through. Returns 1 when the walk is over.
 ///
 /// # Safety
 ///
