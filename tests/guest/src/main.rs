@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{bail, Context, Result};
 
 use rksm_guest_tests::harness::{self, Selection};
-use rksm_guest_tests::themes::ALL;
+use rksm_guest_tests::suites::ALL;
 use rksm_guest_tests::worker;
 
 fn main() -> ExitCode {
