@@ -13,7 +13,7 @@
 //! | step | in the module |
 //! | --- | --- |
 //! | `Scan::Turn`, `Scan::Look` | `Engine::step_mm`, `State::absorb` (src/ksm/scan.rs) |
-//! | `Scan::Drop` | `Core::detach` (src/ksm/mod.rs), `ItemBox::detach` (src/mm/rmap_item.rs) |
+//! | `Scan::Drop` | `Core::release_item` (src/ksm/page.rs), `ItemBox::detach` (src/mm/rmap_item.rs) |
 //! | `Scan::List` | `State::list` (src/ksm/merge.rs) |
 //! | `Scan::Relatives`, `Scan::Publish`, `Scan::Join` | `State::merge_into_first` |
 //! | `Scan::Undo` … `Scan::UndoLook` | `State::undo` |
