@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Result};
-use rksm_guest_tests::sys;
+use rksm_test_lib::sys;
 
 use crate::results::percentile;
 use crate::worker::Mapping;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use rksm_guest_tests::{module, proc};
+use rksm_test_lib::{module, proc};
 
 use crate::workload;
 

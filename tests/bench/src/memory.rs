@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::{Context, Result};
-use rksm_guest_tests::proc;
+use rksm_test_lib::proc;
 
 use crate::content::PAGE;
 

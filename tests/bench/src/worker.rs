@@ -8,7 +8,7 @@
 use std::io::{BufRead, Write};
 
 use anyhow::{bail, ensure, Context, Result};
-use rksm_guest_tests::sys::{self, Forked};
+use rksm_test_lib::sys::{self, Forked};
 
 use crate::content::{fill, Content, PAGE};
 use crate::workload::{plan, Area, Child, Process};

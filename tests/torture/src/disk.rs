@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
-use rksm_guest_tests::engine::wait_for;
+use rksm_test_lib::engine::wait_for;
 
 use crate::arena::Arena;
 use crate::ops::io::on_disk;

@@ -20,7 +20,7 @@ use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 
 use anyhow::{bail, ensure, Context, Result};
-use rksm_guest_tests::sys;
+use rksm_test_lib::sys;
 
 use arena::{Arena, PLAYERS_MAX};
 use plan::{Allowed, Op};

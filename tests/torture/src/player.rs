@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rand::Rng;
-use rksm_guest_tests::pageflags::{merged_frames, Span};
-use rksm_guest_tests::sys;
+use rksm_test_lib::pageflags::{merged_frames, Span};
+use rksm_test_lib::sys;
 
 use crate::arena::{Arena, Block, Entry, Phase, MAIL, MAY_BE_ZERO, PAGES, PLAYERS_MAX, SLOTS};
 use crate::ops;
@@ -110,7 +110,7 @@ impl Player {
             children: Vec::new(),
             forks: 0,
             disk: disk.transpose()?,
-            nodes: rksm_guest_tests::numa::nodes().unwrap_or_default(),
+            nodes: rksm_test_lib::numa::nodes().unwrap_or_default(),
             bodies: Bodies::new(),
             leaving: false,
         };

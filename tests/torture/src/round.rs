@@ -8,9 +8,9 @@ use std::time::Duration;
 use anyhow::{bail, Result};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
-use rksm_guest_tests::cgroup::Group;
-use rksm_guest_tests::sys::{self, Ended, Forked};
-use rksm_guest_tests::{module, proc};
+use rksm_test_lib::cgroup::Group;
+use rksm_test_lib::sys::{self, Ended, Forked};
+use rksm_test_lib::{module, proc};
 
 use crate::arena::{Arena, Phase, Stand};
 use crate::control::{self, knobs, pressure, Control, Task};
@@ -89,7 +89,7 @@ pub fn run(
     arena.clear_counts();
     module::ensure_loaded(true)?;
     knobs::calm();
-    rksm_guest_tests::engine::write("run", 1)?;
+    rksm_test_lib::engine::write("run", 1)?;
     let split = proc::vmstat("cow_ksm").unwrap_or(0);
 
     let who = Who {

@@ -7,9 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
-use rksm_guest_tests::engine::{self, read_from, wait_for, RKSM};
-use rksm_guest_tests::swap::Zram;
-use rksm_guest_tests::{module, numa, proc, sys};
+use rksm_test_lib::engine::{self, read_from, wait_for, RKSM};
+use rksm_test_lib::swap::Zram;
+use rksm_test_lib::{module, numa, proc, sys};
 
 use crate::arena::Arena;
 use crate::control::{Task, TASKS};

@@ -15,8 +15,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
-use rksm_guest_tests::engine::{read_from, wait_for, write_to, RKSM};
-use rksm_guest_tests::{module, proc};
+use rksm_test_lib::engine::{read_from, wait_for, write_to, RKSM};
+use rksm_test_lib::{module, proc};
 
 use crate::arena::{Arena, Phase};
 use crate::control::knobs;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use rksm_guest_tests::engine::{read_from, RKSM};
+use rksm_test_lib::engine::{read_from, RKSM};
 
 use crate::arena::Arena;
 use crate::plan::Op;

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rand::Rng;
-use rksm_guest_tests::engine::write_to;
-use rksm_guest_tests::memblock::{offline_blocks, NO_DIMM};
-use rksm_guest_tests::patience::patient;
-use rksm_guest_tests::sys;
+use rksm_test_lib::engine::write_to;
+use rksm_test_lib::memblock::{offline_blocks, NO_DIMM};
+use rksm_test_lib::patience::patient;
+use rksm_test_lib::sys;
 
 use super::Control;
 use crate::plan::Op;

@@ -9,8 +9,8 @@ use std::path::Path;
 use anyhow::{bail, Result};
 use rand::seq::IndexedRandom;
 use rand::Rng;
-use rksm_guest_tests::engine::{write_to, RKSM};
-use rksm_guest_tests::module;
+use rksm_test_lib::engine::{write_to, RKSM};
+use rksm_test_lib::module;
 
 use super::Control;
 use crate::plan::Op;

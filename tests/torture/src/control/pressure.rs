@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::{bail, Result};
 use rand::Rng;
-use rksm_guest_tests::cgroup::Group;
-use rksm_guest_tests::swap;
-use rksm_guest_tests::sys::{self, Ended, Forked};
+use rksm_test_lib::cgroup::Group;
+use rksm_test_lib::swap;
+use rksm_test_lib::sys::{self, Ended, Forked};
 
 use super::Control;
 use crate::arena::{PAGES, SLOTS};

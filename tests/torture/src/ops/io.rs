@@ -4,7 +4,7 @@
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 
-use rksm_guest_tests::sys;
+use rksm_test_lib::sys;
 
 use crate::arena::MAIL;
 use crate::page::{Desc, Place, CLASSES, DISK, PAGE, WORDS};

@@ -19,9 +19,9 @@ pub fn act(player: &mut Player, step: &Step) -> Act {
             player.leaving = true;
             Ok(())
         }
-        Op::PrctlOn => Ok(rksm_guest_tests::sys::set_memory_merge(true)?),
+        Op::PrctlOn => Ok(rksm_test_lib::sys::set_memory_merge(true)?),
         Op::PrctlOff => {
-            rksm_guest_tests::sys::set_memory_merge(false)?;
+            rksm_test_lib::sys::set_memory_merge(false)?;
             player.verify_all()
         }
         Op::Rest => {

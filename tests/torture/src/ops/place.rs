@@ -4,9 +4,9 @@
 use std::io;
 use std::time::Duration;
 
-use rksm_guest_tests::numa;
-use rksm_guest_tests::pageflags::Span;
-use rksm_guest_tests::sys::{self, Ended, Forked};
+use rksm_test_lib::numa;
+use rksm_test_lib::pageflags::Span;
+use rksm_test_lib::sys::{self, Ended, Forked};
 
 use crate::page::{Desc, PAGE};
 use crate::plan::{Op, Step};

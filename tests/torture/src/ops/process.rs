@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use rksm_guest_tests::sys::{self, Ended, Forked};
+use rksm_test_lib::sys::{self, Ended, Forked};
 
 use crate::arena::{Block, SLOTS};
 use crate::page::{mix, Desc, WORDS};

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rand::Rng;
-use rksm_guest_tests::engine::{write_to, RKSM};
+use rksm_test_lib::engine::{write_to, RKSM};
 
 use crate::arena::SLOTS;
 use crate::page::{mix, PAGE};

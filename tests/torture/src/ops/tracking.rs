@@ -5,8 +5,8 @@ use std::io;
 use std::time::Duration;
 
 use anyhow::Result;
-use rksm_guest_tests::engine::wait_for;
-use rksm_guest_tests::proc;
+use rksm_test_lib::engine::wait_for;
+use rksm_test_lib::proc;
 
 use crate::page::{Desc, PAGE};
 use crate::plan::{Op, Step};

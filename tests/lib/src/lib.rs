@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What the guest tests, the torture test and the benchmark share: the engine's
+//! knobs, memory whose content is known byte for byte, the kernel's own view of
+//! pages, and what surrounds them.
+
+pub mod background;
+pub mod cgroup;
+pub mod disk;
+pub mod engine;
+pub mod memblock;
+pub mod module;
+pub mod numa;
+pub mod pageflags;
+pub mod patience;
+pub mod prng;
+pub mod proc;
+pub mod region;
+pub mod swap;
+pub mod sys;
