@@ -3,11 +3,15 @@
 
 pub mod abi;
 pub mod compare;
+pub mod conformance;
 pub mod dwarf;
 pub mod exports;
+pub mod ktap;
 pub mod layout;
 pub mod list;
+pub mod log_check;
 pub mod output;
 pub mod postlink;
 pub mod shape;
 pub mod symtab;
+pub mod text;

@@ -8,10 +8,12 @@ use rksm_tools::exports::Exports;
 use rksm_tools::layout::{self, Types};
 use rksm_tools::postlink::{self, Kernel};
 use rksm_tools::symtab::KernelSymbols;
-use rksm_tools::{compare, dwarf, list, output};
+use rksm_tools::{compare, conformance, dwarf, ktap, list, log_check, output};
 use std::collections::BTreeSet;
+use std::env;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -20,18 +22,40 @@ usage: rksm-tools layout --vmlinux FILE --list FILE --structs FILE --out FILE
        rksm-tools compare --vmlinux FILE --structs FILE MODULE.ko
        rksm-tools describe --vmlinux FILE NAME...
        rksm-tools postlink --list FILE --symvers FILE [--vmlinux FILE] [--system-map FILE] IN.ko OUT.ko
+       rksm-tools ktap-sum STAGE TALLY COMMAND...
+       rksm-tools ktap-sum --total TALLY
+       rksm-tools log-check FILE
+       rksm-tools conformance DIR
 ";
 
 fn main() -> ExitCode {
-    match run(Arguments::from_env()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            for line in format!("{error:#}").lines() {
-                eprintln!("rksm-tools: {line}");
-            }
-            ExitCode::FAILURE
-        }
+    let args: Vec<OsString> = env::args_os().skip(1).collect();
+    let rest = args.get(1..).unwrap_or_default();
+    // Not for pico_args: what comes behind ktap-sum is a command that has options of its own.
+    match args.first().and_then(|word| word.to_str()) {
+        Some("ktap-sum") => verdict(ktap_sum(rest)),
+        Some("log-check") => verdict(log_check(rest)),
+        Some("conformance") => verdict(conformance(rest)),
+        _ => match run(Arguments::from_env()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failure(&error, 1),
+        },
     }
+}
+
+/// The status of a parser: 1 when what it looked at is not good, 2 when it could not look at it.
+fn verdict(good: Result<bool>) -> ExitCode {
+    match good {
+        Ok(good) => ExitCode::from(u8::from(!good)),
+        Err(error) => failure(&error, 2),
+    }
+}
+
+fn failure(error: &anyhow::Error, status: u8) -> ExitCode {
+    for line in format!("{error:#}").lines() {
+        eprintln!("rksm-tools: {line}");
+    }
+    ExitCode::from(status)
 }
 
 fn run(mut args: Arguments) -> Result<()> {
@@ -47,6 +71,38 @@ fn run(mut args: Arguments) -> Result<()> {
         Some(other) => bail!("no command '{other}'\n{USAGE}"),
         None => bail!("no command\n{USAGE}"),
     }
+}
+
+fn ktap_sum(args: &[OsString]) -> Result<bool> {
+    let out = &mut io::stdout().lock();
+    match args {
+        [option, tally] if option == "--total" => {
+            let (text, good) = ktap::total(&read(Path::new(tally))?);
+            writeln!(out, "{text}")?;
+            Ok(good)
+        }
+        [stage, tally, command @ ..] if !command.is_empty() && stage != "--total" => {
+            ktap::run(stage, Path::new(tally), command, out)
+        }
+        _ => bail!("expected STAGE TALLY COMMAND..., or --total TALLY\n{USAGE}"),
+    }
+}
+
+fn log_check(args: &[OsString]) -> Result<bool> {
+    let [log] = args else {
+        bail!("expected one FILE\n{USAGE}");
+    };
+    let log = Path::new(log);
+    File::open(log)
+        .and_then(|log| log_check::is_clean(BufReader::new(log), &mut io::stdout().lock()))
+        .with_context(|| format!("cannot check {}", log.display()))
+}
+
+fn conformance(args: &[OsString]) -> Result<bool> {
+    let [dir] = args else {
+        bail!("expected one DIR\n{USAGE}");
+    };
+    conformance::run(Path::new(dir), &mut io::stdout().lock())
 }
 
 fn layout(mut args: Arguments) -> Result<()> {
