@@ -484,8 +484,51 @@ fn read_damaged(data: &[u8], expected: &[Entry]) {
     let _ = check(&btf, expected, &mut |_, _| ());
 }
 
+/// An id, a length or an offset that makes sense more often than not.
+fn word() -> impl Strategy<Value = u32> {
+    prop_oneof![8 => 0_u32..12, 1 => any::<u32>()]
+}
+
+/// A record of any kind, with as many words behind it as it wants, or nearly as many.
+fn any_record() -> impl Strategy<Value = (u32, u32, u32, Vec<u32>)> {
+    let kind = prop_oneof![20 => 1_u32..20, 1 => any::<u32>()];
+    let words = prop::collection::vec(word(), 13);
+    let off_by = prop_oneof![20 => Just(0_i32), 1 => -3..3];
+    let parts = (kind, 0_u32..4, any::<bool>(), word(), words, off_by);
+    parts.prop_map(|(kind, vlen, flag, size_or_type, mut words, off_by)| {
+        let len = match kind {
+            common::INT | common::VAR | common::DECL_TAG => 1,
+            common::ARRAY => 3,
+            common::ENUM | common::FUNC_PROTO => vlen * 2,
+            common::STRUCT | common::UNION | common::DATASEC | common::ENUM64 => vlen * 3,
+            _ => 0,
+        };
+        words.truncate((len as i32 + off_by).max(0) as usize);
+        (kind, vlen | (u32::from(flag) << 31), size_or_type, words)
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Types that refer to each other at will, in circles, too.
+    #[test]
+    fn any_records_never_panic(
+        records in prop::collection::vec(any_record(), 1..12),
+        named in any::<u16>(),
+    ) {
+        let mut maker = Maker::new();
+        for (i, (kind, vlen, size_or_type, words)) in records.iter().enumerate() {
+            let name = if (named >> i) & 1 == 0 { "" } else { "walk" };
+            maker.record(name, kind & 0x7f, *vlen, *size_or_type, words);
+        }
+        let expected = [
+            Entry::new(KIND_STRUCT, "walk", 0),
+            Entry::new(KIND_FUNC, "walk", 0),
+            Entry::new(KIND_ENUM, "walk", 0),
+        ];
+        read_damaged(&maker.finish(), &expected);
+    }
 
     #[test]
     fn damaged_bytes_never_panic(
