@@ -118,17 +118,61 @@ need_setup()
 		die "the debug kernel is not built: run scripts/setup --debug first"
 }
 
+# --- rksm-tools ------------------------------------------------------------
+
+# Linked statically, as it runs in the Debian root, in guests and on the host,
+# whose C library may be older than the root's. With a target named, the flag is
+# not for build scripts, and the result has a place of its own: what plain cargo
+# builds is another file.
+TOOLS_TARGET=x86_64-unknown-linux-gnu
+RKSM_TOOLS=$RKSM_TOP/build/target/$TOOLS_TARGET/release/rksm-tools
+
+build_tools()
+{
+	local began
+
+	began=$(date +@%s.%N)
+	"$RKSM_TOP/scripts/enter" env RUSTFLAGS="-C target-feature=+crt-static" \
+		cargo build --quiet --release --locked --manifest-path "$RKSM_TOP/Cargo.toml" \
+		--target "$TOOLS_TARGET" -p rksm-tools || die "building rksm-tools failed"
+	touch -d "$began" "$RKSM_TOOLS.built"
+}
+
+# Builds rksm-tools if it is not there, or if what it is made of has changed since.
+# cargo is not asked each time: its lock may be taken for minutes.
+need_tools()
+{
+	local newer
+
+	if [[ -x $RKSM_TOOLS && -e $RKSM_TOOLS.built ]]; then
+		newer=$(cd "$RKSM_TOP" && find Cargo.toml Cargo.lock scripts/tools/Cargo.toml \
+			scripts/tools/src src/abi -newer "$RKSM_TOOLS.built" -print -quit)
+		[[ $newer ]] || return 0
+	fi
+	build_tools
+}
+
+# Not through cargo: a command that ktap-sum runs may want cargo's lock.
+tools() # COMMAND ARGUMENT…
+{
+	need_tools
+	"$RKSM_TOOLS" "$@"
+}
+
 # --- stages of the tests -------------------------------------------------
 
-# Runs a command that prints results, see ktap-sum, and leaves what it prints in
-# build/log/NAME.
+# Runs a command that prints results, counts them into TALLY (rksm-tools
+# ktap-sum), and leaves what it prints in build/log/NAME.
 stage() # TALLY NAME COMMAND…
 {
-	local began=$SECONDS
+	local began
 
+	# Here, where a failure ends the script, and before the clock starts.
+	need_tools
+	began=$SECONDS
 	mkdir -p "$RKSM_TOP/build/log"
 	printf '\n# === %s ===\n' "$2"
-	"$RKSM_TOP/scripts/ktap-sum" "$2" "$1" "${@:3}" | tee "$RKSM_TOP/build/log/$2" || true
+	tools ktap-sum "$2" "$1" "${@:3}" | tee "$RKSM_TOP/build/log/$2" || true
 	printf '# === %s took %d s ===\n' "$2" "$((SECONDS - began))"
 }
 
@@ -141,5 +185,5 @@ stages_done() # TALLY
 		sed -E 's,^build/log/([^:]*):# (.*) took ([0-9.]+) s$,\3 s \1: \2,' | sort -rn | awk 'NR <= 20 { print "#   " $0 }' || true
 	printf '\n'
 	awk '{ printf "# %s: %d passed, %d failed, %d skipped\n", $1, $2, $3, $4 }' "$1"
-	"$RKSM_TOP/scripts/ktap-sum" --total "$1"
+	tools ktap-sum --total "$1"
 }

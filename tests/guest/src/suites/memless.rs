@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Memory is exhausted, for real, while pages are unmerged.
 //!
-//! The groups are called "oom" and "oom-all": `scripts/vm-log-check` pardons what the kernel reports
+//! The groups are called "oom" and "oom-all": `rksm-tools log-check` pardons what the kernel reports
 //! of these.
 
 use std::fs;

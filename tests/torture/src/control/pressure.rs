@@ -20,7 +20,7 @@ use crate::player::{Player, Stop, Until, STATUS_WRONG};
 use crate::raw::{self, Mem};
 
 /// The group of the players, and that of those that are to run out of memory;
-/// the kernel's report about the latter is expected by scripts/vm-log-check.
+/// the kernel's report about the latter is expected by rksm-tools log-check.
 pub const PLAYERS: &str = "torture";
 const VICTIMS: &str = "oom";
 /// What a victim's group may have: less than a victim takes.
