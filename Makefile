@@ -4,11 +4,12 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-debug torture conformance bench bench-quick check module shell setup clean distclean
+.PHONY: help demo test quick test-debug torture conformance bench bench-quick check module shell setup clean distclean
 
 help:
 	@echo 'make demo         set up, build, and merge real memory in a guest'
 	@echo 'make test         set up, build, and run every test'
+	@echo 'make quick        the checks and most guest tests: ten minutes, before each commit'
 	@echo 'make test-debug   the guest tests and the torture test in a kernel full of checks'
 	@echo 'make torture      everything at random to memory that merges (SECONDS=60 SEED= OPS= NOT= PLAYERS=10)'
 	@echo 'make conformance  the kernel'"'"'s own KSM selftests, with in-tree KSM and with rksm'
@@ -37,6 +38,9 @@ demo: module
 
 test: module
 	@scripts/test
+
+quick: module
+	@scripts/test --quick
 
 test-debug:
 	@scripts/setup --debug
