@@ -73,6 +73,9 @@ const REPORTS_MAX: u32 = 20;
 /// How many lines are held back at most for the end of a report of the OOM killer.
 const HELD_MAX: usize = 400;
 
+/// How many lines, at most, stand before the first function of a call trace.
+const TRACE_MAX: usize = 40;
+
 /// Whether `text` holds what the pattern says: `^` is the start of the line, `*` any bytes, and
 /// `%d` a decimal number.
 fn matches(pattern: &str, text: &[u8]) -> bool {
@@ -159,6 +162,31 @@ enum Injected {
     WarningAndTrace,
 }
 
+/// A report that is held back until its end, or the lines that say what it is about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// Of the OOM killer.
+    Oom,
+    /// Of a page-table entry that the kernel's own checks find wrong.
+    BadEntry,
+}
+
+impl Held {
+    /// Which report begins with this line.
+    fn beginning_with(text: &[u8]) -> Option<Self> {
+        if contains(text, b"invoked oom-killer: ") {
+            return Some(Self::Oom);
+        }
+        text.starts_with(BAD_ENTRY).then_some(Self::BadEntry)
+    }
+}
+
+/// PAGEMAP_SCAN that write-protects pages leaves an entry writable if its page is being migrated: make_uffd_wp_pte() of
+/// fs/proc/task_mmu.c sets the mark, but keeps the migration entry a writable one, which CONFIG_PAGE_TABLE_CHECK
+/// reports once. Seen with 7.3.4, without the module, while one thread scanned and another moved the pages.
+const BAD_ENTRY: &[u8] = b"WARNING: at __page_table_check_ptes_set+";
+const BAD_ENTRY_OF: &[u8] = b" make_uffd_wp_pte+";
+
 struct Checker<'a, W> {
     out: &'a mut W,
     /// Number of the current line.
@@ -170,21 +198,28 @@ struct Checker<'a, W> {
     /// The last lines with their numbers.
     before: VecDeque<(u64, Vec<u8>)>,
     injected: Injected,
-    /// A report of the OOM killer whose end has not come yet.
+    /// The lines of a report whose end has not come yet.
     held: Vec<Vec<u8>>,
     /// The line of that report which names the group.
     group: Vec<u8>,
 }
 
 impl<W: Write> Checker<'_, W> {
+    fn line(&mut self, line: &[u8]) -> io::Result<()> {
+        let text = without_stamp(line);
+        let first = self.held.first().map_or(text, |first| without_stamp(first));
+        match Held::beginning_with(first) {
+            None => self.check(line),
+            Some(Held::Oom) => self.oom_line(line),
+            Some(Held::BadEntry) => self.bad_entry_line(line),
+        }
+    }
+
     /// A group that a test has run out of memory (rksm-oom), or that the victim is to come from when
     /// all memory is gone (rksm-oom-all), is no trouble. The report is held back until its end says
     /// whether it is about that group.
-    fn line(&mut self, line: &[u8]) -> io::Result<()> {
+    fn oom_line(&mut self, line: &[u8]) -> io::Result<()> {
         let text = without_stamp(line);
-        if self.held.is_empty() && !contains(text, b"invoked oom-killer: ") {
-            return self.check(line);
-        }
         self.held.push(line.to_vec());
         if text.starts_with(b"Memory cgroup stats for ") {
             self.group = text.to_vec();
@@ -208,12 +243,29 @@ impl<W: Write> Checker<'_, W> {
         }
     }
 
+    /// The report of [`BAD_ENTRY`] is no trouble if the innermost function of its trace is that of [`BAD_ENTRY_OF`].
+    fn bad_entry_line(&mut self, line: &[u8]) -> io::Result<()> {
+        let before = self.held.last().map(|line| without_stamp(line).to_vec());
+        self.held.push(line.to_vec());
+        if before.is_some_and(|before| before == b" <TASK>") {
+            let text = without_stamp(line);
+            self.release(text.starts_with(BAD_ENTRY_OF))
+        } else if self.held.len() > TRACE_MAX {
+            self.release(false)
+        } else {
+            Ok(())
+        }
+    }
+
     /// Check the lines that are held back. A report that is pardoned may have its call trace.
     fn release(&mut self, pardoned: bool) -> io::Result<()> {
         self.group.clear();
-        for line in std::mem::take(&mut self.held) {
-            if !pardoned || !without_stamp(&line).starts_with(b"Call Trace:") {
-                self.check(&line)?;
+        for (at, line) in std::mem::take(&mut self.held).iter().enumerate() {
+            let text = without_stamp(line);
+            let expected =
+                text.starts_with(b"Call Trace:") || at == 0 && text.starts_with(BAD_ENTRY);
+            if !pardoned || !expected {
+                self.check(line)?;
             }
         }
         Ok(())
@@ -459,6 +511,47 @@ mod tests {
     #[test]
     fn a_trace_behind_that_is_found() {
         is_found(&format!("{VMALLOC}\n[    3.2] Call Trace:"));
+    }
+
+    const BAD_ENTRY_REPORT: &str = "\
+[   58.007414] ------------[ cut here ]------------
+[   58.008115] WARNING: at __page_table_check_ptes_set+0x9f/0x170, CPU#0: wp/107
+[   58.013217] Modules linked in:
+[   58.037745] CPU: 0 UID: 0 PID: 107 Comm: wp Not tainted 7.3.4-rksm-debug #1 PREEMPT(lazy)
+[   58.053433] RIP: 0010:__page_table_check_ptes_set+0x9f/0x170
+[   58.054356] Code: 48 21 c2 48 b8 00 00
+[   58.085000] Call Trace:
+[   58.085100]  <TASK>
+[   58.085200]  make_uffd_wp_pte+0x25e/0x370
+[   58.085300]  pagemap_scan_pmd_entry+0x1f86/0x24d0";
+
+    #[test]
+    fn a_bad_entry_of_the_kernels_own_making_passes() {
+        passes(BAD_ENTRY_REPORT);
+    }
+
+    #[test]
+    fn a_bad_entry_of_another_making_is_found() {
+        is_found(&BAD_ENTRY_REPORT.replace("make_uffd_wp_pte", "rksm_set_pte"));
+        is_found(&BAD_ENTRY_REPORT.replace(" make_uffd", " ? make_uffd"));
+        is_found(&BAD_ENTRY_REPORT.replace("check_ptes_set", "check_set"));
+    }
+
+    #[test]
+    fn trouble_within_or_behind_that_report_is_found() {
+        is_found(&BAD_ENTRY_REPORT.replace("Modules linked in:", "BUG: Bad page state"));
+        is_found(&format!("{BAD_ENTRY_REPORT}\n[   58.1] Call Trace:"));
+        is_found(&format!(
+            "{BAD_ENTRY_REPORT}\n[   58.1] WARNING: at x+0x1/0x2"
+        ));
+    }
+
+    #[test]
+    fn a_bad_entry_without_a_trace_is_found() {
+        let (cut, _) = BAD_ENTRY_REPORT.split_once("[   58.085000]").unwrap();
+        is_found(cut);
+        let more = "[   59.0] and so on\n".repeat(TRACE_MAX);
+        is_found(&format!("{cut}{more}"));
     }
 
     /// Each kind of trouble, by what it is.
