@@ -52,7 +52,7 @@ impl Sample {
 }
 
 /// A 57-bit checksum of a page's content: its sample, then 25 bits of a hash of all words. (Seven bits
-/// are left to [`PageWord`](crate::mm::word::PageWord), for its tag and the page's strikes.)
+/// are left to [`PageEntry`](crate::mm::word::PageEntry), for its tag and the page's strikes.)
 ///
 /// Equal content has equal checksums. The reverse is only likely: what decides a merge is the
 /// comparison of all bytes.

@@ -24,7 +24,7 @@ use crate::{
         rmap_item::ItemBox,
         stable_node::{NodeBox, NodeId, NodePage},
         vma::{MergeableVma, Which},
-        word::{PageState, PageWord},
+        word::{PageEntry, PageState},
     },
 };
 use kernel::{
@@ -214,7 +214,7 @@ impl State {
             (Verdict::Held, new) => {
                 match word.state() {
                     PageState::Steady(_) => word.set_probation(new),
-                    _ => core.relabel(word, PageWord::steady_on(sample, new)),
+                    _ => core.relabel(word, PageEntry::steady_on(sample, new)),
                 }
                 if core.filter.has_two(sample) {
                     self.join_stable(hasher, vma, place, sample)
@@ -229,7 +229,7 @@ impl State {
                 Joined::NotYet
             }
             (Verdict::Moved, new) => {
-                core.relabel(word, PageWord::seen_on(sample, new));
+                core.relabel(word, PageEntry::seen_on(sample, new));
                 self.note_change(place);
                 Joined::NotYet
             }
@@ -569,7 +569,7 @@ impl State {
             };
             let sample = word.sample();
             let probation = Probation::new(word.strikes(), Print::UNKNOWN, core.clock.secs());
-            core.relabel(word, PageWord::steady_on(sample, probation));
+            core.relabel(word, PageEntry::steady_on(sample, probation));
             if sample == sum.sample() {
                 self.wait(place, sum);
             } else {
@@ -615,7 +615,7 @@ impl State {
         match core.publish_at(hasher, vma, key, &mut item, &mut splits) {
             Ok(Published { shared, strays }) => {
                 if shared {
-                    let leaf = PageMap::<PageWord>::number(place.addr);
+                    let leaf = PageMap::<PageEntry>::number(place.addr);
                     core.unlisted.add(leaf);
                 }
                 // The next steps, and the whole next pass, look for them.
@@ -661,7 +661,7 @@ impl State {
         let print = Print::of(key.sum);
         let probation = Probation::new(word.strikes(), print, core.clock.secs());
         if core.release_item(word) {
-            core.replace(place, word, PageWord::steady_on(sample, probation));
+            core.replace(place, word, PageEntry::steady_on(sample, probation));
             self.core.settle(key, false);
             self.wait(place, key.sum);
         }

@@ -33,7 +33,7 @@ use crate::{
     mm::{
         rmap_item::ItemBox,
         stable_node::{NodeBox, NodeId},
-        word::PageWord,
+        word::PageEntry,
     },
     sys::module_pin,
 };
@@ -138,7 +138,7 @@ pub(crate) struct Engine {
 /// What is known of the pages of one address space.
 pub(crate) struct MmState {
     mm: ARef<Mm>,
-    pages: PageMap<PageWord>,
+    pages: PageMap<PageEntry>,
     /// What [`State::report`] took into account last, in bytes.
     reported: usize,
     /// The address space is gone, and what is known of it before this address is forgotten.

@@ -20,7 +20,7 @@ use crate::{
     mm::{
         rmap_item::{Detached, ItemBox},
         walk::Seen,
-        word::{PageState, PageWord},
+        word::{PageEntry, PageState},
     },
 };
 use kernel::{mm::Mm, prelude::*};
@@ -53,7 +53,7 @@ impl Forget {
 
 impl State {
     /// The word of the page at `place`, and all that is known of others.
-    pub(super) fn word(&mut self, place: Place) -> (Option<&mut PageWord>, &mut Core) {
+    pub(super) fn word(&mut self, place: Place) -> (Option<&mut PageEntry>, &mut Core) {
         let word = self
             .mms
             .get_mut(&place.slot)
@@ -86,7 +86,7 @@ impl State {
         from: usize,
         to: usize,
         budget: &mut Forget,
-        mut keep: impl FnMut(usize, &PageWord) -> bool,
+        mut keep: impl FnMut(usize, &PageEntry) -> bool,
     ) -> Option<usize> {
         let State { mms, core, .. } = self;
         let known = mms.get_mut(&slot)?;
@@ -124,7 +124,7 @@ impl State {
         let mut leaf = known.pages.leaf_from(place.addr, pass, gfp_inherited())?;
         let result = match leaf.seek(place.addr) {
             Found::Nothing => leaf
-                .insert(PageWord::seen(sample), 1, gfp_inherited())
+                .insert(PageEntry::seen(sample), 1, gfp_inherited())
                 .map_err(|_| ENOMEM),
             _ => Err(EEXIST),
         };
@@ -141,8 +141,8 @@ impl State {
         match state {
             // An item that is listed must never be dropped; or every candidate is remembered.
             Some(PageState::Merged(_)) | None => return,
-            Some(PageState::Waiting(old)) if old == sum => return,
-            Some(PageState::Waiting(old)) => self.leave_unstable(place, old),
+            Some(PageState::Unstable(old)) if old == sum => return,
+            Some(PageState::Unstable(old)) => self.leave_unstable(place, old),
             Some(_) => {}
         }
         let before = self.core.index.waiting(sum);
@@ -157,7 +157,7 @@ impl State {
         match self.word(place) {
             (Some(word), core) => {
                 core.try_again();
-                core.relabel(word, PageWord::waiting(sum, word.strikes()));
+                core.relabel(word, PageEntry::waiting(sum, word.strikes()));
             }
             (None, core) => core.index.stop_waiting(sum, place),
         }
@@ -166,7 +166,7 @@ impl State {
     /// Whether the page at `place` waits under `sum`, as far as its word tells.
     pub(super) fn waits(&mut self, place: Place, sum: Checksum) -> bool {
         let (word, _) = self.word(place);
-        word.is_some_and(|word| matches!(word.state(), PageState::Waiting(found) if found == sum))
+        word.is_some_and(|word| matches!(word.state(), PageState::Unstable(found) if found == sum))
     }
 
     /// Takes the page at `place` out of the unstable tree if it waits under `sum`: it is steady from now on.
@@ -199,7 +199,7 @@ impl State {
                 if !strikes.is_none() {
                     item.set_strikes(strikes);
                 }
-                let old = core::mem::replace(word, PageWord::merged(item));
+                let old = core::mem::replace(word, PageEntry::merged(item));
                 core.retire(place, old.state());
             }
             // Every candidate is remembered, and is not merged; or else the item would be lost, and say so.
@@ -247,7 +247,7 @@ impl Core {
 
     /// Notes that a page is no longer remembered, and takes it out of whichever tree it is in. Returns whether
     /// that was possible now, see [`Self::release_item`]; if not, it has to stay as it is.
-    pub(super) fn leave(&mut self, place: Place, word: &mut PageWord) -> bool {
+    pub(super) fn leave(&mut self, place: Place, word: &mut PageEntry) -> bool {
         if !self.release_item(word) {
             return false;
         }
@@ -261,14 +261,14 @@ impl Core {
     /// Changes what is remembered of a page to "seen with this sample": its content is not what it was. Returns
     /// whether that was possible now, see [`Self::release_item`]; if not, the next pass finds the page changed
     /// again.
-    fn renew(&mut self, place: Place, word: &mut PageWord, sample: Sample) -> bool {
+    fn renew(&mut self, place: Place, word: &mut PageEntry, sample: Sample) -> bool {
         let (merged_in, strikes) = (word.merged_in(), word.strikes());
         if !self.release_item(word) {
             return false;
         }
         let strikes = self.strikes_after(merged_in, strikes);
         let probation = Probation::new(strikes, Print::UNKNOWN, self.clock.secs());
-        self.replace(place, word, PageWord::seen_on(sample, probation));
+        self.replace(place, word, PageEntry::seen_on(sample, probation));
         true
     }
 
@@ -291,7 +291,7 @@ impl Core {
 
     /// Changes what is remembered of a page that is not merged to another word, and undoes what the old one stood
     /// for.
-    pub(super) fn replace(&mut self, place: Place, word: &mut PageWord, new: PageWord) {
+    pub(super) fn replace(&mut self, place: Place, word: &mut PageEntry, new: PageEntry) {
         self.changes = self.changes.wrapping_add(1);
         if let PageState::Steady(_) = new.state() {
             self.steady = self.steady.saturating_add(1);
@@ -306,7 +306,7 @@ impl Core {
     }
 
     /// Changes the word of a page that does not wait, and is not merged, to another with the same sample.
-    pub(super) fn relabel(&mut self, word: &mut PageWord, new: PageWord) {
+    pub(super) fn relabel(&mut self, word: &mut PageEntry, new: PageEntry) {
         self.changes = self.changes.wrapping_add(1);
         let old = core::mem::replace(word, new);
         if let PageState::Steady(_) = old.state() {
@@ -321,7 +321,7 @@ impl Core {
     fn retire(&mut self, place: Place, state: PageState) {
         match state {
             PageState::Steady(_) => self.steady = self.steady.saturating_sub(1),
-            PageState::Waiting(sum) => self.index.stop_waiting(sum, place),
+            PageState::Unstable(sum) => self.index.stop_waiting(sum, place),
             _ => {}
         }
     }
@@ -329,7 +329,7 @@ impl Core {
     /// Takes the rmap item, if there is one, out of a word and off its node, and frees both where possible.
     /// Returns whether the word is without one now. If not, because another task has the merged page locked,
     /// it still says "merged": an item that is listed must never be dropped.
-    pub(super) fn release_item(&mut self, word: &mut PageWord) -> bool {
+    pub(super) fn release_item(&mut self, word: &mut PageEntry) -> bool {
         let Some(mut item) = word.take_item() else {
             return true;
         };
@@ -347,7 +347,7 @@ impl Core {
             }
         }
         if item.mappings() != 0 {
-            *word = PageWord::merged(item);
+            *word = PageEntry::merged(item);
             return false;
         }
         true
@@ -358,7 +358,7 @@ impl Core {
     pub(super) fn look_at_run(
         &mut self,
         slot: SlotId,
-        words: &mut [PageWord],
+        words: &mut [PageEntry],
         first: usize,
         scratch: &mut Scratch,
         news: bool,
@@ -394,7 +394,7 @@ impl Core {
     pub(super) fn look(
         &mut self,
         place: Place,
-        word: &mut PageWord,
+        word: &mut PageEntry,
         seen: Seen,
         news: bool,
     ) -> Option<CandidateKind> {
@@ -412,7 +412,7 @@ impl Core {
             (PageState::Seen(old), Seen::Anon(new)) if old == new => {
                 let probation = match word.probation() {
                     None => {
-                        self.relabel(word, PageWord::steady(new));
+                        self.relabel(word, PageEntry::steady(new));
                         return self.candidate(new);
                     }
                     Some(probation) => probation,
@@ -423,11 +423,11 @@ impl Core {
                 let kind = self.candidate_on(Some(probation), new);
                 if kind.is_none() {
                     // Nobody has an equal, so it does not matter for now whether it has held still.
-                    self.relabel(word, PageWord::steady_on(new, probation));
+                    self.relabel(word, PageEntry::steady_on(new, probation));
                 }
                 kind
             }
-            (PageState::Waiting(sum), Seen::Anon(new)) if sum.sample() == new => {
+            (PageState::Unstable(sum), Seen::Anon(new)) if sum.sample() == new => {
                 // Who waits under `unknown` was not compared with merged pages when none took another page:
                 // now there may be room. Newcomers go there, and never find this one.
                 let has_nowhere_to_go =
@@ -463,7 +463,7 @@ impl Core {
                 let sample = word.sample();
                 let probation = Probation::new(word.strikes(), Print::UNKNOWN, self.clock.secs());
                 if self.release_item(word) {
-                    self.replace(place, word, PageWord::seen_on(sample, probation));
+                    self.replace(place, word, PageEntry::seen_on(sample, probation));
                 }
                 Some(CandidateKind::Ownerless)
             }
@@ -471,9 +471,9 @@ impl Core {
     }
 
     /// Changes the word of a page that waits under `sum` to "steady". The unstable tree has it no more.
-    pub(super) fn stop_waiting(&mut self, word: &mut PageWord, sum: Checksum) {
+    pub(super) fn stop_waiting(&mut self, word: &mut PageEntry, sum: Checksum) {
         let now = self.clock.secs();
         let probation = Probation::new(word.strikes(), Print::of(sum), now);
-        self.relabel(word, PageWord::steady_on(sum.sample(), probation));
+        self.relabel(word, PageEntry::steady_on(sum.sample(), probation));
     }
 }

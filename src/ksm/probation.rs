@@ -104,7 +104,7 @@ impl Print {
 }
 
 /// What is kept of a page that has strikes, or whose checksum is to be compared with the one it had: fits beside
-/// the sample in a [`PageWord`](crate::mm::word::PageWord).
+/// the sample in a [`PageEntry`](crate::mm::word::PageEntry).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Probation {
     strikes: Strikes,

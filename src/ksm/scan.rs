@@ -20,7 +20,7 @@ use crate::{
         trace,
         vma::{MergeableVma, Next, Which, HOLD_VMAS},
         walk::{self, Seen, BATCH_PAGES},
-        word::{PageState, PageWord},
+        word::{PageEntry, PageState},
     },
     sys::kthread::Current,
 };
@@ -112,7 +112,7 @@ impl<'a> GapCheck<'a> {
     }
 
     /// Whether the page at `addr`, of which `word` is remembered, is still merged, or may be.
-    fn keeps(&mut self, addr: usize, word: &PageWord) -> bool {
+    fn keeps(&mut self, addr: usize, word: &PageEntry) -> bool {
         let PageState::Merged(Some(node)) = word.state() else {
             return false;
         };
@@ -598,7 +598,7 @@ impl State {
         let mut done = 0;
         while let Some(first) = scratch.batch.pages().get(done) {
             let addr = first.addr();
-            let leaf_end = PageMap::<PageWord>::leaf_end(addr);
+            let leaf_end = PageMap::<PageEntry>::leaf_end(addr);
             // Up to the first page, then from there on together with the pages of its leaf.
             if covered < addr {
                 if let Some(left) = self.forget_gap(mm, slot, covered, addr, budget) {
@@ -651,7 +651,7 @@ impl State {
         if let Ok(mut leaf) = known.pages.leaf_from(addr, core.pass, gfp_mapping()) {
             core.refreshing = leaf.is_refreshing();
             if self.cursor.skipping {
-                leaf.decide_skips(PageWord::any_is_watched);
+                leaf.decide_skips(PageEntry::any_is_watched);
             }
             let waited = leaf.end_wait(|| seconds_since(core.born));
             let news = self.cursor.news || leaf.is_owed_news() || core.refreshing || waited;
@@ -673,7 +673,7 @@ impl State {
                         let sample = pages.get(nth).and_then(|page| page.sample());
                         let sample = sample.unwrap_or(Sample::from_raw(0));
                         core.count(sample);
-                        PageWord::seen(sample)
+                        PageEntry::seen(sample)
                     });
                     if filled {
                         core.pages = core.pages.saturating_add(count);
@@ -706,7 +706,7 @@ impl State {
                     (Found::Word(word), seen) => core.look(Place { slot, addr }, word, seen, news),
                     (_, Seen::Anon(_)) if core.starved.get() => None,
                     (_, Seen::Anon(sample)) => {
-                        let word = PageWord::seen(sample);
+                        let word = PageEntry::seen(sample);
                         match leaf.insert(word, new, gfp_mapping()) {
                             Ok(()) => core.enter(sample),
                             Err(_) => core.starved.set(true),

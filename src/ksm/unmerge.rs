@@ -18,7 +18,7 @@ use crate::{
         mmap_lock::{MmapLock, NotLocked},
         unshare::Unmerged,
         vma::{is_abandoned, MergeableVma, Next, Which, HOLD_VMAS},
-        word::{PageState, PageWord},
+        word::{PageEntry, PageState},
     },
 };
 use kernel::{
@@ -150,7 +150,7 @@ impl Engine {
             let mut state = self.state.lock();
             let mut budget = Forget::new();
             let mut contended = false;
-            let keep = |addr, word: &PageWord| {
+            let keep = |addr, word: &PageEntry| {
                 if addr >= step.from {
                     return unserved.binary_search(&addr).is_ok();
                 }
@@ -233,7 +233,7 @@ impl Engine {
 }
 
 /// Whether the page at `addr`, of which `word` is remembered, is still merged; `None` if that cannot be known now.
-fn is_merged(mm: &Mm, addr: usize, word: &PageWord) -> Option<bool> {
+fn is_merged(mm: &Mm, addr: usize, word: &PageEntry) -> Option<bool> {
     let PageState::Merged(Some(node)) = word.state() else {
         return Some(false);
     };

@@ -10,7 +10,7 @@ use super::{
     folio::{is_ksm_mapping, node_id_of, Content, PageRef},
     stable_node::NodeId,
     vma::MergeableVma,
-    word::PageWord,
+    word::PageEntry,
 };
 use crate::hash::{Hasher, Sample};
 use core::ptr::{self, NonNull};
@@ -83,7 +83,7 @@ impl SeenPage {
     /// Whether it was an anonymous page, and `word` says that it was steady, with the same sample; or
     /// whether it was a KSM page, and `word` says that it is listed with the same node.
     #[inline(always)]
-    pub(crate) fn is_unchanged(self, word: &PageWord) -> bool {
+    pub(crate) fn is_unchanged(self, word: &PageEntry) -> bool {
         if self.what & 1 != 0 {
             word.is_steady_with(self.what)
         } else {

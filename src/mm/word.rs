@@ -30,21 +30,21 @@ const _: () = assert!(SAMPLE_SHIFT == u32::BITS && SUM_SHIFT + SUM_BITS == u64::
 ///
 /// When the low bits are [`TAG_MERGED`], the rest is an item's word (see [`ItemBox::into_word`]) that
 /// is given back once. Otherwise the rest is a checksum, of which all but the sample may be missing.
-pub(crate) struct PageWord(u64);
+pub(crate) struct PageEntry(u64);
 
-/// What a [`PageWord`] says.
+/// What a [`PageEntry`] says.
 pub(crate) enum PageState {
     /// Seen once with this sample.
     Seen(Sample),
     /// Seen twice or more with this sample.
     Steady(Sample),
     /// In the unstable tree under this checksum.
-    Waiting(Checksum),
+    Unstable(Checksum),
     /// Merged into the node with this identity; `None` when the node was released since.
     Merged(Option<NodeId>),
 }
 
-impl PageWord {
+impl PageEntry {
     fn of_sample(sample: Sample, tag: u64) -> Self {
         Self(u64::from(sample.get()) << SAMPLE_SHIFT | tag)
     }
@@ -175,7 +175,7 @@ impl PageWord {
         let sample = Sample::from_raw((self.0 >> SAMPLE_SHIFT) as u32);
         match self.0 & TAG_MASK {
             TAG_STEADY => PageState::Steady(sample),
-            TAG_WAITING => PageState::Waiting(Checksum::from_raw(self.0 >> SUM_SHIFT)),
+            TAG_WAITING => PageState::Unstable(Checksum::from_raw(self.0 >> SUM_SHIFT)),
             TAG_MERGED => PageState::Merged(self.item_word().and_then(|word| {
                 // SAFETY: by the type invariant the item was not given back yet.
                 unsafe { ItemBox::node_id_in(word) }
@@ -216,7 +216,7 @@ impl PageWord {
     }
 }
 
-impl Drop for PageWord {
+impl Drop for PageEntry {
     fn drop(&mut self) {
         drop(self.take_item());
     }
