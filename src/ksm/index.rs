@@ -89,8 +89,8 @@ pub(crate) struct Index<N> {
     dups: usize,
     /// Nodes without known mappings: stale, or soon to be, or mapped by a child that was forked
     /// since the last pass. No page is merged with these.
-    limbo: RBTree<StableKey, N>,
-    limbo_len: usize,
+    orphans: RBTree<StableKey, N>,
+    orphans_len: usize,
     /// Pages that have no equal yet, by checksum; one page for each.
     unstable: RBTree<Checksum, Place>,
     unstable_len: usize,
@@ -106,8 +106,8 @@ impl<N> Index<N> {
             stable_len: 0,
             chains: 0,
             dups: 0,
-            limbo: RBTree::new(),
-            limbo_len: 0,
+            orphans: RBTree::new(),
+            orphans_len: 0,
             unstable: RBTree::new(),
             unstable_len: 0,
             next_nth: u64::MAX,
@@ -131,8 +131,8 @@ impl<N> Index<N> {
     }
 
     /// How many nodes have none.
-    pub(crate) fn limbo_len(&self) -> usize {
-        self.limbo_len
+    pub(crate) fn orphans_len(&self) -> usize {
+        self.orphans_len
     }
 
     /// How many pages are in the unstable tree.
@@ -147,7 +147,7 @@ impl<N> Index<N> {
         const LINKS: usize = 3 * size_of::<usize>();
         let node = LINKS + size_of::<StableKey>() + size_of::<N>() + node;
         let place = LINKS + size_of::<Checksum>() + size_of::<Place>();
-        let nodes = self.stable_len.saturating_add(self.limbo_len);
+        let nodes = self.stable_len.saturating_add(self.orphans_len);
         nodes
             .saturating_mul(node)
             .saturating_add(self.unstable_len.saturating_mul(place))
@@ -155,7 +155,7 @@ impl<N> Index<N> {
 
     /// Whether there is no node at all.
     pub(crate) fn has_no_nodes(&self) -> bool {
-        self.stable_len == 0 && self.limbo_len == 0
+        self.stable_len == 0 && self.orphans_len == 0
     }
 
     /// A key that no node has.
@@ -165,11 +165,11 @@ impl<N> Index<N> {
         StableKey { sum, nth }
     }
 
-    /// Adds a node without mappings under its key, to limbo. The tree is unchanged on failure.
+    /// Adds a node without mappings under its key, to the orphans. The tree is unchanged on failure.
     pub(crate) fn insert(&mut self, key: StableKey, node: N, flags: Flags) -> Result {
         let node = RBTreeNode::new(key, node, flags)?;
-        if self.limbo.insert(node).is_none() {
-            self.limbo_len = self.limbo_len.saturating_add(1);
+        if self.orphans.insert(node).is_none() {
+            self.orphans_len = self.orphans_len.saturating_add(1);
         }
         Ok(())
     }
@@ -266,7 +266,7 @@ impl<N> Index<N> {
         self.stable
             .get(&key)
             .or_else(|| self.full.get(&key))
-            .or_else(|| self.limbo.get(&key))
+            .or_else(|| self.orphans.get(&key))
     }
 
     /// Takes a node out of the index.
@@ -276,28 +276,28 @@ impl<N> Index<N> {
             self.uncount(key.sum);
             return Some(node);
         }
-        let node = self.limbo.remove(&key)?;
-        self.limbo_len = self.limbo_len.saturating_sub(1);
+        let node = self.orphans.remove(&key)?;
+        self.orphans_len = self.orphans_len.saturating_sub(1);
         Some(node)
     }
 
     /// Marks a node as one without known mappings. Does not allocate.
-    pub(crate) fn move_to_limbo(&mut self, key: StableKey) {
+    pub(crate) fn move_to_orphans(&mut self, key: StableKey) {
         let known = self.stable.remove_node(&key);
         if let Some(node) = known.or_else(|| self.full.remove_node(&key)) {
             self.uncount(key.sum);
-            self.limbo.insert(node);
-            self.limbo_len = self.limbo_len.saturating_add(1);
+            self.orphans.insert(node);
+            self.orphans_len = self.orphans_len.saturating_add(1);
         }
     }
 
     /// Marks a node as one with known mappings. Does not allocate.
     pub(crate) fn move_to_stable(&mut self, key: StableKey) {
-        if self.limbo_len == 0 {
+        if self.orphans_len == 0 {
             return;
         }
-        if let Some(node) = self.limbo.remove_node(&key) {
-            self.limbo_len = self.limbo_len.saturating_sub(1);
+        if let Some(node) = self.orphans.remove_node(&key) {
+            self.orphans_len = self.orphans_len.saturating_sub(1);
             self.count(key.sum);
             self.stable.insert(node);
         }
@@ -360,8 +360,8 @@ impl<N> Index<N> {
     }
 
     /// The key of the first node without known mappings behind `after`.
-    pub(crate) fn next_limbo(&self, after: Option<StableKey>) -> Option<StableKey> {
-        next_key(&self.limbo, after)
+    pub(crate) fn next_orphan(&self, after: Option<StableKey>) -> Option<StableKey> {
+        next_key(&self.orphans, after)
     }
 
     /// The key of the first node with known mappings behind `after`, of whatever checksum, that takes

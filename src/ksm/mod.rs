@@ -216,7 +216,7 @@ struct Core {
     starved: Cell<bool>,
     /// Where pages may be mapped that became merged pages in another process.
     unlisted: Unlisted,
-    /// How far [`Core::sweep_limbo`] has come.
+    /// How far [`Core::sweep_orphans`] has come.
     swept: Option<StableKey>,
     /// How far [`Core::prune`] has come.
     pruned: Option<StableKey>,
@@ -599,7 +599,7 @@ impl Drop for State {
             self.remove_mm(slot);
         }
         self.core.swept = None;
-        self.core.sweep_limbo(usize::MAX, true);
+        self.core.sweep_orphans(usize::MAX, true);
     }
 }
 

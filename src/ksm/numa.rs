@@ -2,14 +2,14 @@
 
 //! Merged pages that were moved to another memory node.
 
-use super::{index::StableKey, stable_tree::LIMBO_SWEEP, Core};
+use super::{index::StableKey, stable_tree::ORPHANS_SWEEP, Core};
 use crate::{hash::Hasher, mm::stable_node::NodeBox};
 
 impl Core {
     /// Finds merged pages that were moved to another memory node, and gives them keys under which pages of
     /// that one come by them. Looks at some each time. Returns whether it has come to the end.
     pub(super) fn bring_some_home(&mut self, hasher: &Hasher) -> bool {
-        for _ in 0..LIMBO_SWEEP {
+        for _ in 0..ORPHANS_SWEEP {
             let (full, after) = self.brought;
             let next = match full {
                 true => self.index.next_full(after),

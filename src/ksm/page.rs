@@ -340,7 +340,7 @@ impl Core {
             Detached::Done(key, left) => {
                 self.items = self.items.saturating_sub(1);
                 if left == 0 {
-                    self.index.move_to_limbo(key);
+                    self.index.move_to_orphans(key);
                 } else if left.saturating_add(1) == self.max_sharing {
                     self.index.set_not_full(key);
                 }

@@ -39,7 +39,7 @@ impl Released {
 }
 
 /// How many nodes to look at in one round.
-pub(super) const LIMBO_SWEEP: usize = 1024;
+pub(super) const ORPHANS_SWEEP: usize = 1024;
 
 /// The same for nodes whose pages are mapped as often as they may be.
 const PRUNE_SWEEP: usize = 256;
@@ -69,14 +69,14 @@ impl Core {
     /// Frees nodes without known mappings whose pages are gone: all of them, or some each time. With
     /// `force`, also those whose pages are left in the swap cache, or mapped by processes that are
     /// not registered (a fork's other half).
-    pub(super) fn sweep_limbo(&mut self, most: usize, force: bool) {
-        let mut next = self.index.next_limbo(self.swept);
+    pub(super) fn sweep_orphans(&mut self, most: usize, force: bool) {
+        let mut next = self.index.next_orphan(self.swept);
         for _ in 0..most {
             let Some(key) = next else {
                 break;
             };
             self.swept = Some(key);
-            next = self.index.next_limbo(self.swept);
+            next = self.index.next_orphan(self.swept);
             self.settle(key, force);
             crate::mm::cond_resched();
         }
@@ -88,7 +88,7 @@ impl Core {
     /// Frees some of the nodes with known mappings whose pages are gone, and whose items nobody looked at since.
     /// Returns where to go on, if there are more.
     pub(super) fn release_some_stale(&mut self, mut at: Released) -> Option<Released> {
-        for _ in 0..LIMBO_SWEEP {
+        for _ in 0..ORPHANS_SWEEP {
             let next = match at.full {
                 true => self.index.next_full(at.after),
                 false => self.index.next_node(at.after),
@@ -152,8 +152,8 @@ impl Core {
         after: Option<StableKey>,
     ) -> Result<Option<StableKey>, Option<StableKey>> {
         let mut last = after;
-        for _ in 0..LIMBO_SWEEP {
-            let Some(key) = self.index.next_limbo(last) else {
+        for _ in 0..ORPHANS_SWEEP {
+            let Some(key) = self.index.next_orphan(last) else {
                 return Ok(None);
             };
             let node = self.index.node(key);
@@ -186,12 +186,12 @@ impl Core {
 
     /// Frees nodes without known mappings, some each time. Returns whether none is left.
     pub(super) fn release_unused(&mut self) -> bool {
-        let mut next = self.index.next_limbo(None);
-        for _ in 0..LIMBO_SWEEP {
+        let mut next = self.index.next_orphan(None);
+        for _ in 0..ORPHANS_SWEEP {
             let Some(key) = next else {
                 break;
             };
-            next = self.index.next_limbo(Some(key));
+            next = self.index.next_orphan(Some(key));
             if self.index.node(key).is_some_and(|node| node.abandon(false)) {
                 self.release(key);
             }

@@ -2,7 +2,7 @@
 
 //! The thread's main loop: when it scans, when it sleeps, and what it does besides.
 
-use super::{filter::Filter, run, stable_tree::LIMBO_SWEEP, Engine, State};
+use super::{filter::Filter, run, stable_tree::ORPHANS_SWEEP, Engine, State};
 use crate::sys::kthread;
 use kernel::{
     sync::atomic::Relaxed,
@@ -113,7 +113,7 @@ impl Engine {
         let force = self.run() == run::UNMERGE
             && !self.unmerging.load(Relaxed)
             && self.registry.lock().newest() == state.unmerged_to;
-        state.core.sweep_limbo(LIMBO_SWEEP, force);
+        state.core.sweep_orphans(ORPHANS_SWEEP, force);
         if self.run() == run::MERGE {
             let pause = self.stable_node_chains_prune_millisecs.load(Relaxed);
             state.core.prune_after(pause);
@@ -125,7 +125,7 @@ impl Engine {
 
     /// Whether there are chores to try again in a while.
     pub(super) fn has_leftovers(&self, state: &State) -> bool {
-        state.core.index.limbo_len() != 0
+        state.core.index.orphans_len() != 0
             || state.core.releasing.is_some()
             || state.dying != 0
             || self.registry.lock().has_missed()

@@ -8,7 +8,7 @@ use super::{
     index::SlotId,
     page::Forget,
     scan::Cursor,
-    stable_tree::{Released, LIMBO_SWEEP},
+    stable_tree::{Released, ORPHANS_SWEEP},
     use_mm, Engine,
 };
 use crate::{
@@ -192,7 +192,7 @@ impl Engine {
             let core = &mut state.core;
             stale = stale.and_then(|at| core.release_some_stale(at));
             more |= stale.is_some();
-            core.sweep_limbo(LIMBO_SWEEP, force);
+            core.sweep_orphans(ORPHANS_SWEEP, force);
             more |= core.swept.is_some();
             let left = !core.index.has_no_nodes();
             self.publish_stats(&state);

@@ -47,7 +47,7 @@ struct Pair {
     index: Index<Counted>,
     stable: BTreeMap<Plain, usize>,
     full: BTreeMap<Plain, usize>,
-    limbo: BTreeMap<Plain, usize>,
+    orphans: BTreeMap<Plain, usize>,
     unstable: BTreeMap<u64, Place>,
     /// All keys ever made.
     keys: Vec<StableKey>,
@@ -61,7 +61,7 @@ impl Pair {
             index: Index::new(),
             stable: BTreeMap::new(),
             full: BTreeMap::new(),
-            limbo: BTreeMap::new(),
+            orphans: BTreeMap::new(),
             unstable: BTreeMap::new(),
             keys: Vec::new(),
             ledger: Ledger::default(),
@@ -88,7 +88,7 @@ impl Pair {
         assert_eq!(events.sleeping, 0, "other flags than those it was given");
         assert_eq!(result.is_err(), events.failed > 0);
         match result {
-            Ok(()) => assert_eq!(self.limbo.insert(plain(key), id), None),
+            Ok(()) => assert_eq!(self.orphans.insert(plain(key), id), None),
             Err(err) => {
                 assert_eq!(err, ENOMEM);
                 assert!(!self.ledger.is_alive(id));
@@ -106,17 +106,17 @@ impl Pair {
     fn remove(&mut self, key: StableKey) {
         let (node, events) = watch(|| self.index.remove(key));
         let was = self.take_known(key);
-        let was = was.or_else(|| self.limbo.remove(&plain(key)));
+        let was = was.or_else(|| self.orphans.remove(&plain(key)));
         assert_eq!(node.map(|node| node.id()), was);
         assert_eq!(events.allocs + events.failed, 0);
         assert_eq!(events.frees, usize::from(was.is_some()));
     }
 
-    fn move_to_limbo(&mut self, key: StableKey) {
-        let ((), events) = watch(|| self.index.move_to_limbo(key));
+    fn move_to_orphans(&mut self, key: StableKey) {
+        let ((), events) = watch(|| self.index.move_to_orphans(key));
         assert_eq!(events, Events::default(), "not just moved");
         if let Some(id) = self.take_known(key) {
-            self.limbo.insert(plain(key), id);
+            self.orphans.insert(plain(key), id);
         }
     }
 
@@ -150,7 +150,7 @@ impl Pair {
     fn move_to_stable(&mut self, key: StableKey) {
         let ((), events) = watch(|| self.index.move_to_stable(key));
         assert_eq!(events, Events::default(), "not just moved");
-        if let Some(id) = self.limbo.remove(&plain(key)) {
+        if let Some(id) = self.orphans.remove(&plain(key)) {
             self.stable.insert(plain(key), id);
         }
     }
@@ -162,7 +162,7 @@ impl Pair {
         };
         assert!(self.index.insert(key, node, GFP_NOWAIT).is_ok());
         if let Some(id) = self.take_known(key) {
-            self.limbo.insert(plain(key), id);
+            self.orphans.insert(plain(key), id);
             self.move_to_stable(key);
         }
     }
@@ -274,7 +274,7 @@ impl Pair {
         let (next, tree) = match which {
             Tree::Stable => (self.index.next_node(after), &self.stable),
             Tree::Full => (self.index.next_full(after), &self.full),
-            Tree::Limbo => (self.index.next_limbo(after), &self.limbo),
+            Tree::Orphan => (self.index.next_orphan(after), &self.orphans),
         };
         assert_eq!(next.map(plain), next_in(tree, after.map(plain)));
         next
@@ -285,7 +285,7 @@ impl Pair {
         let tree = match which {
             Tree::Stable => &self.stable,
             Tree::Full => &self.full,
-            Tree::Limbo => &self.limbo,
+            Tree::Orphan => &self.orphans,
         };
         let before: Vec<Plain> = tree.keys().copied().collect();
         let mut seen = Vec::new();
@@ -297,8 +297,8 @@ impl Pair {
             match (deeds.next().unwrap(), which) {
                 (Deed::Leave, _) => {}
                 (Deed::Remove, _) => self.remove(at),
-                (Deed::Move, Tree::Limbo) => self.move_to_stable(at),
-                (Deed::Move, _) => self.move_to_limbo(at),
+                (Deed::Move, Tree::Orphan) => self.move_to_stable(at),
+                (Deed::Move, _) => self.move_to_orphans(at),
                 // The one that comes next is gone when it comes.
                 (Deed::RemoveNext, _) => key.into_iter().for_each(|next| self.remove(next)),
             }
@@ -331,17 +331,17 @@ impl Pair {
 
     fn check_counts(&self) {
         let stable = self.stable.len() + self.full.len();
-        let limbo = self.limbo.len();
+        let orphans = self.orphans.len();
         let sizes = SUMS.map(|sum| self.known_with(sum));
         let chains: Vec<_> = sizes.into_iter().filter(|size| *size > 1).collect();
         assert_eq!(self.index.chains(), chains.len());
         assert_eq!(self.index.dups(), chains.iter().sum::<usize>());
         assert_eq!(self.index.stable_len(), stable);
-        assert_eq!(self.index.limbo_len(), limbo);
+        assert_eq!(self.index.orphans_len(), orphans);
         assert_eq!(self.index.unstable_len(), self.unstable.len());
-        assert_eq!(self.index.has_no_nodes(), stable + limbo == 0);
-        assert_eq!(self.ledger.alive(), stable + limbo);
-        assert_eq!(live().allocations, stable + limbo + self.unstable.len());
+        assert_eq!(self.index.has_no_nodes(), stable + orphans == 0);
+        assert_eq!(self.ledger.alive(), stable + orphans);
+        assert_eq!(live().allocations, stable + orphans + self.unstable.len());
     }
 
     fn check_content(&self) {
@@ -349,7 +349,7 @@ impl Pair {
         for key in &self.keys {
             let id = self.stable.get(&plain(*key));
             let id = id.or_else(|| self.full.get(&plain(*key)));
-            let id = id.or_else(|| self.limbo.get(&plain(*key)));
+            let id = id.or_else(|| self.orphans.get(&plain(*key)));
             assert_eq!(self.index.node(*key).map(Counted::id), id.copied());
         }
         for sum in SUMS.map(Checksum::from_raw) {
@@ -367,7 +367,7 @@ impl Pair {
                 self.unstable.get(&sum.get()).copied()
             );
         }
-        for which in [Tree::Stable, Tree::Full, Tree::Limbo] {
+        for which in [Tree::Stable, Tree::Full, Tree::Orphan] {
             let mut key = self.next_in(which, None);
             while let Some(at) = key {
                 key = self.next_in(which, Some(at));
@@ -387,7 +387,7 @@ impl Pair {
 enum Tree {
     Stable,
     Full,
-    Limbo,
+    Orphan,
 }
 
 #[derive(Clone, Debug)]
@@ -403,7 +403,7 @@ enum Deed {
 enum Op {
     Insert(usize, Plan),
     Remove(sample::Index),
-    ToLimbo(sample::Index),
+    ToOrphans(sample::Index),
     ToStable(sample::Index),
     SetFull(sample::Index, bool),
     NodesWith(usize, usize),
@@ -429,7 +429,7 @@ fn op() -> impl Strategy<Value = Op> {
     let key = any::<sample::Index>;
     let sum = || 0..SUMS.len();
     let place = || 0..9usize;
-    let tree = || prop_oneof![Just(Tree::Stable), Just(Tree::Full), Just(Tree::Limbo)];
+    let tree = || prop_oneof![Just(Tree::Stable), Just(Tree::Full), Just(Tree::Orphan)];
     let deed = prop_oneof![
         2 => Just(Deed::Leave),
         2 => Just(Deed::Remove),
@@ -439,7 +439,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         10 => (sum(), plan()).prop_map(|(sum, plan)| Op::Insert(sum, plan)),
         4 => key().prop_map(Op::Remove),
-        6 => key().prop_map(Op::ToLimbo),
+        6 => key().prop_map(Op::ToOrphans),
         10 => key().prop_map(Op::ToStable),
         8 => (key(), any::<bool>()).prop_map(|(key, full)| Op::SetFull(key, full)),
         4 => (sum(), 1..5usize).prop_map(|(sum, by)| Op::NodesWith(sum, by)),
@@ -470,7 +470,7 @@ proptest! {
                     pair.insert(key, plan);
                 }
                 Op::Remove(at) => pair.key(at).into_iter().for_each(|key| pair.remove(key)),
-                Op::ToLimbo(at) => pair.key(at).into_iter().for_each(|key| pair.move_to_limbo(key)),
+                Op::ToOrphans(at) => pair.key(at).into_iter().for_each(|key| pair.move_to_orphans(key)),
                 Op::ToStable(at) => pair.key(at).into_iter().for_each(|key| pair.move_to_stable(key)),
                 Op::SetFull(at, full) => {
                     if let Some(key) = pair.key(at) {
@@ -528,12 +528,12 @@ fn nodes_of_one_checksum() {
         }
     }
     assert_eq!(pair.nodes_of(sum(1)), keys);
-    pair.move_to_limbo(keys.remove(2));
+    pair.move_to_orphans(keys.remove(2));
     pair.remove(keys.remove(3));
     assert_eq!(pair.nodes_of(sum(1)), keys);
     // One that comes back is no newer for that.
     let back = keys[1];
-    pair.move_to_limbo(back);
+    pair.move_to_orphans(back);
     pair.move_to_stable(back);
     assert_eq!(pair.nodes_of(sum(1)), keys);
     pair.finish();
@@ -568,14 +568,14 @@ fn only_one_checksum_of_a_sample() {
         // That one of them is full does not make it another content's.
         pair.set_full(other, true);
         assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
-        pair.move_to_limbo(other);
+        pair.move_to_orphans(other);
         pair.set_full(older, true);
         assert_eq!(pair.nodes_like(sample(7)), only(newer));
         pair.set_full(newer, true);
         assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
         pair.set_full(older, false);
         assert_eq!(pair.nodes_like(sample(7)), only(older));
-        pair.move_to_limbo(newer);
+        pair.move_to_orphans(newer);
         assert_eq!(pair.nodes_like(sample(7)), only(older));
         pair.remove(older);
         assert_eq!(pair.nodes_like(sample(7)), NodesLike::None);
@@ -614,17 +614,17 @@ fn full_nodes_do_not_hide_others() {
 
 /// A new node is no page's to join before it has mappings.
 #[test]
-fn new_nodes_are_in_limbo() {
+fn new_nodes_are_orphans() {
     let mut pair = Pair::new();
     let key = pair.new_key(sum(1));
     pair.insert(key, Plan::Never);
-    assert_eq!((pair.index.stable_len(), pair.index.limbo_len()), (0, 1));
+    assert_eq!((pair.index.stable_len(), pair.index.orphans_len()), (0, 1));
     assert_eq!(pair.next_stable(sum(1), None), None);
-    assert_eq!(pair.next_in(Tree::Limbo, None), Some(key));
+    assert_eq!(pair.next_in(Tree::Orphan, None), Some(key));
     assert!(pair.index.node(key).is_some());
     pair.move_to_stable(key);
     assert_eq!(pair.next_stable(sum(1), None), Some(key));
-    assert_eq!(pair.next_in(Tree::Limbo, None), None);
+    assert_eq!(pair.next_in(Tree::Orphan, None), None);
     pair.finish();
 }
 
@@ -646,11 +646,11 @@ fn ends_at_the_last_number() {
     }
     assert_eq!(pair.next_stable(sum(0), None), Some(last(0)));
     assert_eq!(pair.next_stable(sum(0), Some(last(0))), None);
-    for which in [Tree::Stable, Tree::Full, Tree::Limbo] {
+    for which in [Tree::Stable, Tree::Full, Tree::Orphan] {
         for key in [last(0), behind, last(4)] {
             pair.set_full(key, matches!(which, Tree::Full));
-            if matches!(which, Tree::Limbo) {
-                pair.move_to_limbo(key);
+            if matches!(which, Tree::Orphan) {
+                pair.move_to_orphans(key);
             }
         }
         assert_eq!(pair.next_in(which, Some(last(0))), Some(behind));
