@@ -350,7 +350,7 @@ impl State {
         if splits.keep_whole(&page) {
             return Err(E2BIG);
         }
-        vma.join_zero(place.addr, page, &mut splits)?;
+        vma.replace_with_zero_page(place.addr, page, &mut splits)?;
         self.forget(place);
         Ok(())
     }
@@ -774,7 +774,7 @@ impl Core {
             true => page.sample(hasher) == sum.sample(),
             false => page.checksum(hasher) == sum,
         };
-        vma.publish(place.addr, page, node, item, is_still, splits)
+        vma.make_ksm_page(place.addr, page, node, item, is_still, splits)
     }
 }
 
@@ -850,6 +850,6 @@ fn join_page(
     if splits.keep_whole(&page) {
         return Err(E2BIG);
     }
-    vma.join(addr, page, kpage, node, &mut item, splits)?;
+    vma.replace_page(addr, page, kpage, node, &mut item, splits)?;
     Ok(item)
 }

@@ -208,8 +208,8 @@ struct Core {
     has_strays: bool,
     /// Whether this pass has found such pages.
     found_strays: bool,
-    /// How far [`Core::bring_home`] has come, and whether in the tree of full nodes.
-    brought: (bool, Option<StableKey>),
+    /// How far [`Core::rekey_migrated_nodes`] has come, and whether in the tree of full nodes.
+    rekeyed_to: (bool, Option<StableKey>),
     /// Nodes whose pages are gone are being freed, all of them: how far that has come.
     releasing: Option<Released>,
     /// Whether the step has run out of memory for what it is to remember of pages. Do not ask again then.
@@ -394,7 +394,7 @@ impl State {
                 lately: 0,
                 has_strays: false,
                 found_strays: false,
-                brought: (false, None),
+                rekeyed_to: (false, None),
                 releasing: None,
                 starved: Cell::new(false),
                 unlisted: Unlisted::new(),

@@ -8,30 +8,30 @@ use crate::{hash::Hasher, mm::stable_node::NodeBox};
 impl Core {
     /// Finds merged pages that were moved to another memory node, and gives them keys under which pages of
     /// that one come by them. Looks at some each time. Returns whether it has come to the end.
-    pub(super) fn bring_some_home(&mut self, hasher: &Hasher) -> bool {
+    pub(super) fn rekey_migrated_nodes(&mut self, hasher: &Hasher) -> bool {
         for _ in 0..ORPHANS_SWEEP {
-            let (full, after) = self.brought;
+            let (full, after) = self.rekeyed_to;
             let next = match full {
                 true => self.index.next_full(after),
                 false => self.index.next_node(after),
             };
             let Some(key) = next else {
-                self.brought = (!full, None);
+                self.rekeyed_to = (!full, None);
                 if full {
                     return true;
                 }
                 continue;
             };
-            self.brought = (full, Some(key));
+            self.rekeyed_to = (full, Some(key));
             if self.index.node(key).is_some_and(NodeBox::take_strayed) {
-                self.bring_one_home(hasher, key);
+                self.rekey_migrated_node(hasher, key);
             }
             crate::mm::cond_resched();
         }
         false
     }
 
-    fn bring_one_home(&mut self, hasher: &Hasher, key: StableKey) {
+    fn rekey_migrated_node(&mut self, hasher: &Hasher, key: StableKey) {
         let Some(node) = self.index.node(key) else {
             return;
         };

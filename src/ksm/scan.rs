@@ -188,7 +188,7 @@ impl Engine {
         let hasher = self.hasher(&state.core);
         state.use_zero_page(hasher, self.use_zero_pages.load(Relaxed) != 0);
         if state.cursor.at.is_between_passes() {
-            if state.core.by_node && !state.core.bring_some_home(hasher) {
+            if state.core.by_node && !state.core.rekey_migrated_nodes(hasher) {
                 return Step::Looked(0);
             }
             self.start_pass(state, current);

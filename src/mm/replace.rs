@@ -14,7 +14,7 @@ use super::{
 use core::ptr;
 use kernel::prelude::*;
 
-/// What is known of the other mappings of a page that [`MergeableVma::publish`] made a merged page.
+/// What is known of the other mappings of a page that [`MergeableVma::make_ksm_page`] made a merged page.
 pub(crate) struct Published {
     /// The page is shared over a fork, and so may be mapped at the same address elsewhere, without an item.
     pub(crate) shared: bool,
@@ -65,10 +65,10 @@ impl MergeableVma<'_> {
     /// The page is split off its huge page if need be, write-protected, and left alone with
     /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
     /// not there any more; with `E2BIG` if it is part of a huge page that `splits` wants whole. Of a page that
-    /// is shared over a fork, see [`LockedPage::refuse_strangers`] for `EMLINK` and `EBUSY`. When nobody can write
+    /// is shared over a fork, see [`LockedPage::check_fork_sharing`] for `EMLINK` and `EBUSY`. When nobody can write
     /// to it any more, it has to be what it `is_still` thought to be, or else the result is `EAGAIN`; a part of a
     /// huge page is asked before that is split, too. Takes the folio lock and a page-table lock.
-    pub(crate) fn publish(
+    pub(crate) fn make_ksm_page(
         &self,
         addr: usize,
         page: PageRef,
@@ -78,12 +78,12 @@ impl MergeableVma<'_> {
         splits: &mut dyn SplitPolicy,
     ) -> Result<Published> {
         let pfn = page.pfn();
-        let result = self.try_publish(addr, page, node, item, is_still, splits);
+        let result = self.try_make_ksm_page(addr, page, node, item, is_still, splits);
         trace::merge_with_ksm_page(true, pfn, ptr::null_mut(), item, self.mm(), &result);
         result
     }
 
-    fn try_publish(
+    fn try_make_ksm_page(
         &self,
         addr: usize,
         page: PageRef,
@@ -94,13 +94,13 @@ impl MergeableVma<'_> {
     ) -> Result<Published> {
         let page = lock_plain(page)?;
         let fits = || match is_still(&page) {
-            true => page.refuse_strangers(self, addr).map(drop),
+            true => page.check_fork_sharing(self, addr).map(drop),
             false => Err(EAGAIN),
         };
         self.make_small(addr, &page, fits, splits)?;
         // Asked before `write_protect` sees the page mapped here: at any time after that we may give it up, and
         // the only mapping be a relative's.
-        let shared = page.refuse_strangers(self, addr)?;
+        let shared = page.check_fork_sharing(self, addr)?;
         self.write_protect(addr, &page)?;
         // Who writes to it from here on gets a copy, as its lock is held. (The caller knew it by what was read
         // some time ago.)
@@ -122,8 +122,8 @@ impl MergeableVma<'_> {
     /// Nobody can reach `page` through this mapping from before the comparison to the end, as the entry
     /// is cleared meanwhile; and `kpage` is write-protected wherever it is mapped. If they differ,
     /// the entry is put back as it was, and the result is `EAGAIN`. Other errors are as in
-    /// [`Self::publish`]. A part of a huge page is compared before that is split, too.
-    pub(crate) fn join(
+    /// [`Self::make_ksm_page`]. A part of a huge page is compared before that is split, too.
+    pub(crate) fn replace_page(
         &self,
         addr: usize,
         page: PageRef,
@@ -132,12 +132,12 @@ impl MergeableVma<'_> {
         item: &mut ItemBox,
         splits: &mut dyn SplitPolicy,
     ) -> Result {
-        let result = self.try_join(addr, page, kpage, node, item, splits);
+        let result = self.try_replace_page(addr, page, kpage, node, item, splits);
         trace::merge_with_ksm_page(false, kpage.pfn(), kpage.as_ptr(), item, self.mm(), &result);
         result
     }
 
-    fn try_join(
+    fn try_replace_page(
         &self,
         addr: usize,
         page: PageRef,
@@ -189,19 +189,24 @@ impl MergeableVma<'_> {
     /// Maps the kernel's zero page at `addr` in place of `page`, if that is all zeroes; with the mark that
     /// tells such a zero page from others. Counts it with the address space and overall.
     ///
-    /// Locks and errors are as in [`Self::join`].
-    pub(crate) fn join_zero(
+    /// Locks and errors are as in [`Self::replace_page`].
+    pub(crate) fn replace_with_zero_page(
         &self,
         addr: usize,
         page: PageRef,
         splits: &mut dyn SplitPolicy,
     ) -> Result {
-        let result = self.try_join_zero(addr, page, splits);
+        let result = self.try_replace_with_zero_page(addr, page, splits);
         trace::merge_with_zero_page(self.mm(), &result);
         result
     }
 
-    fn try_join_zero(&self, addr: usize, page: PageRef, splits: &mut dyn SplitPolicy) -> Result {
+    fn try_replace_with_zero_page(
+        &self,
+        addr: usize,
+        page: PageRef,
+        splits: &mut dyn SplitPolicy,
+    ) -> Result {
         let page = lock_plain(page)?;
         let fits = || match page.is_zero() {
             true => Ok(()),

@@ -20,7 +20,7 @@ impl LockedPage {
     ///
     /// Returns `EMLINK` if it is mapped, or may be swapped in, where nobody is looking for pages to merge,
     /// or at another address; `EBUSY` if that, or the fork itself, may be over in a moment.
-    pub(super) fn refuse_strangers(&self, vma: &MergeableVma<'_>, addr: usize) -> Result<bool> {
+    pub(super) fn check_fork_sharing(&self, vma: &MergeableVma<'_>, addr: usize) -> Result<bool> {
         let (folio, mm) = (self.folio(), vma.mm().as_raw());
         // SAFETY: the folio is an anonymous one, locked and kept, by the type invariants and our caller. `vma`
         // mapped it under this hold of the mmap lock, so that its anon_vma, one of those of `vma`, stays.
