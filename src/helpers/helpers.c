@@ -10,6 +10,9 @@
 /* Asks the module loader to resolve the relocations that rksm-tools made. */
 MODULE_INFO(livepatch, "Y");
 
+/* Cargo.toml has it, see Kbuild. */
+MODULE_VERSION(RKSM_VERSION);
+
 #include "folio.c"
 #include "pgtable.c"
 #include "mm.c"

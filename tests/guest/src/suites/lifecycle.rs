@@ -23,6 +23,7 @@ pub const THEME: Theme = Theme {
     module: Module::Unloaded,
     tests: tests![
         ("load-and-unload", 60, load_and_unload),
+        ("says-its-version", 60, version),
         ("processes-registered-before-loading", 90, before_loading),
         ("refused-while-in-tree-runs", 60, in_tree_runs),
         (
@@ -98,6 +99,17 @@ fn load_and_unload() -> Outcome {
     engine::check_clean()?;
     module::unload()?;
     expect_gone()?;
+    PASS
+}
+
+fn version() -> Outcome {
+    module::load()?;
+    let version = fs::read_to_string("/sys/module/rksm/version")?;
+    ensure!(
+        version.trim() == env!("CARGO_PKG_VERSION"),
+        "it says {version:?}"
+    );
+    module::unload()?;
     PASS
 }
 
