@@ -79,21 +79,28 @@ pub(crate) mod run {
 
 /// One loaded engine.
 ///
-/// Locks, in the order in which they are taken:
+/// # Lock order
 ///
-/// 0. those of memory hotplug, held around a [`offline`] notification,
-/// 1. `state` (the whole index and all that is known of pages),
-/// 2. `mmap_lock` of one registered mm, or of two, for reading: only tried, never waited for,
-/// 3. the folio lock of a merged page, then of the page to be merged into it: only tried,
-/// 4. the kernel's own: anon_vma lock, MMU notifiers, page-table lock.
+/// This is the only list of it. A lock is taken after those above it:
 ///
-/// What a process holds for as long as it likes is never waited for with `state` locked. `run=2` waits for
-/// `mmap_lock`, and so does memory for the copies that it makes, without any lock of the engine.
+/// 1. the kernel's CPU and memory hotplug locks, held around an [`offline`] notification
+/// 2. `ksm_thread_mutex` of mm/ksm.c, for a moment: at load, and at both ends of run=2
+/// 3. `state`: the trees, and all that is known of pages
+/// 4. `module_mutex`, to pin and unpin the module; nothing is taken under it
+/// 5. `mmap_lock` of one registered mm, or of two, for reading
+///    ([`MergeableVma`](crate::mm::vma::MergeableVma))
+/// 6. the folio lock of a merged page, then that of the page to be merged into it
+///    ([`LockedPage`](crate::mm::folio::LockedPage))
+/// 7. the kernel's anon_vma lock: the split of a huge page, and the check of who shares a page over a fork
+/// 8. an MMU notifier section, then a page-table lock
+/// 9. `ksm_mmlist_lock` of mm/ksm.c, around `registry`
+/// 10. `registry`. Tracepoint probes take it under whatever lock the kernel holds there, so nothing is taken, freed or
+///     waited for under it
 ///
-/// `advisor` is taken under `state`, or alone, for arithmetic only.
+/// `advisor` is taken alone or under `state`, and nothing is taken under it.
 ///
-/// `registry` is innermost of all: it is taken from tracepoint probes, which run under whatever lock
-/// the kernel holds there, and nothing is taken, freed or waited for under it.
+/// Under `state`, `mmap_lock` and folio locks are only tried, never waited for: a process may hold them for as long as it
+/// likes. run=2 waits for `mmap_lock`, and for memory for the copies that it makes, without any lock of the engine.
 #[pin_data]
 pub(crate) struct Engine {
     #[pin]

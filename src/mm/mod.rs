@@ -7,13 +7,7 @@
 //! kernel but not exported stands in `abi/symbols.klp`; what is used of
 //! structures that are private to mm/ksm.c comes from the target kernel's BTF ([`crate::abi::layout`]).
 //!
-//! Locks, in the order in which they are taken here:
-//!
-//! 1. `mmap_lock`, for reading (a [`vma::MergeableVma`] stands for it),
-//! 2. the folio lock of a merged page, then that of a page to be merged, which is only tried
-//!    ([`folio::LockedPage`]),
-//! 3. MMU notifier sections ([`pte::NotifierRange`]),
-//! 4. a page-table lock ([`pte::PteLock`], [`walk`]).
+//! The order of locks stands with [`Engine`](crate::ksm::Engine).
 
 pub(crate) mod ffi;
 pub(crate) mod folio;
