@@ -647,8 +647,12 @@ impl<W> Leaf<W> {
                 }
             }
             Content::Many(many) => {
+                let before = many.words.len();
                 many.retain(from, to, keep);
-                self.give_back();
+                // A look at a gap that takes nothing away must not try again what was refused.
+                if many.words.len() != before {
+                    self.give_back();
+                }
             }
         }
     }
