@@ -187,12 +187,10 @@ impl PageEntry {
     /// The key of this node, and how many places are known to map its page, if this page is listed with it.
     pub(crate) fn listed_with(&self, node: NodeId) -> Option<(StableKey, usize)> {
         let word = self.item_word()?;
-        // SAFETY: by the type invariant the item was not given back yet.
-        let found = unsafe { ItemBox::node_id_in(word) };
-        if found != Some(node) {
+        if !self.is_listed_with(node.get() as u64) {
             return None;
         }
-        // SAFETY: as above.
+        // SAFETY: by the type invariant the item was not given back yet.
         unsafe { ItemBox::node_in(word) }
     }
 
