@@ -2,10 +2,6 @@
 
 //! What is remembered of a page, and how that changes.
 
-/// How many leaves of pages are forgotten under one hold of `state`.
-const FORGET_LEAVES: usize = 16;
-
-/// How much is still to be forgotten under this hold of `state`, and what came of it.
 use super::{
     candidate::{Candidate, CandidateKind, Joined, Scratch},
     index::{NodesLike, Place, SlotId, StableKey},
@@ -25,6 +21,10 @@ use crate::{
 };
 use kernel::{mm::Mm, prelude::*};
 
+/// How many leaves of pages are forgotten under one hold of `state`.
+const FORGET_LEAVES: usize = 16;
+
+/// How much is still to be forgotten under this hold of `state`, and what came of it.
 pub(super) struct Forget {
     leaves: usize,
     busy: bool,
@@ -263,26 +263,27 @@ impl Core {
     /// again.
     fn renew(&mut self, place: Place, word: &mut PageEntry, sample: Sample) -> bool {
         let (merged_in, strikes) = (word.merged_in(), word.strikes());
+        let hidden = word.sample() == sample;
         if !self.release_item(word) {
             return false;
         }
-        let strikes = self.strikes_after(merged_in, strikes);
+        let strikes = self.strikes_after(merged_in, strikes, hidden);
         let probation = Probation::new(strikes, Print::UNKNOWN, self.clock.secs());
         self.replace(place, word, PageEntry::seen_on(sample, probation));
         true
     }
 
-    /// The strikes of a page whose sample changed, as far as its old word tells, which says when it was merged, and
-    /// how many strikes it had: one more when it was written to soon after it was merged, so that merging it was no
-    /// gain.
-    fn strikes_after(&mut self, merged_in: Option<u32>, strikes: Strikes) -> Strikes {
+    /// The strikes of a page that was written to, as far as its old word tells, which says when it was merged, and
+    /// how many strikes it had: more when the write came soon after the merge, so that merging it was no gain.
+    /// `hidden`: its sample is what it was.
+    fn strikes_after(&mut self, merged_in: Option<u32>, strikes: Strikes, hidden: bool) -> Strikes {
         match merged_in {
             Some(beat) => {
                 let age = self.clock.beats_since(beat);
                 if probation::is_soon(age) {
                     self.soon_broken = self.soon_broken.saturating_add(1);
                 }
-                strikes.after_write(age)
+                strikes.after_write(age, hidden)
             }
             // Nobody had to look for long to see that.
             None => strikes,

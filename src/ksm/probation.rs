@@ -63,9 +63,12 @@ impl Strikes {
         self.0 <= FREE
     }
 
-    /// Of a merged page, when it is written to `age` beats after it was merged.
-    pub(crate) fn after_write(self, age: u32) -> Self {
-        if is_soon(age) {
+    /// Of a merged page, when it is written to `age` beats after it was merged. `hidden`: its sample is what it
+    /// was.
+    pub(crate) fn after_write(self, age: u32, hidden: bool) -> Self {
+        if is_soon(age) && hidden && self.are_few() {
+            self.after_change()
+        } else if is_soon(age) {
             Self(self.0.saturating_add(1).min(MAX))
         } else if age <= hold_secs(self.0) {
             // It was not merged for longer than it had to wait for it.
@@ -75,9 +78,10 @@ impl Strikes {
         }
     }
 
-    /// Of a page that is not merged, when its content is not what it was but its sample is.
+    /// Of a page that is not merged, when its content is not what it was but its sample is. Counts double: content
+    /// that is replaced would show in the sample, so this is the next of many small writes.
     pub(crate) fn after_change(self) -> Self {
-        Self(self.0.saturating_add(1).min(CHANGE_LIMIT).max(self.0))
+        Self(self.0.saturating_add(2).min(CHANGE_LIMIT).max(self.0))
     }
 }
 
