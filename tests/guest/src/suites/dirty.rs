@@ -156,10 +156,10 @@ impl Bench {
         self.region.span()
     }
 
-    /// Merges `count` pages of the region at least.
+    /// Merges at least `count` pages of the region, which have been written to soon after earlier merges.
     fn merge(&self, count: usize) -> Result<()> {
         let here = self.span();
-        scan::until("merge", 12, || Ok(merged(here)? >= count))?;
+        scan::until_still("merge", || Ok(merged(here)? >= count))?;
         scan::stop()
     }
 
