@@ -196,10 +196,12 @@ fn tenant_killed() -> Outcome {
     ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
     group.set("memory.max", "max")?;
     let is_alive = |worker: &Worker| Ok(!"ZX".contains(proc::stat(worker.pid())?.state));
-    // Who was killed may not have ended yet.
-    engine::wait_for("somebody killed", Duration::from_secs(10), || {
+    // A process that was killed may not have ended yet, and it may be both.
+    let killed = group.event("oom_kill")?;
+    ensure!(killed > 0, "no process was killed");
+    engine::wait_for("end of the killed", Duration::from_secs(10), || {
         let alive = workers.iter().map(is_alive).collect::<Result<Vec<_>>>()?;
-        Ok(alive.contains(&false))
+        Ok(alive.iter().filter(|&&alive| !alive).count() as u64 == killed)
     })?;
     for worker in &mut workers {
         if is_alive(worker)? {
