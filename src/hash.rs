@@ -52,7 +52,7 @@ impl Sample {
 }
 
 /// A 57-bit checksum of a page's content: its sample, then 25 bits of a hash of all words. (Seven bits
-/// are left to [`PageEntry`](crate::mm::word::PageEntry), for its tag and the page's strikes.)
+/// are left to [`PageEntry`](crate::mm::entry::PageEntry), for its tag and the page's strikes.)
 ///
 /// Equal content has equal checksums. The reverse is only likely: what decides a merge is the
 /// comparison of all bytes.
@@ -187,7 +187,7 @@ impl Hasher {
 
     /// One for which equal pages on different memory nodes, of which there are `nodes`, have different
     /// samples and checksums: such pages never meet. Those of node 0 are what they were.
-    pub(crate) fn by_node(&self, nodes: u32) -> Self {
+    pub(crate) fn per_nid(&self, nodes: u32) -> Self {
         Self {
             places: self.places,
             keys: self.keys,

@@ -220,7 +220,7 @@ fn run_attribute() -> Result<NonNull<bindings::kobj_attribute>> {
 /// Fails with `ENOEXEC`, and `ENOENT` without in-tree KSM.
 pub(crate) fn check_writable() -> Result {
     let attr = run_attribute()?;
-    // SAFETY: The attribute is static data of the kernel, and nobody but `Blocked` changes its handlers.
+    // SAFETY: The attribute is static data of the kernel, and nobody but `KsmdDisabled` changes its handlers.
     let handler = unsafe { patch::is_writable(store_word(attr)) };
     let run = {
         let _lock = EngineLock::lock();
@@ -255,9 +255,9 @@ fn has_leftovers() -> bool {
 /// While this lives, faulting in a merged page from the swap cache makes a copy, as it does while
 /// in-tree KSM unmerges everything. (`ksm_might_need_to_copy()` looks at the in-tree `run`, which reads
 /// as 2 meanwhile. The in-tree engine itself acts on that only when it is written.)
-pub(crate) struct SwapInCopies(());
+pub(crate) struct UnmergeMode(());
 
-impl SwapInCopies {
+impl UnmergeMode {
     /// Starts making copies. Takes the lock of the in-tree engine for a moment.
     pub(crate) fn new() -> Self {
         let _lock = EngineLock::lock();
@@ -267,7 +267,7 @@ impl SwapInCopies {
     }
 }
 
-impl Drop for SwapInCopies {
+impl Drop for UnmergeMode {
     fn drop(&mut self) {
         let _lock = EngineLock::lock();
         // SAFETY: the lock is held.
@@ -292,15 +292,15 @@ type StoreFn = unsafe extern "C" fn(
 /// # Invariants
 ///
 /// `attr` is the in-tree attribute; its store function is ours, and `store` what it was.
-pub(crate) struct Blocked {
+pub(crate) struct KsmdDisabled {
     attr: NonNull<bindings::kobj_attribute>,
     store: StoreFn,
 }
 
 // SAFETY: the attribute is static data of the kernel, and nothing of it is used until the drop.
-unsafe impl Send for Blocked {}
+unsafe impl Send for KsmdDisabled {}
 // SAFETY: as above.
-unsafe impl Sync for Blocked {}
+unsafe impl Sync for KsmdDisabled {}
 
 const GROUP: &CStr = c"ksm";
 
@@ -316,7 +316,7 @@ fn store_word(attr: NonNull<bindings::kobj_attribute>) -> *mut usize {
 const PUT_BACK_ATTEMPTS: u32 = 100;
 const PUT_BACK_MS: i64 = 10;
 
-impl Blocked {
+impl KsmdDisabled {
     /// Blocks the in-tree engine, or fails with `EBUSY` and a line in the log if it is in use.
     pub(crate) fn new() -> Result<Self> {
         check_idle()?;
@@ -394,7 +394,7 @@ impl Blocked {
     }
 }
 
-impl Drop for Blocked {
+impl Drop for KsmdDisabled {
     fn drop(&mut self) {
         // Whatever happens, the handler is not ours afterwards.
         let _ = self.exchange(self.store);

@@ -15,7 +15,7 @@ mod sys;
 use kernel::prelude::*;
 use ksm::Engine;
 use mm::lru;
-use sys::{kthread::Kthread, memory_notifier, module_pin, sysfs::Shown};
+use sys::{kthread::Kthread, memory_notifier, module_pin, sysfs::SysfsGroup};
 
 module! {
     type: Rksm,
@@ -28,13 +28,13 @@ module! {
 /// The loaded module. Its parts are dropped in this order: nobody can ask for anything any more, then
 /// nobody reports anything, then nothing runs, and only then may in-tree KSM run again.
 struct Rksm {
-    _knobs: Shown<Engine>,
+    _knobs: SysfsGroup<Engine>,
     _probes: intree::Probes<Engine>,
     _thread: Kthread<Engine>,
     _drains: lru::Drains,
     _hotplug: memory_notifier::Registration<Engine>,
-    _explainer: Option<module_pin::Explainer>,
-    _blocked: intree::Blocked,
+    _explainer: Option<module_pin::DeleteModuleProbe>,
+    _blocked: intree::KsmdDisabled,
 }
 
 /// Checks, while the module is being initialised, that the static data that it will change is not
@@ -51,7 +51,7 @@ impl kernel::Module for Rksm {
         abi::check::check_build()?;
         abi::check::check()?;
         check_writable(module)?;
-        let blocked = intree::Blocked::new()?;
+        let blocked = intree::KsmdDisabled::new()?;
         let engine = Engine::new(module)?;
         let hotplug = memory_notifier::Registration::new(engine.clone())?;
         let drains = lru::Drains::new();
@@ -59,7 +59,7 @@ impl kernel::Module for Rksm {
         engine.set_waker(thread.waker());
         let probes = intree::Probes::register(engine.clone())?;
         engine.enter_registered()?;
-        let knobs = Shown::new(engine)?;
+        let knobs = SysfsGroup::new(engine)?;
         pr_info!("loaded\n");
         Ok(Self {
             _knobs: knobs,
@@ -67,7 +67,7 @@ impl kernel::Module for Rksm {
             _thread: thread,
             _drains: drains,
             _hotplug: hotplug,
-            _explainer: module_pin::Explainer::new(),
+            _explainer: module_pin::DeleteModuleProbe::new(),
             _blocked: blocked,
         })
     }

@@ -23,7 +23,7 @@ pub(super) struct Candidate {
 pub(super) enum CandidateKind {
     /// An anonymous page whose sample held between two looks, and that another page seems to have;
     /// and what came of looking for a merged page for it.
-    Steady(Sample, Joined),
+    Steady(Sample, Outcome),
     /// A KSM page of this node that is not listed with it: mapped by a child since a fork.
     Unlisted(NodeId),
     /// An anonymous page that waits, and that may be all zeroes.
@@ -34,7 +34,7 @@ pub(super) enum CandidateKind {
 
 /// What came of looking for a merged page to join.
 #[derive(Clone, Copy)]
-pub(super) enum Joined {
+pub(super) enum Outcome {
     /// Not looked for yet.
     Unknown,
     /// Not looked for yet; the page is on probation, so its full checksum must have held.
@@ -44,33 +44,33 @@ pub(super) enum Joined {
     /// The page is merged.
     Yes,
     /// There is none. This is the page's checksum (perhaps [`Checksum::unknown`]).
-    NoneFits(Checksum),
+    NoMatch(Checksum),
     /// Nothing can be done with the page now.
-    Hopeless,
+    Skip,
     /// The page is not to be merged yet, or is not what it was. It is looked at again anyway.
     NotYet,
     /// The page is part of a huge page that is to stay whole for a while. It is looked at again afterwards.
     LeftWhole,
 }
 
-impl Joined {
+impl Outcome {
     /// What came of it when merging failed for another reason than the content.
     pub(super) fn failed(err: Error) -> Self {
         match err {
             err if err == E2BIG => Self::LeftWhole,
-            _ => Self::Hopeless,
+            _ => Self::Skip,
         }
     }
 }
 
 /// What one step works on. Too large for the stack.
-pub(super) struct Scratch {
+pub(super) struct ScanBuffer {
     pub(super) batch: Batch,
     pub(super) candidates: [Option<Candidate>; BATCH_PAGES],
     pub(super) len: usize,
 }
 
-impl Scratch {
+impl ScanBuffer {
     /// Initialises it in place.
     pub(super) fn init() -> impl Init<Self> {
         init!(Self {
@@ -114,7 +114,7 @@ impl Core {
     pub(super) fn candidate(&self, sample: Sample) -> Option<CandidateKind> {
         self.filter
             .has_two(sample)
-            .then_some(CandidateKind::Steady(sample, Joined::Unknown))
+            .then_some(CandidateKind::Steady(sample, Outcome::Unknown))
     }
 
     /// Does so for a page that may be on probation.
@@ -125,8 +125,8 @@ impl Core {
         sample: Sample,
     ) -> Option<CandidateKind> {
         self.filter.has_two(sample).then_some(match probation {
-            None => CandidateKind::Steady(sample, Joined::Unknown),
-            Some(_) => CandidateKind::Steady(sample, Joined::OnProbation),
+            None => CandidateKind::Steady(sample, Outcome::Unknown),
+            Some(_) => CandidateKind::Steady(sample, Outcome::OnProbation),
         })
     }
 }

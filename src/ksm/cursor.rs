@@ -2,17 +2,17 @@
 
 //! Where a pass is.
 
-use super::index::SlotId;
+use super::index::MmId;
 
 /// How far a pass has come in the address spaces, which it goes through in the order in which they came.
 pub(crate) struct Position {
     /// The address space whose turn it is, or was when it is gone; numbers begin at 1.
-    slot: SlotId,
+    mm_id: MmId,
     /// The next address in it.
     addr: usize,
     /// The last address space that belongs to this pass; `None` between passes. Who comes later
-    /// waits for the next pass, so that new areas settle down a little.
-    last: Option<SlotId>,
+    /// waits for the next pass, so that new areas try_free_orphan down a little.
+    last: Option<MmId>,
     /// Whether the pass has been through all of them, and comes back to this one only.
     only_this: bool,
 }
@@ -21,7 +21,7 @@ impl Position {
     /// Between passes.
     pub(crate) fn new() -> Self {
         Self {
-            slot: 1,
+            mm_id: 1,
             addr: 0,
             last: None,
             only_this: false,
@@ -34,7 +34,7 @@ impl Position {
     }
 
     /// Begins a pass, to which those up to `last` belong.
-    pub(crate) fn begin(&mut self, last: SlotId) {
+    pub(crate) fn begin(&mut self, last: MmId) {
         *self = Self {
             last: Some(last),
             ..Self::new()
@@ -48,29 +48,29 @@ impl Position {
     }
 
     /// Comes back to one that was left before its end, at `addr`, and to that one only.
-    pub(crate) fn come_back_to(&mut self, slot: SlotId, addr: usize) {
-        self.slot = slot;
+    pub(crate) fn come_back_to(&mut self, mm_id: MmId, addr: usize) {
+        self.mm_id = mm_id;
         self.addr = addr;
         self.only_this = true;
     }
 
     /// The one whose turn it is, and the next address in it.
-    pub(crate) fn here(&self) -> (SlotId, usize) {
-        (self.slot, self.addr)
+    pub(crate) fn here(&self) -> (MmId, usize) {
+        (self.mm_id, self.addr)
     }
 
     /// Finds out whose turn it is: still that of the same one, else that of the next which is there.
     /// `next` tells who is the first behind a number. `None`: all of this pass had theirs.
     pub(crate) fn turn<T>(
         &mut self,
-        next: impl FnOnce(SlotId) -> Option<(SlotId, T)>,
-    ) -> Option<(SlotId, T)> {
+        next: impl FnOnce(MmId) -> Option<(MmId, T)>,
+    ) -> Option<(MmId, T)> {
         let last = self.last?;
-        let found = next(self.slot.saturating_sub(1))?;
-        if found.0 > last || self.only_this && found.0 != self.slot {
+        let found = next(self.mm_id.saturating_sub(1))?;
+        if found.0 > last || self.only_this && found.0 != self.mm_id {
             return None;
         }
-        if found.0 != self.slot {
+        if found.0 != self.mm_id {
             self.go_to(found.0);
         }
         Some(found)
@@ -90,13 +90,13 @@ impl Position {
     pub(crate) fn leave(&mut self) {
         let next = match self.last {
             Some(last) if self.only_this => last,
-            _ => self.slot,
+            _ => self.mm_id,
         };
         self.go_to(next.saturating_add(1));
     }
 
-    fn go_to(&mut self, slot: SlotId) {
-        self.slot = slot;
+    fn go_to(&mut self, mm_id: MmId) {
+        self.mm_id = mm_id;
         self.addr = 0;
     }
 }

@@ -14,10 +14,10 @@ use kernel::{alloc::KVVec, prelude::*};
 /// it two bytes when full; then about one page in fifteen is taken for one that has an equal.
 ///
 /// A counter that has reached its end stays there, as nobody knows how much further it would have
-/// counted; [`Self::is_worn`] says when enough of these were left behind to count anew.
+/// counted; [`Self::is_saturated`] says when enough of these were left behind to count anew.
 pub(crate) struct Filter {
     words: KVVec<u64>,
-    worn: usize,
+    saturated: usize,
 }
 
 const COUNTERS_PER_PAGE: usize = 8;
@@ -37,7 +37,7 @@ impl Filter {
     pub(crate) fn new() -> Self {
         Self {
             words: KVVec::new(),
-            worn: 0,
+            saturated: 0,
         }
     }
 
@@ -55,7 +55,7 @@ impl Filter {
         }
         Ok(Self {
             words: KVVec::from_elem(0, words, GFP_KERNEL | __GFP_NOWARN)?,
-            worn: 0,
+            saturated: 0,
         })
     }
 
@@ -80,8 +80,8 @@ impl Filter {
     }
 
     /// Whether many counters say more than there is.
-    pub(crate) fn is_worn(&self) -> bool {
-        self.worn > self.capacity() / 8
+    pub(crate) fn is_saturated(&self) -> bool {
+        self.saturated > self.capacity() / 8
     }
 
     /// Which word a sample counts in.
@@ -125,7 +125,7 @@ impl Filter {
             for shift in Self::shifts(sample) {
                 match *word >> shift & MAX {
                     0 => {}
-                    MAX => self.worn = self.worn.saturating_add(1),
+                    MAX => self.saturated = self.saturated.saturating_add(1),
                     _ => *word = word.wrapping_sub(1 << shift),
                 }
             }

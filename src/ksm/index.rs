@@ -17,7 +17,7 @@ use kernel::{
 };
 
 /// Numbers a registered address space; never used twice.
-pub(crate) type SlotId = u64;
+pub(crate) type MmId = u64;
 
 /// The key of a stable node. Nodes with the same checksum (different content, or more sharers than
 /// one node takes) differ in `nth`.
@@ -34,9 +34,9 @@ pub(crate) struct StableKey {
 
 /// Where a page is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct PageAddr {
     /// The address space.
-    pub(crate) slot: SlotId,
+    pub(crate) mm_id: MmId,
     /// The address, page aligned.
     pub(crate) addr: usize,
 }
@@ -47,9 +47,9 @@ pub(crate) enum NodesLike {
     /// No node.
     None,
     /// Nodes with one checksum.
-    Alike(Nodes),
+    Unique(Nodes),
     /// Nodes with more than one checksum.
-    Various,
+    Ambiguous,
 }
 
 /// Nodes of one checksum that take another page.
@@ -92,7 +92,7 @@ pub(crate) struct Index<N> {
     orphans: RBTree<StableKey, N>,
     orphans_len: usize,
     /// Pages that have no equal yet, by checksum; one page for each.
-    unstable: RBTree<Checksum, Place>,
+    unstable: RBTree<Checksum, PageAddr>,
     unstable_len: usize,
     next_nth: u64,
 }
@@ -146,7 +146,7 @@ impl<N> Index<N> {
         // `struct rb_node`, then key and value.
         const LINKS: usize = 3 * size_of::<usize>();
         let node = LINKS + size_of::<StableKey>() + size_of::<N>() + node;
-        let place = LINKS + size_of::<Checksum>() + size_of::<Place>();
+        let place = LINKS + size_of::<Checksum>() + size_of::<PageAddr>();
         let nodes = self.stable_len.saturating_add(self.orphans_len);
         nodes
             .saturating_mul(node)
@@ -230,9 +230,13 @@ impl<N> Index<N> {
         }
         match (found, like(&self.full, sample)) {
             (found, NodesLike::None) => found,
-            (NodesLike::None, NodesLike::Alike(full)) if full.sum().is_unknown() => NodesLike::None,
-            (NodesLike::Alike(nodes), NodesLike::Alike(full)) if nodes.sum() == full.sum() => found,
-            _ => NodesLike::Various,
+            (NodesLike::None, NodesLike::Unique(full)) if full.sum().is_unknown() => {
+                NodesLike::None
+            }
+            (NodesLike::Unique(nodes), NodesLike::Unique(full)) if nodes.sum() == full.sum() => {
+                found
+            }
+            _ => NodesLike::Ambiguous,
         }
     }
 
@@ -376,12 +380,12 @@ impl<N> Index<N> {
     }
 
     /// The page that waits under checksum `sum`.
-    pub(crate) fn waiting(&self, sum: Checksum) -> Option<Place> {
+    pub(crate) fn unstable_lookup(&self, sum: Checksum) -> Option<PageAddr> {
         self.unstable.get(&sum).copied()
     }
 
     /// The checksum under which the first page with this sample waits, if any does.
-    pub(crate) fn waiting_like(&self, sample: Sample) -> Option<Checksum> {
+    pub(crate) fn unstable_lookup_sample(&self, sample: Sample) -> Option<Checksum> {
         let cursor = self
             .unstable
             .cursor_lower_bound(&Checksum::unknown(sample))?;
@@ -390,7 +394,12 @@ impl<N> Index<N> {
     }
 
     /// Lets `place` wait under `sum`, instead of whoever did. Allocates only if nobody did.
-    pub(crate) fn wait(&mut self, sum: Checksum, place: Place, flags: Flags) -> Result {
+    pub(crate) fn unstable_insert(
+        &mut self,
+        sum: Checksum,
+        place: PageAddr,
+        flags: Flags,
+    ) -> Result {
         match self.unstable.entry(sum) {
             Entry::Occupied(mut waiting) => *waiting.get_mut() = place,
             Entry::Vacant(nobody) => {
@@ -402,7 +411,7 @@ impl<N> Index<N> {
     }
 
     /// Takes `place` out of the unstable tree, if it is what waits under `sum`.
-    pub(crate) fn stop_waiting(&mut self, sum: Checksum, place: Place) {
+    pub(crate) fn unstable_remove(&mut self, sum: Checksum, place: PageAddr) {
         if let Some(waiting) = self.unstable.find_mut(&sum) {
             if *waiting.get() == place {
                 waiting.remove();
@@ -453,12 +462,12 @@ fn like<N>(tree: &RBTree<StableKey, N>, sample: Sample) -> NodesLike {
                         .is_some_and(|other| is_like(other.current().0))
                 });
             if various {
-                NodesLike::Various
+                NodesLike::Ambiguous
             } else {
-                NodesLike::Alike(Nodes::Several(first.sum))
+                NodesLike::Unique(Nodes::Several(first.sum))
             }
         }
-        _ => NodesLike::Alike(Nodes::One(first)),
+        _ => NodesLike::Unique(Nodes::One(first)),
     }
 }
 

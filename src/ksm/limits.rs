@@ -31,15 +31,15 @@ impl Engine {
 
     /// Sets whether pages on different memory nodes are merged. `EBUSY` while pages are merged. May sleep.
     pub(super) fn set_merge_across_nodes(&self, across: bool) -> Result {
-        let mut state = self.lock_without_nodes(|core| core.by_node == across)?;
-        if state.core.by_node != across {
+        let mut state = self.lock_without_nodes(|core| core.per_nid == across)?;
+        if state.core.per_nid != across {
             return Ok(());
         }
         // The next step takes it up again with the samples that count then. Pages whose samples are other
         // ones now are taken for changed when they are looked at.
         let hasher = self.hasher(&state.core);
         state.use_zero_page(hasher, false);
-        state.core.by_node = !across;
+        state.core.per_nid = !across;
         self.merge_across_nodes.store(across.into(), Relaxed);
         Ok(())
     }

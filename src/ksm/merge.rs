@@ -6,8 +6,8 @@
 //! way, memory stays as it was, and the page is looked at again in a later pass.
 
 use super::{
-    candidate::{Candidate, CandidateKind, Joined},
-    index::{Nodes, NodesLike, Place, SlotId, StableKey},
+    candidate::{Candidate, CandidateKind, Outcome},
+    index::{MmId, Nodes, NodesLike, PageAddr, StableKey},
     metadata::gfp_inherited,
     page_map::{Moment, PageMap},
     probation::{Print, Probation, Verdict},
@@ -17,6 +17,7 @@ use super::{
 use crate::{
     hash::{Checksum, Hasher, Sample},
     mm::{
+        entry::{PageEntry, PageState},
         folio::{LockedPage, PageRef},
         lru,
         mmap_lock::{MmapLock, NotLocked},
@@ -24,7 +25,6 @@ use crate::{
         rmap_item::ItemBox,
         stable_node::{NodeBox, NodeId, NodePage},
         vma::{MergeableVma, Which},
-        word::{PageEntry, PageState},
     },
 };
 use kernel::{
@@ -37,8 +37,8 @@ use kernel::{
 
 /// Says whether the huge page that a page is part of may be split.
 struct Splits<'a> {
-    mms: &'a mut RBTree<SlotId, MmState>,
-    place: Place,
+    mms: &'a mut RBTree<MmId, MmState>,
+    place: PageAddr,
     pass: u32,
     began: Instant<Monotonic>,
     /// That it may is known already.
@@ -47,7 +47,7 @@ struct Splits<'a> {
 
 impl<'a> Splits<'a> {
     /// For the page at `place`; and what else is known.
-    fn of(state: &'a mut State, place: Place) -> (Self, &'a mut Core) {
+    fn of(state: &'a mut State, place: PageAddr) -> (Self, &'a mut Core) {
         let State { mms, core, .. } = state;
         let splits = Self {
             mms,
@@ -60,7 +60,7 @@ impl<'a> Splits<'a> {
     }
 
     /// The same for a page of whose huge page it is known that it may be split.
-    fn decided(state: &'a mut State, place: Place) -> (Self, &'a mut Core) {
+    fn decided(state: &'a mut State, place: PageAddr) -> (Self, &'a mut Core) {
         let (splits, core) = Self::of(state, place);
         let splits = Self {
             decided: true,
@@ -75,7 +75,7 @@ impl<'a> Splits<'a> {
         if !page.is_large() || self.decided {
             return false;
         }
-        let known = self.mms.get(&self.place.slot);
+        let known = self.mms.get(&self.place.mm_id);
         known.is_some_and(|known| {
             let second = seconds_since(self.began);
             known.pages.keeps_whole(self.place.addr, second)
@@ -96,13 +96,13 @@ impl SplitPolicy for Splits<'_> {
             return true;
         }
         let now = self.now();
-        let known = self.mms.get_mut(&self.place.slot);
+        let known = self.mms.get_mut(&self.place.mm_id);
         known.is_none_or(|known| known.pages.may_split(self.place.addr, now))
     }
 
     fn was_split(&mut self) {
         let now = self.now();
-        if let Some(known) = self.mms.get_mut(&self.place.slot) {
+        if let Some(known) = self.mms.get_mut(&self.place.mm_id) {
             known.pages.note_split(self.place.addr, now);
         }
     }
@@ -117,7 +117,7 @@ impl State {
         &mut self,
         hasher: &Hasher,
         mm: &Mm,
-        slot: SlotId,
+        mm_id: MmId,
         candidates: &mut [Option<Candidate>],
     ) {
         let lock = MmapLock::try_new(mm);
@@ -130,14 +130,14 @@ impl State {
             vma = vma
                 .filter(|vma| vma.start() <= addr && addr < vma.end())
                 .or_else(|| MergeableVma::at(lock.as_ref().ok()?, addr));
-            let place = Place { slot, addr };
+            let place = PageAddr { mm_id, addr };
             *joined = match (&vma, *joined) {
-                (Some(vma), Joined::OnProbation) => self.check(hasher, vma, place, *sample),
-                (Some(vma), Joined::Waiting(sum)) => self.check_waiting(hasher, vma, place, sum),
-                (Some(vma), _) => self.join_stable(hasher, vma, place, *sample),
-                (None, _) => Joined::Hopeless,
+                (Some(vma), Outcome::OnProbation) => self.check(hasher, vma, place, *sample),
+                (Some(vma), Outcome::Waiting(sum)) => self.check_waiting(hasher, vma, place, sum),
+                (Some(vma), _) => self.stable_tree_search(hasher, vma, place, *sample),
+                (None, _) => Outcome::Skip,
             };
-            if let Joined::Hopeless = joined {
+            if let Outcome::Skip = joined {
                 self.retry(place);
                 if lru::was_in_the_way() {
                     self.note_batched(place);
@@ -149,8 +149,14 @@ impl State {
 
     /// Merges a page for which [`Self::join_all`] found no merged page with the one that waits under its
     /// checksum, or lets it wait.
-    pub(super) fn merge_or_wait(&mut self, hasher: &Hasher, mm: &Mm, place: Place, sum: Checksum) {
-        let sum = if self.has_news_of(sum) {
+    pub(super) fn merge_or_wait(
+        &mut self,
+        hasher: &Hasher,
+        mm: &Mm,
+        place: PageAddr,
+        sum: Checksum,
+    ) {
+        let sum = if self.changed_lately(sum) {
             // Another one of the same batch came before; what is published twice stays twice.
             let Ok(lock) = MmapLock::try_new(mm) else {
                 return self.retry(place);
@@ -158,24 +164,24 @@ impl State {
             let Some(vma) = MergeableVma::at(&lock, place.addr) else {
                 return;
             };
-            match self.join_stable(hasher, &vma, place, sum.sample()) {
-                Joined::NoneFits(sum) => sum,
-                Joined::Hopeless => return self.retry(place),
+            match self.stable_tree_search(hasher, &vma, place, sum.sample()) {
+                Outcome::NoMatch(sum) => sum,
+                Outcome::Skip => return self.retry(place),
                 _ => return,
             }
         } else {
             sum
         };
-        match self.core.index.waiting(sum) {
+        match self.core.index.unstable_lookup(sum) {
             Some(other) if other == place => {}
             Some(other) => self.merge_with_waiting(hasher, mm, place, other, sum),
-            None => self.wait(place, sum),
+            None => self.unstable_insert(place, sum),
         }
     }
 
     /// Whether it is not true any more that there is no merged page for one which is about to wait under `sum`; or
     /// that all pages with its sample have one content, if `sum` is not known.
-    fn has_news_of(&self, sum: Checksum) -> bool {
+    fn changed_lately(&self, sum: Checksum) -> bool {
         let (index, sample) = (&self.core.index, sum.sample());
         if self.core.lately & sample.bit() == 0 {
             return false;
@@ -184,54 +190,54 @@ impl State {
         if sum.is_unknown() {
             let is_known = |sum: Checksum| !sum.is_unknown();
             return index.nodes_like(sample) != NodesLike::None
-                || index.waiting_like(sample).is_some_and(is_known);
+                || index.unstable_lookup_sample(sample).is_some_and(is_known);
         }
         index.nodes_with(sum).is_some() || index.nodes_with(unknown).is_some()
     }
 
     /// Looks whether the full checksum of a page on probation has held, and if so, goes on as
-    /// [`Self::join_stable`] does.
+    /// [`Self::stable_tree_search`] does.
     fn check(
         &mut self,
         hasher: &Hasher,
         vma: &MergeableVma<'_>,
-        place: Place,
+        place: PageAddr,
         sample: Sample,
-    ) -> Joined {
+    ) -> Outcome {
         let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
-            return Joined::Hopeless;
+            return Outcome::Skip;
         };
         let sum = page.checksum(hasher);
         drop(page);
         if sum.sample() != sample {
             return self.changed(place, sum.sample());
         }
-        let (Some(word), core) = self.word(place) else {
-            return Joined::NotYet;
+        let (Some(entry), core) = self.entry(place) else {
+            return Outcome::NotYet;
         };
-        let old = word.probation().unwrap_or(Probation::NONE);
+        let old = entry.probation().unwrap_or(Probation::NONE);
         match old.check(sum, core.clock.secs()) {
             (Verdict::Held, new) => {
-                match word.state() {
-                    PageState::Steady(_) => word.set_probation(new),
-                    _ => core.relabel(word, PageEntry::steady_on(sample, new)),
+                match entry.state() {
+                    PageState::Steady(_) => entry.set_probation(new),
+                    _ => core.set_page_state(entry, PageEntry::steady_on(sample, new)),
                 }
                 if core.filter.has_two(sample) {
-                    self.join_stable(hasher, vma, place, sample)
+                    self.stable_tree_search(hasher, vma, place, sample)
                 } else {
-                    Joined::NotYet
+                    Outcome::NotYet
                 }
             }
             (Verdict::Begun, new) => {
-                word.set_probation(new);
-                // One that is steady is not looked at again without news.
+                entry.set_probation(new);
+                // One that is steady is not looked at again without retry_steady.
                 self.retry(place);
-                Joined::NotYet
+                Outcome::NotYet
             }
             (Verdict::Moved, new) => {
-                core.relabel(word, PageEntry::seen_on(sample, new));
+                core.set_page_state(entry, PageEntry::seen_on(sample, new));
                 self.note_change(place);
-                Joined::NotYet
+                Outcome::NotYet
             }
         }
     }
@@ -242,15 +248,15 @@ impl State {
         &mut self,
         hasher: &Hasher,
         vma: &MergeableVma<'_>,
-        place: Place,
+        place: PageAddr,
         sum: Checksum,
-    ) -> Joined {
+    ) -> Outcome {
         if !self.waits(place, sum) {
             // Another candidate of the batch was merged with it, or waits in its stead.
-            return Joined::NotYet;
+            return Outcome::NotYet;
         }
         let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
-            return Joined::Hopeless;
+            return Outcome::Skip;
         };
         if page.checksum(hasher) != sum {
             drop(page);
@@ -261,17 +267,17 @@ impl State {
         // Merged pages that are equal to it may have got their room back before they got their checksums.
         self.core.find_sums(hasher, sum.sample());
         let joined = match self.core.index.nodes_with(sum) {
-            Some(nodes) => self.join_one_of(vma, place, nodes, None),
+            Some(nodes) => self.merge_with_any(vma, place, nodes, None),
             None => None,
         };
         match joined {
-            Some(Ok(())) => Joined::Yes,
+            Some(Ok(())) => Outcome::Yes,
             Some(Err(err)) if err != EAGAIN => {
                 // Who waits is not a candidate before its turn comes again.
                 self.leave_unstable(place, sum);
-                Joined::failed(err)
+                Outcome::failed(err)
             }
-            _ => Joined::NotYet,
+            _ => Outcome::NotYet,
         }
     }
 
@@ -280,44 +286,46 @@ impl State {
     /// As long as all pages with its sample have the same content, as far as anybody knows, the checksum
     /// is not even computed: the page is as likely to be another one of these, and the comparison that
     /// follows anyway says so for certain.
-    fn join_stable(
+    fn stable_tree_search(
         &mut self,
         hasher: &Hasher,
         vma: &MergeableVma<'_>,
-        place: Place,
+        place: PageAddr,
         sample: Sample,
-    ) -> Joined {
+    ) -> Outcome {
         if self
             .core
             .zeroes
             .is_some_and(|zeroes| zeroes.contains(sample))
         {
             match self.join_zero(vma, place) {
-                Ok(()) => return Joined::Yes,
-                Err(err) if err != EAGAIN => return Joined::failed(err),
+                Ok(()) => return Outcome::Yes,
+                Err(err) if err != EAGAIN => return Outcome::failed(err),
                 // Not all zeroes.
                 _ => {}
             }
         }
         let unknown = Checksum::unknown(sample);
         match self.core.index.nodes_like(sample) {
-            NodesLike::Alike(nodes) => match self.join_one_of(vma, place, nodes, Some(hasher)) {
-                Some(Ok(())) => return Joined::Yes,
-                Some(Err(err)) if err != EAGAIN => return Joined::failed(err),
-                None if nodes.sum().is_unknown() => return Joined::NoneFits(unknown),
-                _ => {}
-            },
-            NodesLike::None => {
-                let waiting = self.core.index.waiting_like(sample);
-                if waiting.is_none_or(Checksum::is_unknown) {
-                    return Joined::NoneFits(unknown);
+            NodesLike::Unique(nodes) => {
+                match self.merge_with_any(vma, place, nodes, Some(hasher)) {
+                    Some(Ok(())) => return Outcome::Yes,
+                    Some(Err(err)) if err != EAGAIN => return Outcome::failed(err),
+                    None if nodes.sum().is_unknown() => return Outcome::NoMatch(unknown),
+                    _ => {}
                 }
             }
-            NodesLike::Various => {}
+            NodesLike::None => {
+                let waiting = self.core.index.unstable_lookup_sample(sample);
+                if waiting.is_none_or(Checksum::is_unknown) {
+                    return Outcome::NoMatch(unknown);
+                }
+            }
+            NodesLike::Ambiguous => {}
         }
         self.core.find_sums(hasher, sample);
         let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
-            return Joined::Hopeless;
+            return Outcome::Skip;
         };
         let sum = page.checksum(hasher);
         drop(page);
@@ -325,19 +333,19 @@ impl State {
             return self.changed(place, sum.sample());
         }
         let joined = match self.core.index.nodes_with(sum) {
-            Some(nodes) => self.join_one_of(vma, place, nodes, None),
+            Some(nodes) => self.merge_with_any(vma, place, nodes, None),
             None => None,
         };
         match joined {
-            Some(Ok(())) => Joined::Yes,
-            Some(Err(err)) if err != EAGAIN => Joined::failed(err),
-            _ => Joined::NoneFits(sum),
+            Some(Ok(())) => Outcome::Yes,
+            Some(Err(err)) if err != EAGAIN => Outcome::failed(err),
+            _ => Outcome::NoMatch(sum),
         }
     }
 
     /// Merges a page of zeroes with the kernel's zero page. It is not remembered afterwards: that is no page
     /// that is scanned.
-    fn join_zero(&mut self, vma: &MergeableVma<'_>, place: Place) -> Result {
+    fn join_zero(&mut self, vma: &MergeableVma<'_>, place: PageAddr) -> Result {
         let page = vma
             .page_at(place.addr)
             .filter(PageRef::is_plain_anon)
@@ -357,7 +365,7 @@ impl State {
 
     /// Merges a page that waits, and whose sample is that of a page of zeroes, with the zero page, if it is
     /// one.
-    pub(super) fn merge_zero(&mut self, mm: &Mm, place: Place) {
+    pub(super) fn merge_zero(&mut self, mm: &Mm, place: PageAddr) {
         let Ok(lock) = MmapLock::try_new(mm) else {
             return;
         };
@@ -370,21 +378,21 @@ impl State {
     /// Tries to merge a page into one of these merged pages, or of some of them. `None`: none takes another
     /// page. With `guessing`, only those are tried whose sample was never found to be that of other
     /// content; the hasher tells whether it still is the page's.
-    fn join_one_of(
+    fn merge_with_any(
         &mut self,
         vma: &MergeableVma<'_>,
-        place: Place,
+        place: PageAddr,
         nodes: Nodes,
         guessing: Option<&Hasher>,
     ) -> Option<Result> {
         let sum = match nodes {
-            Nodes::One(key) => return self.join_known(vma, place, key, guessing),
+            Nodes::One(key) => return self.merge_with_node(vma, place, key, guessing),
             Nodes::Several(sum) => sum,
         };
         let mut result = None;
         let keys = self.core.index.by_mappings(sum, NodeBox::items);
         for key in keys.into_iter().flatten() {
-            match self.join_known(vma, place, key, guessing) {
+            match self.merge_with_node(vma, place, key, guessing) {
                 // Other content, or the page changed: another node may still fit.
                 Some(Err(err)) if err == EAGAIN => result = Some(Err(err)),
                 None => {}
@@ -396,15 +404,15 @@ impl State {
     }
 
     /// Tries to merge a page into the page of the node `key`. `None`: that takes no other page, or is gone.
-    fn join_known(
+    fn merge_with_node(
         &mut self,
         vma: &MergeableVma<'_>,
-        place: Place,
+        place: PageAddr,
         key: StableKey,
         guessing: Option<&Hasher>,
     ) -> Option<Result> {
         let (mut splits, core) = Splits::of(self, place);
-        let result = core.join_node(vma, key, guessing, &mut splits)?;
+        let result = core.try_merge_with_node(vma, key, guessing, &mut splits)?;
         Some(result.map(|item| self.merged(place, item, key)))
     }
 
@@ -413,13 +421,13 @@ impl State {
         &mut self,
         hasher: &Hasher,
         mm: &Mm,
-        place: Place,
-        other: Place,
+        place: PageAddr,
+        other: PageAddr,
         sum: Checksum,
     ) {
-        let other_mm = self.mms.get(&other.slot).map(|known| known.mm.clone());
+        let other_mm = self.mms.get(&other.mm_id).map(|known| known.mm.clone());
         let Some(other_mm) = other_mm else {
-            return self.wait(place, sum);
+            return self.unstable_insert(place, sum);
         };
         // From here on the module may not be unloaded.
         if self.core.pin.pin().is_err() {
@@ -429,10 +437,10 @@ impl State {
             return self.retry(place);
         };
         let mut second = None;
-        if other.slot != place.slot {
+        if other.mm_id != place.mm_id {
             match MmapLock::try_new(&other_mm) {
                 Ok(lock) => second = Some(lock),
-                Err(NotLocked::Exiting) => return self.wait(place, sum),
+                Err(NotLocked::Exiting) => return self.unstable_insert(place, sum),
                 Err(NotLocked::Contended) => return self.retry(place),
             }
         }
@@ -454,7 +462,7 @@ impl State {
             if lru::was_in_the_way() {
                 self.note_batched(other);
             }
-            return self.wait(place, sum);
+            return self.unstable_insert(place, sum);
         };
         let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
             return;
@@ -463,7 +471,7 @@ impl State {
             // Shared by fork: nothing to gain.
             return;
         }
-        // A split cannot be undone, so both pages have to be fit for merging, and equal, before either
+        // A split cannot be cow_broken, so both pages have to be fit for merging, and equal, before either
         // huge page is split.
         let large = page.is_large() || other_page.is_large();
         if large {
@@ -472,12 +480,12 @@ impl State {
                 return;
             }
             if Splits::of(self, other).0.keep_whole(&other_page) {
-                return self.wait(place, sum);
+                return self.unstable_insert(place, sum);
             }
             // References on the other one were counted before there was a second one of ours, if both are
             // parts of one huge page.
             if other_page.is_locked() || !other_vma.maps_unmarked(other.addr, &other_page) {
-                return self.wait(place, sum);
+                return self.unstable_insert(place, sum);
             }
             let held = !page.shares_folio_with(&other_page) && page.is_held_by_others();
             if held || page.is_locked() || !vma.maps_unmarked(place.addr, &page) {
@@ -487,18 +495,18 @@ impl State {
         if page.differs_from(&other_page) {
             if !sum.is_unknown() {
                 // The other one changed where the sample does not look.
-                return self.wait(place, sum);
+                return self.unstable_insert(place, sum);
             }
             // From now on both need their checksums.
             let sums = (page.checksum(hasher), other_page.checksum(hasher));
             drop((page, other_page));
-            return self.part(sum, place, sums.0, other, sums.1);
+            return self.split_sample(sum, place, sums.0, other, sums.1);
         }
         if page.is_large() && !Splits::of(self, place).0.may_split() {
             return;
         }
         if other_page.is_large() && !Splits::of(self, other).0.may_split() {
-            return self.wait(place, sum);
+            return self.unstable_insert(place, sum);
         }
         drop(page);
         drop(other_page);
@@ -519,25 +527,28 @@ impl State {
     }
 
     /// Makes the first page a merged page, and merges the other one into it. If it is the latter that
-    /// fails, the first is undone, and waits, unless others have joined it by then; and the other one waits no
+    /// fails, the first is cow_broken, and waits, unless others have joined it by then; and the other one waits no
     /// longer, but is looked at again. `ENOMEM`: there is no memory for the rmap item of the first. Huge
     /// pages that they are parts of may be split, that is decided.
     fn merge_into_first(
         &mut self,
         hasher: &Hasher,
-        (vma, place): (&MergeableVma<'_>, Place),
-        (other_vma, other): (&MergeableVma<'_>, Place),
+        (vma, place): (&MergeableVma<'_>, PageAddr),
+        (other_vma, other): (&MergeableVma<'_>, PageAddr),
         sum: Checksum,
     ) -> Result {
         let item = self.core.item_for(vma.mm(), sum.sample())?;
         let Ok(other_item) = self.core.item_for(other_vma.mm(), sum.sample()) else {
             // The other page's group is at its limit. Queue this page instead of it, so that equal pages of
             // other groups still find a partner.
-            self.wait(place, sum);
+            self.unstable_insert(place, sum);
             return Ok(());
         };
-        let key = self.publish(hasher, vma, place, item, sum)?;
-        if self.join(other_vma, other, other_item, key).is_err() {
+        let key = self.make_ksm_page(hasher, vma, place, item, sum)?;
+        if self
+            .merge_with_ksm_page(other_vma, other, other_item, key)
+            .is_err()
+        {
             // The next one does not try it again in vain.
             self.leave_unstable(other, sum);
             self.retry(other);
@@ -546,32 +557,32 @@ impl State {
             }
             // A merged page that nobody shares is no gain.
             let id = self.core.index.node(key).and_then(NodeBox::id);
-            self.undo_later(place, id);
+            self.break_cow_later(place, id);
         }
         Ok(())
     }
 
     /// Lets two pages with the same sample wait under their checksums, of which `other` waited under
     /// `unknown`.
-    fn part(
+    fn split_sample(
         &mut self,
         unknown: Checksum,
-        place: Place,
+        place: PageAddr,
         sum: Checksum,
-        other: Place,
+        other: PageAddr,
         other_sum: Checksum,
     ) {
         self.core.lately |= unknown.sample().bit();
-        self.core.index.stop_waiting(unknown, other);
+        self.core.index.unstable_remove(unknown, other);
         for (place, sum) in [(other, other_sum), (place, sum)] {
-            let (Some(word), core) = self.word(place) else {
+            let (Some(entry), core) = self.entry(place) else {
                 continue;
             };
-            let sample = word.sample();
-            let probation = Probation::new(word.strikes(), Print::UNKNOWN, core.clock.secs());
-            core.relabel(word, PageEntry::steady_on(sample, probation));
+            let sample = entry.sample();
+            let probation = Probation::new(entry.strikes(), Print::UNKNOWN, core.clock.secs());
+            core.set_page_state(entry, PageEntry::steady_on(sample, probation));
             if sample == sum.sample() {
-                self.wait(place, sum);
+                self.unstable_insert(place, sum);
             } else {
                 // It has changed since it was looked at, and is looked at again in the next pass.
                 self.retry(place);
@@ -580,10 +591,10 @@ impl State {
     }
 
     /// Merges the page at `place` into the page of the node `key`.
-    fn join(
+    fn merge_with_ksm_page(
         &mut self,
         vma: &MergeableVma<'_>,
-        place: Place,
+        place: PageAddr,
         item: ItemBox,
         key: StableKey,
     ) -> Result {
@@ -593,18 +604,18 @@ impl State {
             let NodePage::Locked(kpage) = node.locked_page() else {
                 return Err(EBUSY);
             };
-            join_page(vma, &kpage, node, item, core, &mut splits)?
+            replace_page(vma, &kpage, node, item, core, &mut splits)?
         };
         self.merged(place, item, key);
         Ok(())
     }
 
     /// Makes the page at `place` a merged page, with a node of its own. `EAGAIN`: it is not what it was.
-    fn publish(
+    fn make_ksm_page(
         &mut self,
         hasher: &Hasher,
         vma: &MergeableVma<'_>,
-        place: Place,
+        place: PageAddr,
         mut item: ItemBox,
         sum: Checksum,
     ) -> Result<StableKey> {
@@ -612,7 +623,7 @@ impl State {
         let key = core.index.new_key(sum);
         let node = NodeBox::new(key, GFP_SCAN)?;
         core.index.insert(key, node, GFP_SCAN)?;
-        match core.publish_at(hasher, vma, key, &mut item, &mut splits) {
+        match core.make_ksm_page_at(hasher, vma, key, &mut item, &mut splits) {
             Ok(Published { shared, strays }) => {
                 if shared {
                     let leaf = PageMap::<PageEntry>::number(place.addr);
@@ -634,13 +645,16 @@ impl State {
     /// Has the merged page at `place` made an ordinary page again when `state` is unlocked: that takes memory,
     /// which may have to be waited for. If there is no room to remember it, it stays merged, listed with its
     /// node like any other, and is as good a partner for the next equal page.
-    pub(super) fn undo_later(&mut self, place: Place, node: Option<NodeId>) {
-        let _ = self.undo.push_within_capacity((place, node));
+    pub(super) fn break_cow_later(&mut self, place: PageAddr, node: Option<NodeId>) {
+        let _ = self.to_break.push_within_capacity((place, node));
     }
 
     /// Whether the page at `place` is still the only one that is listed with `node`.
-    fn is_alone(&mut self, place: Place, node: NodeId) -> bool {
-        let listed = self.word(place).0.and_then(|word| word.listed_with(node));
+    fn is_alone(&mut self, place: PageAddr, node: NodeId) -> bool {
+        let listed = self
+            .entry(place)
+            .0
+            .and_then(|entry| entry.listed_with(node));
         listed.is_some_and(|(_, items)| items == 1)
     }
 
@@ -648,35 +662,35 @@ impl State {
     /// wait.
     ///
     /// So it is the other page's turn to be tried first, which costs nothing when that is pinned.
-    fn undone(&mut self, place: Place, node: NodeId) {
-        let (Some(word), core) = self.word(place) else {
+    fn cow_broken(&mut self, place: PageAddr, node: NodeId) {
+        let (Some(entry), core) = self.entry(place) else {
             return;
         };
         // It may have been forgotten meanwhile, and more.
-        let Some((key, _)) = word.listed_with(node) else {
+        let Some((key, _)) = entry.listed_with(node) else {
             return;
         };
         let sample = key.sum.sample();
         // Nobody wrote to it, so that it was merged for so short a time is no strike.
         let print = Print::of(key.sum);
-        let probation = Probation::new(word.strikes(), print, core.clock.secs());
-        if core.release_item(word) {
-            core.replace(place, word, PageEntry::steady_on(sample, probation));
-            self.core.settle(key, false);
-            self.wait(place, key.sum);
+        let probation = Probation::new(entry.strikes(), print, core.clock.secs());
+        if core.release_item(entry) {
+            core.replace(place, entry, PageEntry::steady_on(sample, probation));
+            self.core.try_free_orphan(key, false);
+            self.unstable_insert(place, key.sum);
         }
     }
 
     /// Lists the page at `place` with the node whose page it is: a child inherited the mapping.
-    pub(super) fn list(&mut self, mm: &Mm, place: Place, id: NodeId) {
+    pub(super) fn stable_tree_append(&mut self, mm: &Mm, place: PageAddr, id: NodeId) {
         // Whatever it was before, it is not any more. Without memory, or while the page is locked, the next
         // pass tries again, and does not skip the area.
-        if !self.forget(place) || self.try_list(mm, place, id).is_err() {
+        if !self.forget(place) || self.try_append(mm, place, id).is_err() {
             self.note_change(place);
         }
     }
 
-    fn try_list(&mut self, mm: &Mm, place: Place, id: NodeId) -> Result {
+    fn try_append(&mut self, mm: &Mm, place: PageAddr, id: NodeId) -> Result {
         let lock = MmapLock::try_new(mm).map_err(|_| EBUSY)?;
         let vma = MergeableVma::find(&lock, place.addr, Which::MayBeMerged).ok_or(EBUSY)?;
         let page = vma.page_at(place.addr).ok_or(EBUSY)?;
@@ -689,7 +703,7 @@ impl State {
         let mut item = ItemBox::new(sample, self.core.clock.beat(), gfp_inherited())?;
         self.remember(mm, place, sample)?;
         let node = self.core.index.node(key).ok_or(EBUSY)?;
-        let result = node.attach(&page, &mut item, &vma, place.addr);
+        let result = node.add_rmap_item(&page, &mut item, &vma, place.addr);
         // Locks are given up first: taking an item off again would take the folio lock.
         drop(page);
         drop(lock);
@@ -707,7 +721,7 @@ impl State {
 impl Core {
     /// Tries to merge the page that `splits` is about, which is in `vma`, into the page of the node `key`. `None`:
     /// that one takes no more pages, or is gone.
-    fn join_node(
+    fn try_merge_with_node(
         &mut self,
         vma: &MergeableVma<'_>,
         key: StableKey,
@@ -735,11 +749,11 @@ impl Core {
             // Not stale: the node goes when nobody maps the page any more.
             return None;
         }
-        if self.by_node {
-            let nid = kpage.memory_node();
+        if self.per_nid {
+            let nid = kpage.nid();
             let page = vma.page_at(place.addr);
-            if page.is_some_and(|page| page.memory_node() != nid) {
-                node.set_strayed();
+            if page.is_some_and(|page| page.nid() != nid) {
+                node.set_nid_changed();
                 return None;
             }
         }
@@ -747,7 +761,7 @@ impl Core {
             Ok(item) => item,
             Err(err) => return Some(Err(err)),
         };
-        let result = join_page(vma, &kpage, node, item, self, splits);
+        let result = replace_page(vma, &kpage, node, item, self, splits);
         if let (Some(hasher), Err(EAGAIN)) = (guessing, result.as_ref().map_err(|err| *err)) {
             // Unless it is that the page has just been written to.
             let sample = vma.page_at(place.addr).map(|page| page.sample(hasher));
@@ -758,7 +772,7 @@ impl Core {
         Some(result)
     }
 
-    fn publish_at(
+    fn make_ksm_page_at(
         &self,
         hasher: &Hasher,
         vma: &MergeableVma<'_>,
@@ -780,17 +794,17 @@ impl Core {
 
 impl Engine {
     /// Undoes merges that could not be completed, without any lock of the engine.
-    pub(super) fn undo_merges(&self) {
+    pub(super) fn break_cow_pending(&self) {
         loop {
             let mut state = self.state.lock();
-            let Some((place, node)) = state.undo.pop() else {
+            let Some((place, node)) = state.to_break.pop() else {
                 return;
             };
             if node.is_some_and(|node| !state.is_alone(place, node)) {
                 // Others have joined it meanwhile, or it was forgotten, in which case the next look lists it.
                 continue;
             }
-            let mm = state.mms.get(&place.slot).map(|known| known.mm.clone());
+            let mm = state.mms.get(&place.mm_id).map(|known| known.mm.clone());
             drop(state);
             let Some(mm) = mm.and_then(|mm| use_mm(&mm)) else {
                 continue;
@@ -801,7 +815,7 @@ impl Engine {
             }
             drop(mm);
             if let Some(node) = node {
-                self.state.lock().undone(place, node);
+                self.state.lock().cow_broken(place, node);
             }
         }
     }
@@ -826,7 +840,7 @@ fn unshare(mm: &MmWithUser, addr: usize) -> bool {
 /// by `item`.
 ///
 /// `EAGAIN` if they differ, or must not be merged; `E2BIG` if the page is part of a huge page that stays whole.
-fn join_page(
+fn replace_page(
     vma: &MergeableVma<'_>,
     kpage: &LockedPage,
     node: &NodeBox,
@@ -842,8 +856,8 @@ fn join_page(
     let page = vma.page_at(addr).ok_or(EBUSY)?;
     // Neither moves: what we hold is this very page, and the merged one is locked. The next pass gives the
     // node another key.
-    if core.by_node && page.memory_node() != kpage.memory_node() {
-        node.set_strayed();
+    if core.per_nid && page.nid() != kpage.nid() {
+        node.set_nid_changed();
         return Err(EBUSY);
     }
     // Asked once more when nothing else is in the way; but the pages need not be compared for nothing.

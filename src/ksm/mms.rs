@@ -2,7 +2,7 @@
 
 //! The address spaces that have mergeable memory.
 
-use super::index::SlotId;
+use super::index::MmId;
 use kernel::{
     alloc::Flags,
     mm::Mm,
@@ -15,11 +15,11 @@ use kernel::{
 ///
 /// Held under a spinlock, since it is the kernel's tracepoints that report who comes and goes.
 pub(crate) struct Registry {
-    live: RBTree<SlotId, ARef<Mm>>,
-    by_mm: RBTree<usize, SlotId>,
+    live: RBTree<MmId, ARef<Mm>>,
+    by_mm: RBTree<usize, MmId>,
     /// Gone through `ksm_exit()`; what the engine knows of them is still to be freed.
-    dead: RBTree<SlotId, ARef<Mm>>,
-    next_id: SlotId,
+    dead: RBTree<MmId, ARef<Mm>>,
+    next_id: MmId,
     /// An address space was not entered for want of memory.
     missed: bool,
     /// Memory for more, to fall back on.
@@ -28,8 +28,8 @@ pub(crate) struct Registry {
 
 /// The memory to enter one address space with.
 pub(crate) struct Reservation {
-    live: RBTreeNodeReservation<SlotId, ARef<Mm>>,
-    by_mm: RBTreeNodeReservation<usize, SlotId>,
+    live: RBTreeNodeReservation<MmId, ARef<Mm>>,
+    by_mm: RBTreeNodeReservation<usize, MmId>,
 }
 
 impl Reservation {
@@ -116,24 +116,24 @@ impl Registry {
     }
 
     /// The first live address space behind `after`.
-    pub(crate) fn next(&self, after: SlotId) -> Option<(SlotId, ARef<Mm>)> {
+    pub(crate) fn next(&self, after: MmId) -> Option<(MmId, ARef<Mm>)> {
         let cursor = self.live.cursor_lower_bound(&after.checked_add(1)?)?;
         let (id, mm) = cursor.current();
         Some((*id, mm.clone()))
     }
 
     /// The number of the address space that came last.
-    pub(crate) fn last_id(&self) -> SlotId {
+    pub(crate) fn last_id(&self) -> MmId {
         self.live.cursor_back().map_or(0, |last| *last.current().0)
     }
 
     /// The number of the newest one that ever was.
-    pub(crate) fn newest(&self) -> SlotId {
+    pub(crate) fn newest(&self) -> MmId {
         self.next_id.saturating_sub(1)
     }
 
     /// Takes one that is exiting.
-    pub(crate) fn take_dead(&mut self) -> Option<(SlotId, ARef<Mm>)> {
+    pub(crate) fn take_dead(&mut self) -> Option<(MmId, ARef<Mm>)> {
         let id = *self.dead.cursor_front()?.current().0;
         let mm = self.dead.remove(&id)?;
         Some((id, mm))

@@ -31,16 +31,16 @@ use crate::{
     hash::{Hasher, Zeroes},
     intree,
     mm::{
+        entry::PageEntry,
         rmap_item::ItemBox,
         stable_node::{NodeBox, NodeId},
-        word::PageEntry,
     },
     sys::module_pin,
 };
 use advisor::Advisor;
 use core::cell::Cell;
 use filter::Filter;
-use index::{Index, Place, SlotId, StableKey};
+use index::{Index, MmId, PageAddr, StableKey};
 use kernel::{
     alloc::{flags, Flags},
     mm::{Mm, MmWithUser, MmWithUserAsync},
@@ -117,7 +117,7 @@ pub(crate) struct Engine {
     /// Told when either is over.
     #[pin]
     settled: CondVar,
-    /// Somebody else than the thread left it chores. Written with `state` locked.
+    /// Somebody else than the thread left it deferred_work. Written with `state` locked.
     left_chores: Atomic<bool>,
     run: Atomic<u32>,
     pages_to_scan: Atomic<u32>,
@@ -138,7 +138,7 @@ pub(crate) struct Engine {
     waker: SetOnce<ARef<Task>>,
     /// For all memory nodes together, and for each of them by itself.
     hashers: [Hasher; 2],
-    /// Whether pages on different memory nodes are merged, as [`Core::by_node`].
+    /// Whether pages on different memory nodes are merged, as [`Core::per_nid`].
     merge_across_nodes: Atomic<u32>,
 }
 
@@ -154,9 +154,9 @@ pub(crate) struct MmState {
 
 /// What the mutex protects.
 pub(crate) struct State {
-    mms: RBTree<SlotId, MmState>,
+    mms: RBTree<MmId, MmState>,
     core: Core,
-    scratch: Option<KBox<candidate::Scratch>>,
+    scratch: Option<KBox<candidate::ScanBuffer>>,
     cursor: scan::Cursor,
     /// Anonymous pages of all registered processes when the pass began.
     mapped_pages: usize,
@@ -166,11 +166,11 @@ pub(crate) struct State {
     dying: usize,
     /// Merged pages that are to be ordinary ones again: because no other page could be merged with them, in
     /// which case this is the node, whose key may change; or because they are of no node.
-    undo: KVec<(Place, Option<NodeId>)>,
+    to_break: KVec<(PageAddr, Option<NodeId>)>,
     /// Pages that were left alone in this pass because a per-CPU LRU batch may hold them.
-    batched: KVec<Place>,
+    batched: KVec<PageAddr>,
     /// The newest address space when all pages were unmerged last.
-    unmerged_to: SlotId,
+    unmerged_to: MmId,
 }
 
 /// What is known of all pages together.
@@ -184,7 +184,7 @@ struct Core {
     /// other as any others. The filter has them twice then, as a single such page is enough.
     zeroes: Option<Zeroes>,
     /// Whether only pages on the same memory node are merged. Does not change while there are nodes.
-    by_node: bool,
+    per_nid: bool,
     /// The most places that are mapped to one merged page. Does not change while there are nodes.
     max_sharing: usize,
     /// Places that map merged pages: items on nodes.
@@ -198,8 +198,8 @@ struct Core {
     /// Whether it is this area's turn to have what is known of its pages looked at anew, see
     /// [`LeafCursor::is_refreshing`](pagemap::LeafCursor::is_refreshing).
     refreshing: bool,
-    /// Counts what [`Core::try_again`] is called for. Starts at 1, see [`scan::Cursor`].
-    events: u64,
+    /// Counts what [`Core::bump_retry_seq`] is called for. Starts at 1, see [`scan::Cursor`].
+    retry_seq: u64,
     /// Numbers the passes.
     pass: u32,
     /// When the pass began, for pages on probation.
@@ -207,7 +207,7 @@ struct Core {
     /// When the engine was made.
     born: Instant<Monotonic>,
     /// Pages that were written to soon after they were merged.
-    soon_broken: usize,
+    quick_cow_breaks: usize,
     /// The [bits](crate::hash::Sample::bit) of pages that were merged, or found to differ from one with their
     /// sample, since merged pages were last looked for.
     lately: u64,
@@ -257,8 +257,8 @@ impl Engine {
                 waker: SetOnce::new(),
                 hashers: {
                     let hasher = Hasher::new(crate::mm::random_words());
-                    let by_node = hasher.by_node(crate::mm::memory_nodes());
-                    [hasher, by_node]
+                    let per_nid = hasher.per_nid(crate::mm::memory_nodes());
+                    [hasher, per_nid]
                 },
                 merge_across_nodes: Atomic::new(1),
             }),
@@ -279,9 +279,9 @@ impl Engine {
 
     /// What makes samples and checksums now.
     fn hasher(&self, core: &Core) -> &Hasher {
-        let [all, by_node] = &self.hashers;
-        if core.by_node {
-            by_node
+        let [all, per_nid] = &self.hashers;
+        if core.per_nid {
+            per_nid
         } else {
             all
         }
@@ -343,8 +343,8 @@ impl Engine {
         }
     }
 
-    fn publish_stats(&self, state: &State) {
-        self.stats.publish(&state.core, state.map_bytes);
+    fn update_stats(&self, state: &State) {
+        self.stats.update(&state.core, state.map_bytes);
     }
 }
 
@@ -367,8 +367,8 @@ const FILTER_AHEAD: usize = 16;
 
 /// How many leaves of pages are counted anew under one hold of `state`.
 const COUNT_LEAVES: usize = 64;
-/// How many merged pages are undone after one step of the scan, at most.
-const UNDO_PAGES: usize = 128;
+/// How many merged pages are cow_broken after one step of the scan, at most.
+const BREAK_PAGES: usize = 128;
 /// How many pages that per-CPU LRU batches may hold are tried again at the end of the pass, at most.
 const BATCHED_PAGES: usize = 512;
 
@@ -386,18 +386,18 @@ impl State {
                 filter: Filter::new(),
                 filter_failed: None,
                 zeroes: None,
-                by_node: false,
+                per_nid: false,
                 max_sharing: sysfs::DEFAULT_MAX_PAGE_SHARING as usize,
                 items: 0,
                 pages: 0,
                 steady: 0,
                 changes: 0,
                 refreshing: false,
-                events: 1,
+                retry_seq: 1,
                 pass: 0,
                 clock: Clock::new(),
                 born: Instant::now(),
-                soon_broken: 0,
+                quick_cow_breaks: 0,
                 lately: 0,
                 has_strays: false,
                 found_strays: false,
@@ -410,12 +410,12 @@ impl State {
                 prune_began: None,
                 pin: module_pin::Pin::new(module),
             },
-            scratch: Some(KBox::init(candidate::Scratch::init(), GFP_KERNEL)?),
+            scratch: Some(KBox::init(candidate::ScanBuffer::init(), GFP_KERNEL)?),
             cursor: scan::Cursor::new(),
             mapped_pages: 0,
             map_bytes: 0,
             dying: 0,
-            undo: KVec::with_capacity(UNDO_PAGES, GFP_KERNEL)?,
+            to_break: KVec::with_capacity(BREAK_PAGES, GFP_KERNEL)?,
             batched: KVec::with_capacity(BATCHED_PAGES, GFP_KERNEL)?,
             unmerged_to: 0,
         })
@@ -427,14 +427,14 @@ impl State {
         let mut budget = Forget::new();
         let mut after = 0;
         while self.dying != 0 {
-            let next = self.mms.iter().find_map(|(&slot, known)| {
-                Some((slot, known.forgotten_to?)).filter(|at| at.0 > after)
+            let next = self.mms.iter().find_map(|(&mm_id, known)| {
+                Some((mm_id, known.forgotten_to?)).filter(|at| at.0 > after)
             });
-            let Some((slot, from)) = next else {
+            let Some((mm_id, from)) = next else {
                 break;
             };
-            let more = self.forget_range(slot, from, usize::MAX, &mut budget, |_, _| false);
-            let Some(known) = self.mms.get_mut(&slot) else {
+            let more = self.forget_range(mm_id, from, usize::MAX, &mut budget, |_, _| false);
+            let Some(known) = self.mms.get_mut(&mm_id) else {
                 break;
             };
             // At the end, what could not be forgotten is tried again some time.
@@ -442,17 +442,17 @@ impl State {
             if more.is_some() {
                 return true;
             }
-            after = slot;
+            after = mm_id;
             if known.pages.is_empty() {
-                self.remove_mm(slot);
+                self.remove_mm(mm_id);
             }
         }
         false
     }
 
     /// Accounts the metadata of an address space: to itself, and in all.
-    fn report(&mut self, slot: SlotId) {
-        let Some(known) = self.mms.get_mut(&slot) else {
+    fn report(&mut self, mm_id: MmId) {
+        let Some(known) = self.mms.get_mut(&mm_id) else {
             return;
         };
         let map = known.pages.bytes();
@@ -463,8 +463,8 @@ impl State {
     }
 
     /// Forgets an address space of whose pages nothing is known any more.
-    fn remove_mm(&mut self, slot: SlotId) {
-        if let Some(mm) = self.mms.remove(&slot) {
+    fn remove_mm(&mut self, mm_id: MmId) {
+        if let Some(mm) = self.mms.remove(&mm_id) {
             crate::mm::report_metadata(&mm.mm, 0);
             self.map_bytes = self.map_bytes.saturating_sub(mm.reported);
             if mm.forgotten_to.is_some() {
@@ -474,7 +474,7 @@ impl State {
     }
 
     /// Merges pages of zeroes with the kernel's zero page from now on, or with each other. What is merged
-    /// stays as it is; who waits is looked at again (see [`Core::look`]).
+    /// stays as it is; who waits is looked at again (see [`Core::classify_page`]).
     fn use_zero_page(&mut self, hasher: &Hasher, on: bool) {
         if on == self.core.zeroes.is_some() {
             return;
@@ -488,7 +488,7 @@ impl State {
                 self.core.filter.remove(zero);
             }
         }
-        self.core.try_again();
+        self.core.bump_retry_seq();
     }
 
     /// For how many pages the filter should have room, and with how many it would have to do without the
@@ -500,7 +500,7 @@ impl State {
         if self.cursor.at.is_between_passes() && filter.is_much_too_large_for(pages) {
             return Some([pages.saturating_mul(2); 2]);
         }
-        if filter.has_room_for(pages) && !filter.is_worn()
+        if filter.has_room_for(pages) && !filter.is_saturated()
             || self.core.filter_failed == Some(self.core.pass)
         {
             return None;
@@ -516,22 +516,22 @@ impl State {
     }
 
     /// Counts the samples of some pages from `at` on into `filter`. Returns where to go on.
-    fn count_some(&self, filter: &mut Filter, at: (SlotId, usize)) -> Option<(SlotId, usize)> {
-        let (mut slot, mut addr) = at;
+    fn count_some(&self, filter: &mut Filter, at: (MmId, usize)) -> Option<(MmId, usize)> {
+        let (mut mm_id, mut addr) = at;
         let mut budget = COUNT_LEAVES;
         loop {
-            let cursor = self.mms.cursor_lower_bound(&slot)?;
+            let cursor = self.mms.cursor_lower_bound(&mm_id)?;
             let (&found, known) = cursor.current();
-            if found != slot {
-                (slot, addr) = (found, 0);
+            if found != mm_id {
+                (mm_id, addr) = (found, 0);
             }
-            let more = known.pages.for_each_from(addr, &mut budget, |word| {
-                filter.add(word.sample());
+            let more = known.pages.for_each_from(addr, &mut budget, |entry| {
+                filter.add(entry.sample());
             });
             if let Some(addr) = more {
-                return Some((slot, addr));
+                return Some((mm_id, addr));
             }
-            (slot, addr) = (slot.checked_add(1)?, 0);
+            (mm_id, addr) = (mm_id.checked_add(1)?, 0);
         }
     }
 }
@@ -595,15 +595,15 @@ impl Core {
 
 impl Drop for State {
     fn drop(&mut self) {
-        // Nothing is merged any more, or the module could not be unloaded; so this frees words and
+        // Nothing is merged any more, or the module could not be unloaded; so this frees entries and
         // waiting places only.
-        while let Some(slot) = self.mms.cursor_front().map(|first| *first.current().0) {
+        while let Some(mm_id) = self.mms.cursor_front().map(|first| *first.current().0) {
             let mut budget = Forget::everything();
-            if let Some(known) = self.mms.get_mut(&slot) {
+            if let Some(known) = self.mms.get_mut(&mm_id) {
                 known.forgotten_to = Some(0);
             }
-            self.forget_range(slot, 0, usize::MAX, &mut budget, |_, _| false);
-            self.remove_mm(slot);
+            self.forget_range(mm_id, 0, usize::MAX, &mut budget, |_, _| false);
+            self.remove_mm(mm_id);
         }
         self.core.swept = None;
         self.core.sweep_orphans(usize::MAX, true);

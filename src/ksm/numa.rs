@@ -51,7 +51,7 @@ impl Core {
         if self.rekey(key, key.sum.with_sample(sample)).is_err() {
             // Without memory the next pass tries again.
             if let Some(node) = self.index.node(key) {
-                node.set_strayed();
+                node.set_nid_changed();
             }
         }
     }

@@ -50,13 +50,13 @@ impl Engine {
 }
 
 impl Listener for Engine {
-    fn going_offline(&self, _frames: Range<usize>) {
+    fn going_offline(&self, _pfns: Range<usize>) {
         // Waits for the end of whatever is being done.
         let _state = self.state.lock();
         self.offlining.store(true, Relaxed);
     }
 
-    fn offline(&self, _frames: Range<usize>) {
+    fn offline(&self, _pfns: Range<usize>) {
         // Whoever looked at a frame of these has done with it when the lock is had. Nodes that were left there
         // are stale, and freed in a while.
         let mut state = self.state.lock();
@@ -65,7 +65,7 @@ impl Listener for Engine {
         self.go_on(state);
     }
 
-    fn stays_online(&self, _frames: Range<usize>) {
+    fn stays_online(&self, _pfns: Range<usize>) {
         self.go_on(self.state.lock());
     }
 }

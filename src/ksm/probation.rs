@@ -2,7 +2,7 @@
 
 //! Pages that are not worth merging because they are written to soon after.
 //!
-//! A sample is made of eight words of a page, so it holds while the other 504 change, and a page that looks as
+//! A sample is made of eight entries of a page, so it holds while the other 504 change, and a page that looks as
 //! if it held still is merged and broken again, for nothing. Each time that happens the page gets a *strike*.
 //! A page with strikes is on *probation*: it is merged again only after its full checksum has held, and the more
 //! strikes it has, the longer that must be.
@@ -108,7 +108,7 @@ impl Print {
 }
 
 /// What is kept of a page that has strikes, or whose checksum is to be compared with the one it had: fits beside
-/// the sample in a [`PageEntry`](crate::mm::word::PageEntry).
+/// the sample in a [`PageEntry`](crate::mm::entry::PageEntry).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Probation {
     strikes: Strikes,

@@ -3,10 +3,10 @@
 //! The scan: one pass after the other over all mergeable pages, some pages at a time.
 
 use super::{
-    candidate::{Candidate, CandidateKind, Joined, Scratch},
+    candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
     cursor::Position,
     deferred::Deferred,
-    index::{Place, SlotId},
+    index::{MmId, PageAddr},
     metadata::gfp_mapping,
     page::Forget,
     page_map::{Found, PageMap, Pass},
@@ -15,14 +15,14 @@ use super::{
 use crate::{
     hash::Sample,
     mm::{
+        entry::{PageEntry, PageState},
         lru, memcg,
         mmap_lock::{MmapLock, NotLocked},
         trace,
         vma::{MergeableVma, Next, Which, HOLD_VMAS},
         walk::{self, Seen, BATCH_PAGES},
-        word::{PageEntry, PageState},
     },
-    sys::kthread::Current,
+    sys::kthread::KthreadContext,
 };
 use kernel::{
     mm::Mm,
@@ -38,14 +38,14 @@ pub(super) struct Cursor {
     /// Where it is.
     pub(super) at: Position,
     /// To which address spaces it comes back, because they were locked.
-    deferred: Deferred<(SlotId, usize)>,
+    deferred: Deferred<(MmId, usize)>,
     /// Whether it does so now.
     coming_back: bool,
     /// Whether anything happened since the pass before this one began that a page which was steady
-    /// and has not changed since may profit from (see [`Core::try_again`]).
-    news: bool,
-    /// [`Core::events`] when this pass began.
-    events: u64,
+    /// and has not changed since may profit from (see [`Core::bump_retry_seq`]).
+    retry_steady: bool,
+    /// [`Core::retry_seq`] when this pass began.
+    retry_seq: u64,
     /// Whether this pass skips leaves that are not worth looking at.
     skipping: bool,
     /// Whether all pages were looked at, and those that have an equal are merged now, at first sight.
@@ -64,8 +64,8 @@ impl Cursor {
             at: Position::new(),
             deferred: Deferred::new(),
             coming_back: false,
-            news: true,
-            events: 0,
+            retry_steady: true,
+            retry_seq: 0,
             skipping: false,
             gathering: false,
             retrying: false,
@@ -111,9 +111,9 @@ impl<'a> GapCheck<'a> {
         }
     }
 
-    /// Whether the page at `addr`, of which `word` is remembered, is still merged, or may be.
-    fn keeps(&mut self, addr: usize, word: &PageEntry) -> bool {
-        let PageState::Merged(Some(node)) = word.state() else {
+    /// Whether the page at `addr`, of which `entry` is remembered, is still merged, or may be.
+    fn keeps(&mut self, addr: usize, entry: &PageEntry) -> bool {
+        let PageState::Merged(Some(node)) = entry.state() else {
             return false;
         };
         let mm = self.mm;
@@ -134,7 +134,7 @@ impl<'a> GapCheck<'a> {
 impl Engine {
     /// Scans `pages_to_scan` pages, or to the end of the pass. If that was reached, returns how many pages the pass
     /// had.
-    pub(super) fn scan(&self, current: &Current) -> Option<usize> {
+    pub(super) fn scan(&self, current: &KthreadContext) -> Option<usize> {
         let mut budget = self.pages_to_scan.load(Relaxed) as usize;
         let mut mapped = None;
         while budget > 0 && !current.should_stop() && !current.is_freezing() {
@@ -160,11 +160,11 @@ impl Engine {
                 }
             }
             let step = self.step(&mut state, budget, current);
-            self.publish_stats(&state);
-            let undo = !state.undo.is_empty();
+            self.update_stats(&state);
+            let undo = !state.to_break.is_empty();
             drop(state);
             if undo {
-                self.undo_merges();
+                self.break_cow_pending();
             }
             match step {
                 Step::Looked(pages) => {
@@ -174,7 +174,7 @@ impl Engine {
                     budget = budget.saturating_sub(pages.max(1));
                 }
                 Step::Locked => current.sleep(Some(LOCKED_MS), || {
-                    self.run() != run::MERGE || self.has_chores() || self.is_offlining()
+                    self.run() != run::MERGE || self.has_deferred() || self.is_offlining()
                 }),
                 Step::Batched => lru::drain(),
                 Step::PassDone(pages) => return Some(pages),
@@ -184,11 +184,11 @@ impl Engine {
     }
 
     /// Looks at the next few pages, `budget` at most, and merges what it can.
-    fn step(&self, state: &mut State, budget: usize, current: &Current) -> Step {
+    fn step(&self, state: &mut State, budget: usize, current: &KthreadContext) -> Step {
         let hasher = self.hasher(&state.core);
         state.use_zero_page(hasher, self.use_zero_pages.load(Relaxed) != 0);
         if state.cursor.at.is_between_passes() {
-            if state.core.by_node && !state.core.rekey_migrated_nodes(hasher) {
+            if state.core.per_nid && !state.core.rekey_migrated_nodes(hasher) {
                 return Step::Looked(0);
             }
             self.start_pass(state, current);
@@ -197,9 +197,9 @@ impl Engine {
             .cursor
             .at
             .turn(|after| self.registry.lock().next(after));
-        let Some((slot, mm)) = turn else {
-            if let Some((slot, addr)) = state.cursor.deferred.pop() {
-                state.cursor.at.come_back_to(slot, addr);
+        let Some((mm_id, mm)) = turn else {
+            if let Some((mm_id, addr)) = state.cursor.deferred.pop() {
+                state.cursor.at.come_back_to(mm_id, addr);
                 state.cursor.coming_back = true;
                 return Step::Looked(0);
             }
@@ -207,12 +207,12 @@ impl Engine {
         };
         state.core.starved.set(false);
         let looked = if state.cursor.gathering {
-            memcg::charge(&mm, || self.gather_mm(state, slot, &mm))
+            memcg::charge(&mm, || self.gather_mm(state, mm_id, &mm))
         } else {
             match MmapLock::try_new(&mm) {
                 Ok(lock) => {
                     state.cursor.deferred.note_locked();
-                    memcg::charge(&mm, || self.step_mm(state, slot, lock, budget))
+                    memcg::charge(&mm, || self.step_mm(state, mm_id, lock, budget))
                 }
                 // Its pages are worth waiting for, but not now and not with `state` locked.
                 Err(NotLocked::Contended) => return state.cursor.defer(),
@@ -223,25 +223,25 @@ impl Engine {
         match looked {
             Some(pages) => Step::Looked(pages),
             None => {
-                state.report(slot);
+                state.report(mm_id);
                 state.cursor.at.leave();
                 Step::Looked(0)
             }
         }
     }
 
-    fn start_pass(&self, state: &mut State, current: &Current) {
+    fn start_pass(&self, state: &mut State, current: &KthreadContext) {
         let last = self.registry.lock().last_id();
         let core = &mut state.core;
         core.has_strays = core::mem::take(&mut core.found_strays);
-        let before = state.cursor.events;
+        let before = state.cursor.retry_seq;
         let mut at = Position::new();
         at.begin(last);
         state.batched.clear();
         state.cursor = Cursor {
             at,
-            news: state.core.events != before,
-            events: state.core.events,
+            retry_steady: state.core.retry_seq != before,
+            retry_seq: state.core.retry_seq,
             skipping: self.smart_scan.load(Relaxed) != 0,
             began: Some(Instant::now()),
             ..Cursor::new()
@@ -257,19 +257,19 @@ impl Engine {
     /// How many anonymous pages all registered processes have.
     fn mapped_pages(&self) -> usize {
         let mut sum = 0usize;
-        let mut slot = 0;
+        let mut mm_id = 0;
         loop {
-            let next = self.registry.lock().next(slot);
+            let next = self.registry.lock().next(mm_id);
             let Some((id, mm)) = next else {
                 return sum;
             };
-            slot = id;
+            mm_id = id;
             sum = sum.saturating_add(crate::mm::anon_pages(&mm));
             crate::mm::cond_resched();
         }
     }
 
-    fn end_pass(&self, state: &mut State, current: &Current) -> Step {
+    fn end_pass(&self, state: &mut State, current: &KthreadContext) -> Step {
         if self.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
             state.cursor.at.rewind();
             state.cursor.coming_back = false;
@@ -288,7 +288,7 @@ impl Engine {
         }
         let pages = state.cursor.pages;
         state.cursor = Cursor {
-            events: state.cursor.events,
+            retry_seq: state.cursor.retry_seq,
             ..Cursor::new()
         };
         trace::stop_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
@@ -306,29 +306,30 @@ impl Engine {
             cursor,
             ..
         } = state;
-        let (Some(&Place { slot, .. }), Some(mut taken)) = (batched.last(), scratch.take()) else {
+        let (Some(&PageAddr { mm_id, .. }), Some(mut taken)) = (batched.last(), scratch.take())
+        else {
             batched.clear();
             return;
         };
         taken.len = 0;
-        let mut known = mms.get_mut(&slot);
+        let mut known = mms.get_mut(&mm_id);
         for _ in 0..JOIN_PAGES {
             let Some(place) = batched.pop() else {
                 break;
             };
-            if place.slot != slot {
+            if place.mm_id != mm_id {
                 let _ = batched.push_within_capacity(place);
                 break;
             }
-            let word = known
+            let entry = known
                 .as_mut()
                 .and_then(|known| known.pages.get_mut(place.addr));
-            let (Some(word), false) = (word, taken.has(place.addr)) else {
+            let (Some(entry), false) = (entry, taken.has(place.addr)) else {
                 continue;
             };
-            let gathering = cursor.gathering && word.strikes().is_none();
-            let kind = match word.state() {
-                PageState::Steady(sample) => core.candidate_on(word.probation(), sample),
+            let gathering = cursor.gathering && entry.strikes().is_none();
+            let kind = match entry.state() {
+                PageState::Steady(sample) => core.candidate_on(entry.probation(), sample),
                 PageState::Seen(sample) if gathering => core.candidate(sample),
                 _ => None,
             };
@@ -341,13 +342,13 @@ impl Engine {
         }
         if let Some(mm) = known.map(|known| known.mm.clone()) {
             core.starved.set(false);
-            memcg::charge(&mm, || self.merge_candidates(state, slot, &mm, &mut taken));
+            memcg::charge(&mm, || self.merge_candidates(state, mm_id, &mm, &mut taken));
         }
         state.scratch = Some(taken);
     }
 
     /// Has the advisor decide how many pages to look at before sleeping, after a pass that took so long.
-    fn advise(&self, took: Delta, current: &Current) {
+    fn advise(&self, took: Delta, current: &KthreadContext) {
         let mut advisor = self.advisor.lock();
         let millis = u64::try_from(took.as_millis()).unwrap_or(0);
         let pages = self.pages_to_scan.load(Relaxed);
@@ -362,14 +363,14 @@ impl Engine {
     fn step_mm(
         &self,
         state: &mut State,
-        slot: SlotId,
+        mm_id: MmId,
         lock: MmapLock<'_>,
         budget: usize,
     ) -> Option<usize> {
         let mm = lock.mm();
         let mut scratch = state.scratch.take()?;
-        let more = self.look_on(state, slot, lock, budget, &mut scratch);
-        self.merge_candidates(state, slot, mm, &mut scratch);
+        let more = self.scan_batch(state, mm_id, lock, budget, &mut scratch);
+        self.merge_candidates(state, mm_id, mm, &mut scratch);
         let looked = scratch.batch.pages().len();
         state.scratch = Some(scratch);
         more.then_some(looked)
@@ -377,16 +378,16 @@ impl Engine {
 
     /// Merges what is remembered of the next few pages of one address space, at first sight. `None`: there
     /// are no more.
-    fn gather_mm(&self, state: &mut State, slot: SlotId, mm: &Mm) -> Option<usize> {
+    fn gather_mm(&self, state: &mut State, mm_id: MmId, mm: &Mm) -> Option<usize> {
         let mut scratch = state.scratch.take()?;
         scratch.len = 0;
         let State { mms, core, .. } = state;
-        let end = mms.get_mut(&slot).and_then(|known| {
+        let end = mms.get_mut(&mm_id).and_then(|known| {
             known
                 .pages
-                .visit_leaf(state.cursor.at.addr(), |addr, word| {
-                    let sample = match word.state() {
-                        PageState::Seen(sample) if word.strikes().is_none() => sample,
+                .visit_leaf(state.cursor.at.addr(), |addr, entry| {
+                    let sample = match entry.state() {
+                        PageState::Seen(sample) if entry.strikes().is_none() => sample,
                         _ => return,
                     };
                     if let Some(kind) = core.candidate(sample) {
@@ -394,7 +395,7 @@ impl Engine {
                     }
                 })
         });
-        self.merge_candidates(state, slot, mm, &mut scratch);
+        self.merge_candidates(state, mm_id, mm, &mut scratch);
         let count = scratch.len;
         state.scratch = Some(scratch);
         let next = end.and_then(|end| end.checked_add(1))?;
@@ -403,30 +404,30 @@ impl Engine {
     }
 
     /// Merges the candidates of one address space, as far as that is possible now.
-    fn merge_candidates(&self, state: &mut State, slot: SlotId, mm: &Mm, scratch: &mut Scratch) {
+    fn merge_candidates(&self, state: &mut State, mm_id: MmId, mm: &Mm, scratch: &mut ScanBuffer) {
         let hasher = self.hasher(&state.core);
         let count = scratch.len;
         let candidates = scratch.candidates.get_mut(..count).unwrap_or(&mut []);
         for few in candidates.chunks_mut(JOIN_PAGES) {
-            state.join_all(hasher, mm, slot, few);
+            state.join_all(hasher, mm, mm_id, few);
             // The rest takes the mmap_lock of two address spaces, one after the other.
             for candidate in few.iter().flatten() {
                 let is_starved = state.core.starved.get();
-                let place = Place {
-                    slot,
+                let place = PageAddr {
+                    mm_id,
                     addr: candidate.addr,
                 };
                 match candidate.kind {
-                    CandidateKind::Steady(_, Joined::NoneFits(..)) if is_starved => {
+                    CandidateKind::Steady(_, Outcome::NoMatch(..)) if is_starved => {
                         state.retry(place)
                     }
-                    CandidateKind::Steady(_, Joined::NoneFits(sum)) => {
+                    CandidateKind::Steady(_, Outcome::NoMatch(sum)) => {
                         state.merge_or_wait(hasher, mm, place, sum)
                     }
                     CandidateKind::Steady(..) => {}
-                    CandidateKind::Unlisted(node) => state.list(mm, place, node),
+                    CandidateKind::Unlisted(node) => state.stable_tree_append(mm, place, node),
                     CandidateKind::Zero => state.merge_zero(mm, place),
-                    CandidateKind::Ownerless => state.undo_later(place, None),
+                    CandidateKind::Ownerless => state.break_cow_later(place, None),
                 }
                 if lru::was_in_the_way() {
                     state.note_batched(place);
@@ -437,13 +438,13 @@ impl Engine {
 
     /// Looks at the next few pages of one address space, and puts those that are worth trying to merge
     /// into `scratch`. Returns whether there were any left to look at.
-    fn look_on(
+    fn scan_batch(
         &self,
         state: &mut State,
-        slot: SlotId,
+        mm_id: MmId,
         lock: MmapLock<'_>,
         budget: usize,
-        scratch: &mut Scratch,
+        scratch: &mut ScanBuffer,
     ) -> bool {
         scratch.len = 0;
         scratch.batch.clear();
@@ -469,7 +470,7 @@ impl Engine {
                 Next::None => break,
             };
             let start = next.max(vma.start());
-            let limit = match state.next_skipped(slot, start, &mut newly_skipped) {
+            let limit = match state.next_skipped(mm_id, start, &mut newly_skipped) {
                 Ok((first, last)) if first <= start => {
                     // What is before it is done with first; then go on behind it.
                     if next == from {
@@ -496,12 +497,12 @@ impl Engine {
             .saturating_add(looked);
         let mut left = Forget::new();
         if next != from {
-            next = state.absorb(mm, slot, from, next, &mut left, scratch);
+            next = state.update_tracked(mm, mm_id, from, next, &mut left, scratch);
             state.cursor.at.move_to(next);
             return true;
         }
         let (gap_end, last) = skipped.unwrap_or((usize::MAX, usize::MAX));
-        if let Some(addr) = state.forget_gap(mm, slot, from, gap_end, &mut left) {
+        if let Some(addr) = state.forget_gap(mm, mm_id, from, gap_end, &mut left) {
             // That is enough for once.
             state.cursor.at.move_to(addr);
             return true;
@@ -514,11 +515,11 @@ impl Engine {
 impl Cursor {
     /// Leaves the address space whose turn it is, which is locked by another task, to come back later.
     fn defer(&mut self) -> Step {
-        let (slot, addr) = self.at.here();
+        let (mm_id, addr) = self.at.here();
         self.at.leave();
         if !self.coming_back {
-            self.deferred.push((slot, addr));
-        } else if self.deferred.put_back((slot, addr)) {
+            self.deferred.push((mm_id, addr));
+        } else if self.deferred.put_back((mm_id, addr)) {
             return Step::Locked;
         }
         Step::Looked(0)
@@ -532,9 +533,9 @@ impl MmState {
         if core.changes != changes {
             self.pages.note_change(addr);
         }
-        let broken = core::mem::take(&mut core.soon_broken);
+        let broken = core::mem::take(&mut core.quick_cow_breaks);
         if broken != 0 {
-            self.pages.note_trouble(addr, broken);
+            self.pages.note_thrash(addr, broken);
         }
     }
 }
@@ -542,7 +543,7 @@ impl MmState {
 impl State {
     /// Notes that a page was left alone because a per-CPU LRU batch may hold it. Those that are too many, and
     /// those that still cannot be merged at the end of the pass, wait for the next one.
-    pub(super) fn note_batched(&mut self, place: Place) {
+    pub(super) fn note_batched(&mut self, place: PageAddr) {
         if !self.cursor.retrying {
             let _ = self.batched.push_within_capacity(place);
         }
@@ -551,16 +552,16 @@ impl State {
     /// The next leaves of an address space that this pass skips, see [`PageMap::next_skipped`].
     fn next_skipped(
         &mut self,
-        slot: SlotId,
+        mm_id: MmId,
         from: usize,
         skipped: &mut usize,
     ) -> Result<(usize, usize), usize> {
         let pass = Pass {
             number: self.core.pass,
-            news: self.cursor.news,
+            retry_steady: self.cursor.retry_steady,
             unlisted: &self.core.unlisted,
         };
-        match self.mms.get_mut(&slot) {
+        match self.mms.get_mut(&mm_id) {
             Some(known) if self.cursor.skipping => known.pages.next_skipped(from, &pass, skipped),
             _ => Err(usize::MAX),
         }
@@ -571,13 +572,15 @@ impl State {
     fn forget_gap(
         &mut self,
         mm: &Mm,
-        slot: SlotId,
+        mm_id: MmId,
         from: usize,
         to: usize,
         budget: &mut Forget,
     ) -> Option<usize> {
         let mut check = GapCheck::new(mm);
-        let more = self.forget_range(slot, from, to, budget, |addr, word| check.keeps(addr, word));
+        let more = self.forget_range(mm_id, from, to, budget, |addr, entry| {
+            check.keeps(addr, entry)
+        });
         self.core.found_strays |= check.found_stray;
         more
     }
@@ -585,14 +588,14 @@ impl State {
     /// Compares the pages of a batch, which covers `from..to`, with what is remembered of them. What is
     /// remembered of addresses without a page is outdated and goes, as much of it as `budget` says. Returns
     /// how far this came.
-    fn absorb(
+    fn update_tracked(
         &mut self,
         mm: &Mm,
-        slot: SlotId,
+        mm_id: MmId,
         from: usize,
         to: usize,
         budget: &mut Forget,
-        scratch: &mut Scratch,
+        scratch: &mut ScanBuffer,
     ) -> usize {
         let mut covered = from;
         let mut done = 0;
@@ -601,13 +604,13 @@ impl State {
             let leaf_end = PageMap::<PageEntry>::leaf_end(addr);
             // Up to the first page, then from there on together with the pages of its leaf.
             if covered < addr {
-                if let Some(left) = self.forget_gap(mm, slot, covered, addr, budget) {
+                if let Some(left) = self.forget_gap(mm, mm_id, covered, addr, budget) {
                     return left;
                 }
             }
             let left = scratch.batch.pages().get(done..).unwrap_or(&[]);
             let count = left.partition_point(|page| page.addr() <= leaf_end).max(1);
-            self.absorb_leaf(mm, slot, done, count, scratch);
+            self.update_leaf(mm, mm_id, done, count, scratch);
             done = done.saturating_add(count);
             covered = match scratch.batch.pages().get(done.wrapping_sub(1)) {
                 Some(last) => last.addr().saturating_add(PAGE_SIZE),
@@ -615,11 +618,11 @@ impl State {
             };
         }
         if covered < to {
-            if let Some(left) = self.forget_gap(mm, slot, covered, to, budget) {
+            if let Some(left) = self.forget_gap(mm, mm_id, covered, to, budget) {
                 return left;
             }
         }
-        if let Some(known) = self.mms.get_mut(&slot) {
+        if let Some(known) = self.mms.get_mut(&mm_id) {
             for &addr in scratch.batch.away() {
                 known.pages.note_away(addr);
             }
@@ -628,19 +631,19 @@ impl State {
     }
 
     /// Does so for `count` pages from number `first` on, which are all in one leaf.
-    fn absorb_leaf(
+    fn update_leaf(
         &mut self,
         mm: &Mm,
-        slot: SlotId,
+        mm_id: MmId,
         first: usize,
         count: usize,
-        scratch: &mut Scratch,
+        scratch: &mut ScanBuffer,
     ) {
         let Some(addr) = scratch.batch.pages().get(first).map(|page| page.addr()) else {
             return;
         };
         // Without memory to remember a page, the next pass tries again.
-        let Some(known) = known_mm(&mut self.mms, mm, slot) else {
+        let Some(known) = known_mm(&mut self.mms, mm, mm_id) else {
             return;
         };
         let core = &mut self.core;
@@ -654,7 +657,8 @@ impl State {
                 leaf.decide_skips(PageEntry::any_is_watched);
             }
             let waited = leaf.end_wait(|| seconds_since(core.born));
-            let news = self.cursor.news || leaf.is_owed_news() || core.refreshing || waited;
+            let retry_steady =
+                self.cursor.retry_steady || leaf.missed_retry() || core.refreshing || waited;
             let end = first.saturating_add(count);
             // Without holes among the pages, most often all are known, or all are new.
             let dense = scratch
@@ -663,8 +667,8 @@ impl State {
                 .get(end.wrapping_sub(1))
                 .is_some_and(|last| last.addr().wrapping_sub(addr) / PAGE_SIZE + 1 == count);
             if dense {
-                if let Some(words) = leaf.known_run(count) {
-                    core.look_at_run(slot, words, first, scratch, news);
+                if let Some(entries) = leaf.known_run(count) {
+                    core.classify_range(mm_id, entries, first, scratch, retry_steady);
                     return known.note(addr, changes, core);
                 }
                 let pages = scratch.batch.pages().get(first..end).unwrap_or(&[]);
@@ -691,9 +695,9 @@ impl State {
                 let addr = page.addr();
                 let found = loop {
                     match leaf.seek(addr) {
-                        Found::Passed(addr, word) => {
-                            let place = Place { slot, addr };
-                            if check.keeps(addr, word) || !core.leave(place, word) {
+                        Found::Passed(addr, entry) => {
+                            let place = PageAddr { mm_id, addr };
+                            if check.keeps(addr, entry) || !core.untrack_page(place, entry) {
                                 leaf.keep_passed();
                             } else {
                                 drop(leaf.remove_passed());
@@ -703,12 +707,14 @@ impl State {
                     }
                 };
                 let kind = match (found, page.seen()) {
-                    (Found::Word(word), seen) => core.look(Place { slot, addr }, word, seen, news),
+                    (Found::Entry(entry), seen) => {
+                        core.classify_page(PageAddr { mm_id, addr }, entry, seen, retry_steady)
+                    }
                     (_, Seen::Anon(_)) if core.starved.get() => None,
                     (_, Seen::Anon(sample)) => {
-                        let word = PageEntry::seen(sample);
-                        match leaf.insert(word, new, gfp_mapping()) {
-                            Ok(()) => core.enter(sample),
+                        let entry = PageEntry::seen(sample);
+                        match leaf.insert(entry, new, gfp_mapping()) {
+                            Ok(()) => core.track_page(sample),
                             Err(_) => core.starved.set(true),
                         }
                         None
@@ -732,20 +738,20 @@ impl State {
 
 /// What is known of the pages of `mm`; nothing yet, if it is new.
 pub(super) fn known_mm<'a>(
-    mms: &'a mut RBTree<SlotId, MmState>,
+    mms: &'a mut RBTree<MmId, MmState>,
     mm: &Mm,
-    slot: SlotId,
+    mm_id: MmId,
 ) -> Option<&'a mut MmState> {
-    if mms.get(&slot).is_none() {
+    if mms.get(&mm_id).is_none() {
         let known = MmState {
             mm: mm.into(),
             pages: PageMap::new(),
             reported: 0,
             forgotten_to: None,
         };
-        mms.try_create_and_insert(slot, known, GFP_SCAN).ok()?;
+        mms.try_create_and_insert(mm_id, known, GFP_SCAN).ok()?;
     }
-    mms.get_mut(&slot)
+    mms.get_mut(&mm_id)
 }
 
 /// How many seconds are over since `began`.

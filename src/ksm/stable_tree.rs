@@ -77,7 +77,7 @@ impl Core {
             };
             self.swept = Some(key);
             next = self.index.next_orphan(self.swept);
-            self.settle(key, force);
+            self.try_free_orphan(key, force);
             crate::mm::cond_resched();
         }
         if next.is_none() {
@@ -167,7 +167,7 @@ impl Core {
     }
 
     /// Frees a node without known mappings if its page is gone.
-    pub(super) fn settle(&mut self, key: StableKey, force: bool) {
+    pub(super) fn try_free_orphan(&mut self, key: StableKey, force: bool) {
         let Some(node) = self.index.node(key).filter(|node| node.items() == 0) else {
             return;
         };
@@ -176,7 +176,7 @@ impl Core {
             Some(page) if !force && (page.is_mapped() || page.is_swapcache()) => false,
             Some(page) => {
                 drop(page);
-                node.abandon(force)
+                node.clear_stable_node(force)
             }
         };
         if gone {
@@ -192,7 +192,11 @@ impl Core {
                 break;
             };
             next = self.index.next_orphan(Some(key));
-            if self.index.node(key).is_some_and(|node| node.abandon(false)) {
+            if self
+                .index
+                .node(key)
+                .is_some_and(|node| node.clear_stable_node(false))
+            {
                 self.release(key);
             }
             crate::mm::cond_resched();
@@ -212,7 +216,7 @@ impl Core {
                 filter.remove(old);
                 filter.add(sum.sample());
             });
-            self.events = self.events.wrapping_add(1);
+            self.retry_seq = self.retry_seq.wrapping_add(1);
         }
         Ok(())
     }
@@ -241,7 +245,7 @@ impl Core {
             };
             drop(page);
             if self.rekey(key, sum).is_err() {
-                return self.try_again();
+                return self.bump_retry_seq();
             }
         }
     }

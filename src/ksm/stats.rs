@@ -48,10 +48,10 @@ impl Stats {
     }
 
     /// Shows the current core, beside which there are maps of so many bytes.
-    pub(super) fn publish(&self, core: &Core, map_bytes: usize) {
+    pub(super) fn update(&self, core: &Core, map_bytes: usize) {
         let shared = core.index.stable_len();
         let unshared = core.index.unstable_len().saturating_add(core.steady);
-        // Released nodes leave words behind that say "merged" until the scan comes by: volatile.
+        // Released nodes leave entries behind that say "merged" until the scan comes by: volatile.
         let volatile = core
             .pages
             .saturating_sub(core.items)

@@ -7,7 +7,7 @@
 use super::{run, Engine};
 use crate::sys::{
     oom::OomOrigin,
-    sysfs::{only_einval, Directory, Input, Knob},
+    sysfs::{only_einval, Attribute, Directory, Input},
 };
 use kernel::{
     prelude::*,
@@ -28,19 +28,19 @@ pub(super) const DEFAULT_PRUNE_MILLISECS: u32 = 2000;
 impl Directory for Engine {
     const NAME: &'static CStr = c"rksm";
 
-    const KNOBS: &'static [Knob<Self>] = &[
+    const ATTRIBUTES: &'static [Attribute<Self>] = &[
         // What to do, and how fast.
-        Knob::rw(
+        Attribute::rw(
             c"run",
             |engine, out| out.line(engine.run()),
             |engine, input| engine.set_run(input.parse_u32().map_err(only_einval)?),
         ),
-        Knob::rw(
+        Attribute::rw(
             c"pages_to_scan",
             |engine, out| out.line(engine.pages_to_scan.load(Relaxed)),
             |engine, input| engine.set_pages_to_scan(&input),
         ),
-        Knob::rw(
+        Attribute::rw(
             c"sleep_millisecs",
             |engine, out| out.line(engine.sleep_millisecs.load(Relaxed)),
             |engine, input| {
@@ -49,7 +49,7 @@ impl Directory for Engine {
                 Ok(())
             },
         ),
-        Knob::rw(
+        Attribute::rw(
             c"smart_scan",
             |engine, out| out.line(engine.smart_scan.load(Relaxed)),
             |engine, input| {
@@ -59,7 +59,7 @@ impl Directory for Engine {
             },
         ),
         // What is merged with what.
-        Knob::rw(
+        Attribute::rw(
             c"use_zero_pages",
             |engine, out| out.line(engine.use_zero_pages.load(Relaxed)),
             |engine, input| {
@@ -68,7 +68,7 @@ impl Directory for Engine {
                 Ok(())
             },
         ),
-        Knob::rw(
+        Attribute::rw(
             c"max_page_sharing",
             |engine, out| out.line(engine.max_page_sharing.load(Relaxed)),
             |engine, input| {
@@ -76,12 +76,12 @@ impl Directory for Engine {
                 engine.set_max_page_sharing(most)
             },
         ),
-        Knob::rw(
+        Attribute::rw(
             c"stable_node_chains_prune_millisecs",
             |engine, out| out.line(engine.stable_node_chains_prune_millisecs.load(Relaxed)),
             |engine, input| set(&engine.stable_node_chains_prune_millisecs, &input),
         ),
-        Knob::rw(
+        Attribute::rw(
             c"merge_across_nodes",
             |engine, out| out.line(engine.merge_across_nodes.load(Relaxed)),
             |engine, input| match input.parse_u64()? {
@@ -90,7 +90,7 @@ impl Directory for Engine {
             },
         ),
         // Who decides how many pages that are.
-        Knob::rw(
+        Attribute::rw(
             c"advisor_mode",
             |engine, out| {
                 out.line(if engine.advisor.lock().is_on() {
@@ -101,7 +101,7 @@ impl Directory for Engine {
             },
             |engine, input| engine.set_advisor_mode(&input),
         ),
-        Knob::rw(
+        Attribute::rw(
             c"advisor_max_cpu",
             |engine, out| out.line(engine.advisor.lock().limits.max_cpu),
             |engine, input| {
@@ -111,7 +111,7 @@ impl Directory for Engine {
                 Ok(())
             },
         ),
-        Knob::rw(
+        Attribute::rw(
             c"advisor_min_pages_to_scan",
             |engine, out| out.line(engine.advisor.lock().limits.min_pages),
             |engine, input| {
@@ -120,7 +120,7 @@ impl Directory for Engine {
                 Ok(())
             },
         ),
-        Knob::rw(
+        Attribute::rw(
             c"advisor_max_pages_to_scan",
             |engine, out| out.line(engine.advisor.lock().limits.max_pages),
             |engine, input| {
@@ -129,7 +129,7 @@ impl Directory for Engine {
                 Ok(())
             },
         ),
-        Knob::rw(
+        Attribute::rw(
             c"advisor_target_scan_time",
             |engine, out| out.line(engine.advisor.lock().limits.target_secs),
             |engine, input| match input.parse_u64() {
@@ -141,41 +141,41 @@ impl Directory for Engine {
             },
         ),
         // What came of it.
-        Knob::ro(c"pages_shared", |engine, out| {
+        Attribute::ro(c"pages_shared", |engine, out| {
             out.line(engine.stats.shared.load(Relaxed))
         }),
-        Knob::ro(c"pages_sharing", |engine, out| {
+        Attribute::ro(c"pages_sharing", |engine, out| {
             out.line(engine.stats.sharing.load(Relaxed))
         }),
-        Knob::ro(c"pages_unshared", |engine, out| {
+        Attribute::ro(c"pages_unshared", |engine, out| {
             out.line(engine.stats.unshared.load(Relaxed))
         }),
-        Knob::ro(c"pages_volatile", |engine, out| {
+        Attribute::ro(c"pages_volatile", |engine, out| {
             out.line(engine.stats.volatile.load(Relaxed))
         }),
-        Knob::ro(c"pages_scanned", |engine, out| {
+        Attribute::ro(c"pages_scanned", |engine, out| {
             out.line(engine.stats.scanned.load(Relaxed))
         }),
-        Knob::ro(c"ksm_zero_pages", |_, out| {
+        Attribute::ro(c"ksm_zero_pages", |_, out| {
             out.line(crate::mm::zero_pages())
         }),
-        Knob::ro(c"stable_node_chains", |engine, out| {
+        Attribute::ro(c"stable_node_chains", |engine, out| {
             out.line(engine.stats.chains.load(Relaxed))
         }),
-        Knob::ro(c"stable_node_dups", |engine, out| {
+        Attribute::ro(c"stable_node_dups", |engine, out| {
             out.line(engine.stats.dups.load(Relaxed))
         }),
-        Knob::ro(c"pages_skipped", |engine, out| {
+        Attribute::ro(c"pages_skipped", |engine, out| {
             out.line(engine.stats.skipped.load(Relaxed))
         }),
-        Knob::ro(c"full_scans", |engine, out| {
+        Attribute::ro(c"full_scans", |engine, out| {
             out.line(engine.stats.full_scans.load(Relaxed))
         }),
-        Knob::ro(c"general_profit", |engine, out| {
+        Attribute::ro(c"general_profit", |engine, out| {
             out.line(engine.stats.profit())
         }),
         // In-tree KSM has no such files.
-        Knob::rw(
+        Attribute::rw(
             c"merge_eagerly",
             |engine, out| out.line(engine.merge_eagerly.load(Relaxed)),
             |engine, input| match input.parse_u32() {
@@ -186,7 +186,7 @@ impl Directory for Engine {
                 _ => Err(EINVAL),
             },
         ),
-        Knob::rw(
+        Attribute::rw(
             c"pass_millisecs",
             |engine, out| out.line(engine.pass_millisecs.load(Relaxed)),
             |engine, input| {
@@ -258,7 +258,7 @@ impl Engine {
             drop(state);
             self.settled.notify_all();
         }
-        // Also for the chores that unmerging has left.
+        // Also for the deferred_work that unmerging has left.
         self.wake();
         result
     }

@@ -14,8 +14,8 @@ use kernel::{
 const RETRY_MS: u32 = 20;
 const RETRY_MAX_MS: u32 = 1000;
 
-impl kthread::Main for Engine {
-    fn main(&self, current: &kthread::Current) {
+impl kthread::ThreadFn for Engine {
+    fn main(&self, current: &kthread::KthreadContext) {
         let mut backoff = RETRY_MS;
         let mut pace = Pace::new();
         while !current.should_stop() {
@@ -23,11 +23,11 @@ impl kthread::Main for Engine {
                 current.sleep(None, || !self.is_offlining());
                 continue;
             }
-            let unfinished = self.do_chores();
+            let unfinished = self.run_deferred();
             if self.is_offlining() {
                 continue;
             }
-            // When to try the chores again.
+            // When to try the deferred_work again.
             backoff = next_backoff(backoff, unfinished);
             let shortest = self.pass_millisecs.load(Relaxed);
             if self.should_scan() {
@@ -37,7 +37,7 @@ impl kthread::Main for Engine {
                     current.sleep(Some(nap), || {
                         self.pass_millisecs.load(Relaxed) != shortest
                             || !self.should_scan()
-                            || self.has_chores()
+                            || self.has_deferred()
                     });
                     continue;
                 }
@@ -54,7 +54,7 @@ impl kthread::Main for Engine {
                 // Who was missed is looked for again in a while, or as soon as somebody is.
                 current.sleep(retry, || {
                     self.should_scan()
-                        || self.has_chores()
+                        || self.has_deferred()
                         || (retry.is_none() && self.registry.lock().has_missed())
                 });
             }
@@ -69,14 +69,14 @@ impl Engine {
     }
 
     /// Whether something has to be done at once even when nothing is to be scanned.
-    pub(super) fn has_chores(&self) -> bool {
+    pub(super) fn has_deferred(&self) -> bool {
         self.left_chores.load(Relaxed) || self.registry.lock().has_dead()
     }
 
     /// Forgets who is gone, finds who was missed, frees what can be freed. Returns whether something is left
     /// to be done a little later: nodes whose pages are about to be freed, items whose pages are locked by
     /// other tasks, processes for which there was no memory. Takes `state` again and again, never for long.
-    fn do_chores(&self) -> bool {
+    fn run_deferred(&self) -> bool {
         if self.registry.lock().has_missed() {
             // If that fails, the next round tries again.
             let _ = self.enter_registered();
@@ -119,11 +119,11 @@ impl Engine {
             state.core.prune_after(pause);
         }
         state.core.unpin_if_empty();
-        self.publish_stats(state);
+        self.update_stats(state);
         more
     }
 
-    /// Whether there are chores to try again in a while.
+    /// Whether there are deferred_work to try again in a while.
     pub(super) fn has_leftovers(&self, state: &State) -> bool {
         state.core.index.orphans_len() != 0
             || state.core.releasing.is_some()
@@ -134,7 +134,7 @@ impl Engine {
     /// Sleeps `sleep_millisecs` between batches. Chores that turn up meanwhile are done at once, those that
     /// are left over after `backoff` milliseconds at first. Neither shortens the sleep, or processes that come
     /// and go would keep the thread from resting.
-    fn rest(&self, current: &kthread::Current, mut backoff: u32) {
+    fn rest(&self, current: &kthread::KthreadContext, mut backoff: u32) {
         let sleep = self.sleep_millisecs.load(Relaxed);
         let is_over = || self.sleep_millisecs.load(Relaxed) != sleep || self.run() != run::MERGE;
         let began = Instant::<Monotonic>::now();
@@ -143,13 +143,13 @@ impl Engine {
         let mut unfinished = sleep != 0 && self.has_leftovers(&self.state.lock());
         loop {
             let nap = if unfinished { left.min(backoff) } else { left };
-            current.sleep(Some(nap), || is_over() || self.has_chores());
+            current.sleep(Some(nap), || is_over() || self.has_deferred());
             let past = u32::try_from(began.elapsed().as_millis()).unwrap_or(u32::MAX);
             left = sleep.saturating_sub(past);
             if left == 0 || is_over() || current.should_stop() {
                 return;
             }
-            unfinished = self.do_chores();
+            unfinished = self.run_deferred();
             if !self.should_scan() || self.is_offlining() {
                 // Nobody is left, and there is nothing to rest from.
                 return;
@@ -159,7 +159,7 @@ impl Engine {
     }
 }
 
-/// In how many milliseconds to try chores again after `backoff`, if there are any.
+/// In how many milliseconds to try deferred_work again after `backoff`, if there are any.
 fn next_backoff(backoff: u32, unfinished: bool) -> u32 {
     match unfinished {
         true => backoff.saturating_mul(2).min(RETRY_MAX_MS),

@@ -5,7 +5,7 @@
 /// How often, and after how long each time, to try again to lock the pages of nodes that are left when
 /// everything was unmerged.
 use super::{
-    index::SlotId,
+    index::MmId,
     page::Forget,
     scan::Cursor,
     stable_tree::{Released, ORPHANS_SWEEP},
@@ -14,11 +14,11 @@ use super::{
 use crate::{
     intree,
     mm::{
+        entry::{PageEntry, PageState},
         memcg,
         mmap_lock::{MmapLock, NotLocked},
         unshare::Unmerged,
-        vma::{is_abandoned, MergeableVma, Next, Which, HOLD_VMAS},
-        word::{PageEntry, PageState},
+        vma::{has_no_other_users, MergeableVma, Next, Which, HOLD_VMAS},
     },
 };
 use kernel::{
@@ -43,7 +43,7 @@ impl Engine {
     /// not move them for as long as we waited for it.
     pub(super) fn unmerge_all(&self) -> Result {
         // From here on the swap-in path hands out copies of merged pages, not the pages.
-        let _copying = intree::SwapInCopies::new();
+        let _copying = intree::UnmergeMode::new();
         // Who was not entered is not served, so nothing may be taken from its pages.
         let entered = self.enter_registered();
         let mut result = entered.and(self.unmerge_each(Which::Mergeable));
@@ -74,21 +74,21 @@ impl Engine {
         if result.is_ok() {
             self.stats.reset_full_scans();
         }
-        self.publish_stats(&state);
+        self.update_stats(&state);
         result
     }
 
     /// Gives every process back pages of its own in these VMAs.
     fn unmerge_each(&self, which: Which) -> Result {
         let mut result = Ok(());
-        let mut slot = 0;
+        let mut mm_id = 0;
         loop {
             // Children that are forked meanwhile come later, so they are not missed.
-            let next = self.registry.lock().next(slot);
+            let next = self.registry.lock().next(mm_id);
             let Some((id, mm)) = next else {
                 return result;
             };
-            slot = id;
+            mm_id = id;
             let served = self.unmerge_mm(id, &mm, which);
             self.state.lock().report(id);
             if served == Err(ERESTARTSYS) {
@@ -103,13 +103,13 @@ impl Engine {
     ///
     /// `mmap_lock` is given up again and again: rksmd merges nothing meanwhile, and the kernel unmerges what it
     /// moves to another address, so nothing is missed. It is waited for without any lock of the engine.
-    fn unmerge_mm(&self, slot: SlotId, mm: &Mm, which: Which) -> Result {
+    fn unmerge_mm(&self, mm_id: MmId, mm: &Mm, which: Which) -> Result {
         let mut result = Ok(());
         let mut addr = 0;
         let mut attempts = SETTLE_ATTEMPTS;
         loop {
             // Held for one step: the last reference to be dropped tears the address space down.
-            let Some(user) = use_mm(mm).filter(|user| !is_abandoned(user)) else {
+            let Some(user) = use_mm(mm).filter(|user| !has_no_other_users(user)) else {
                 break;
             };
             let lock = MmapLock::killable(&user)?;
@@ -121,7 +121,7 @@ impl Engine {
             };
             drop(lock);
             drop(user);
-            self.forget_unmerged(slot, mm, addr, &step, &mut attempts);
+            self.forget_unmerged(mm_id, mm, addr, &step, &mut attempts);
             step.result?;
             if !step.unserved().is_empty() {
                 result = Err(EBUSY);
@@ -138,7 +138,7 @@ impl Engine {
     /// while, as often as there are `attempts` left.
     fn forget_unmerged(
         &self,
-        slot: SlotId,
+        mm_id: MmId,
         mm: &Mm,
         addr: usize,
         step: &Unmerged,
@@ -150,20 +150,20 @@ impl Engine {
             let mut state = self.state.lock();
             let mut budget = Forget::new();
             let mut contended = false;
-            let keep = |addr, word: &PageEntry| {
+            let keep = |addr, entry: &PageEntry| {
                 if addr >= step.from {
                     return unserved.binary_search(&addr).is_ok();
                 }
                 // What is in a VMA that was not looked at is left for the next round.
-                is_merged(mm, addr, word).unwrap_or_else(|| {
+                is_merged(mm, addr, entry).unwrap_or_else(|| {
                     contended = true;
                     true
                 })
             };
             let more = memcg::charge(mm, || {
-                state.forget_range(slot, from, step.reached, &mut budget, keep)
+                state.forget_range(mm_id, from, step.reached, &mut budget, keep)
             });
-            self.publish_stats(&state);
+            self.update_stats(&state);
             drop(state);
             // Who waited for our hold of `mmap_lock` to end to change the address space may not be done yet.
             if (budget.was_busy() || contended) && *attempts != 0 {
@@ -195,7 +195,7 @@ impl Engine {
             core.sweep_orphans(ORPHANS_SWEEP, force);
             more |= core.swept.is_some();
             let left = !core.index.has_no_nodes();
-            self.publish_stats(&state);
+            self.update_stats(&state);
             drop(state);
             if more {
                 crate::mm::cond_resched();
@@ -232,9 +232,9 @@ impl Engine {
     }
 }
 
-/// Whether the page at `addr`, of which `word` is remembered, is still merged; `None` if that cannot be known now.
-fn is_merged(mm: &Mm, addr: usize, word: &PageEntry) -> Option<bool> {
-    let PageState::Merged(Some(node)) = word.state() else {
+/// Whether the page at `addr`, of which `entry` is remembered, is still merged; `None` if that cannot be known now.
+fn is_merged(mm: &Mm, addr: usize, entry: &PageEntry) -> Option<bool> {
+    let PageState::Merged(Some(node)) = entry.state() else {
         return Some(false);
     };
     match MmapLock::try_new(mm) {

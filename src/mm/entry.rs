@@ -14,7 +14,7 @@ use core::ptr::NonNull;
 const TAG_MASK: u64 = 7;
 const TAG_SEEN: u64 = 1;
 const TAG_STEADY: u64 = 2;
-const TAG_WAITING: u64 = 3;
+const TAG_UNSTABLE: u64 = 3;
 const TAG_MERGED: u64 = 4;
 
 /// Where a page's strikes are in a word that does not say "merged". In one that says "seen" or "steady" they
@@ -84,8 +84,8 @@ impl PageEntry {
     }
 
     /// A page in the unstable tree under this checksum.
-    pub(crate) fn waiting(sum: Checksum, strikes: Strikes) -> Self {
-        Self(sum.get() << SUM_SHIFT | strikes.get() << STRIKES_SHIFT | TAG_WAITING)
+    pub(crate) fn unstable(sum: Checksum, strikes: Strikes) -> Self {
+        Self(sum.get() << SUM_SHIFT | strikes.get() << STRIKES_SHIFT | TAG_UNSTABLE)
     }
 
     /// A merged page.
@@ -150,7 +150,7 @@ impl PageEntry {
     /// Whether looking at any of some pages must not be put off, see [`Self::is_watched`]. Most areas that are asked
     /// about have no such page, so a bit that it never has is looked for in several words at once.
     pub(crate) fn any_is_watched(words: &[Self]) -> bool {
-        const NEVER: u64 = TAG_STEADY & TAG_WAITING;
+        const NEVER: u64 = TAG_STEADY & TAG_UNSTABLE;
         const { assert!(NEVER & (TAG_SEEN | TAG_MERGED) == 0) };
         words.chunks(16).any(|few| {
             let common = few.iter().fold(NEVER, |bits, word| bits & word.0);
@@ -175,7 +175,7 @@ impl PageEntry {
         let sample = Sample::from_raw((self.0 >> SAMPLE_SHIFT) as u32);
         match self.0 & TAG_MASK {
             TAG_STEADY => PageState::Steady(sample),
-            TAG_WAITING => PageState::Unstable(Checksum::from_raw(self.0 >> SUM_SHIFT)),
+            TAG_UNSTABLE => PageState::Unstable(Checksum::from_raw(self.0 >> SUM_SHIFT)),
             TAG_MERGED => PageState::Merged(self.item_word().and_then(|word| {
                 // SAFETY: by the type invariant the item was not given back yet.
                 unsafe { ItemBox::node_id_in(word) }

@@ -59,7 +59,7 @@ impl PageRef {
     }
 
     /// The number of the memory node that the page is on.
-    pub(crate) fn memory_node(&self) -> u32 {
+    pub(crate) fn nid(&self) -> u32 {
         // SAFETY: by the type invariant the page is valid.
         unsafe { ffi::rksm_page_nid(self.as_ptr()) }
     }
@@ -160,15 +160,13 @@ impl PageRef {
     pub(crate) fn checksum(&self, hasher: &Hasher) -> Checksum {
         let content = self.content();
         let sum = hasher.checksum(|nth| content.word(nth), |nth| content.line(nth));
-        sum.with_sample(hasher.on_node(sum.sample(), || self.memory_node()))
+        sum.with_sample(hasher.on_node(sum.sample(), || self.nid()))
     }
 
     /// The sample of the content as it is now.
     pub(crate) fn sample(&self, hasher: &Hasher) -> Sample {
         let content = self.content();
-        hasher.on_node(hasher.sample(|nth| content.word(nth)), || {
-            self.memory_node()
-        })
+        hasher.on_node(hasher.sample(|nth| content.word(nth)), || self.nid())
     }
 
     /// Locks the folio if nobody else has it locked.

@@ -9,6 +9,7 @@
 //!
 //! The order of locks stands with [`Engine`](crate::ksm::Engine).
 
+pub(crate) mod entry;
 pub(crate) mod ffi;
 pub(crate) mod folio;
 pub(crate) mod lru;
@@ -23,7 +24,6 @@ pub(crate) mod trace;
 pub(crate) mod unshare;
 pub(crate) mod vma;
 pub(crate) mod walk;
-pub(crate) mod word;
 
 use kernel::{bindings, mm::Mm, page::PAGE_SIZE};
 

@@ -110,7 +110,7 @@ impl MergeableVma<'_> {
         // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
         // it is either mapped here only, or shared by a fork that is over, and so write-protected
         // everywhere, and known to be so by all CPUs.
-        unsafe { node.publish(&page, item, self, addr, shared) };
+        unsafe { node.set_page(&page, item, self, addr, shared) };
         // What opts out from here on finds a KSM page, and unshares it.
         let strays = shared && page.may_have_strays(self, addr);
         Ok(Published { shared, strays })
@@ -183,7 +183,7 @@ impl MergeableVma<'_> {
                 ffi::rksm_folio_put(page.folio());
             }
         }
-        node.attach(kpage, item, self, addr)
+        node.add_rmap_item(kpage, item, self, addr)
     }
 
     /// Maps the kernel's zero page at `addr` in place of `page`, if that is all zeroes; with the mark that

@@ -34,7 +34,7 @@ const _: () = {
 /// `linear_page_index`, `anon_vma` and `mm` are used by the core kernel. What only the engine knows
 /// stands in the place of two pointers that in-tree KSM has for itself.
 #[repr(C, align(8))]
-pub(super) struct Item {
+pub(super) struct RmapItem {
     abi: UnsafeCell<[u64; ITEM_WORDS]>,
 }
 
@@ -59,7 +59,7 @@ const _: () = {
     assert!(size_of::<bindings::hlist_node>() == 2 * WORD);
 };
 
-impl Item {
+impl RmapItem {
     /// A pointer to the member at `offset` of the part that the core kernel knows.
     pub(super) fn member<T>(&self, offset: usize) -> *mut T {
         self.abi.get().cast::<u8>().wrapping_add(offset).cast()
@@ -81,35 +81,38 @@ impl Item {
         };
     }
 
-    /// What `set_note` was given: beat, strikes and sample, from the highest bit down.
-    fn note(&self) -> u64 {
+    /// What `set_merge_info` was given: beat, strikes and sample, from the highest bit down.
+    fn merge_info(&self) -> u64 {
         // SAFETY: a word of its own (checked above), written by `ItemBox::new` first.
         unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).read() }
     }
 
-    pub(super) fn set_note(&self, beat: u32, strikes: Strikes, sample: Sample) {
+    pub(super) fn set_merge_info(&self, beat: u32, strikes: Strikes, sample: Sample) {
         const { assert!(BEAT_BITS + Strikes::BITS + u32::BITS == u64::BITS) };
-        let note = u64::from(beat) << (u32::BITS + Strikes::BITS)
+        let merge_info = u64::from(beat) << (u32::BITS + Strikes::BITS)
             | strikes.get() << u32::BITS
             | u64::from(sample.get());
         // SAFETY: a word of its own (checked above), which nobody else reads at the same time: the engine
         // is used under its mutex.
-        unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).write(note) };
+        unsafe {
+            self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST)
+                .write(merge_info)
+        };
     }
 
     /// The sample of the page, which outlives the node.
     pub(super) fn sample(&self) -> Sample {
-        Sample::from_raw(self.note() as u32)
+        Sample::from_raw(self.merge_info() as u32)
     }
 
     /// The strikes that the page had when it was merged.
     pub(super) fn strikes(&self) -> Strikes {
-        Strikes::from_raw(self.note() >> u32::BITS)
+        Strikes::from_raw(self.merge_info() >> u32::BITS)
     }
 
     /// The beat in which the page was merged.
     pub(super) fn beat(&self) -> u32 {
-        (self.note() >> (u32::BITS + Strikes::BITS)) as u32
+        (self.merge_info() >> (u32::BITS + Strikes::BITS)) as u32
     }
 
     pub(super) fn hlist(&self) -> *mut bindings::hlist_node {
@@ -134,14 +137,14 @@ impl Item {
 }
 
 /// What became of an item that was to be taken off its node.
-pub(crate) enum Detached {
+pub(crate) enum Unlinked {
     /// It was on no list.
-    Idle,
+    NotLinked,
     /// It was taken off the node with this key, which has so many items left.
     Done(StableKey, usize),
     /// Nothing was done: the node with this key is stale and must be released, which takes off all
     /// its items.
-    Stale(StableKey),
+    StaleNode(StableKey),
     /// Nothing was done: another task has the page locked.
     Busy,
 }
@@ -151,7 +154,7 @@ pub(crate) enum Detached {
 /// # Invariants
 ///
 /// The item is on the list of `node`, or on none when that is `None`.
-pub(crate) struct ItemBox(pub(super) ManuallyDrop<KBox<Item>>);
+pub(crate) struct ItemBox(pub(super) ManuallyDrop<KBox<RmapItem>>);
 
 // SAFETY: items are used under the engine's mutex only, by whichever task holds it. What the core
 // kernel reads of them is protected by the folio lock.
@@ -159,21 +162,22 @@ unsafe impl Send for ItemBox {}
 
 impl ItemBox {
     /// What one item takes, in bytes.
-    pub(crate) const SIZE: usize = size_of::<Item>();
+    pub(crate) const SIZE: usize = size_of::<RmapItem>();
 
     /// An item that is on no list, for a page with this sample that is merged in this beat (see
     /// [`Clock`](crate::ksm::probation::Clock)).
     pub(crate) fn new(sample: Sample, beat: u32, flags: Flags) -> Result<Self> {
-        let item = Item {
+        let item = RmapItem {
             abi: UnsafeCell::new([0; ITEM_WORDS]),
         };
-        item.set_note(beat, Strikes::NONE, sample);
+        item.set_merge_info(beat, Strikes::NONE, sample);
         Ok(Self(ManuallyDrop::new(KBox::new(item, flags)?)))
     }
 
     /// Notes the strikes of the page.
     pub(crate) fn set_strikes(&self, strikes: Strikes) {
-        self.0.set_note(self.0.beat(), strikes, self.0.sample());
+        self.0
+            .set_merge_info(self.0.beat(), strikes, self.0.sample());
     }
 
     /// How many places are known to map the page of the item's node.
@@ -187,21 +191,21 @@ impl ItemBox {
     }
 
     /// Takes the item off its node, unless another task has the page locked.
-    pub(crate) fn detach(&mut self) -> Detached {
+    pub(crate) fn detach(&mut self) -> Unlinked {
         let Some(node) = self.0.node() else {
-            return Detached::Idle;
+            return Unlinked::NotLinked;
         };
         // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
         // before it took off all its items.
         let node = unsafe { node.as_ref() };
         let key = node.key.get();
         match node.locked_page() {
-            NodePage::Gone => Detached::Stale(key),
-            NodePage::Busy => Detached::Busy,
+            NodePage::Gone => Unlinked::StaleNode(key),
+            NodePage::Busy => Unlinked::Busy,
             NodePage::Locked(_page) => {
                 // SAFETY: `_page` is the node's page and locked.
                 unsafe { node.unlink(&self.0) };
-                Detached::Done(key, node.items.get())
+                Unlinked::Done(key, node.items.get())
             }
         }
     }
@@ -237,7 +241,7 @@ impl ItemBox {
     /// `word` came from [`ItemBox::into_word`] and was not given back yet.
     pub(super) unsafe fn node_id_in(word: NonNull<u8>) -> Option<NodeId> {
         // SAFETY: the item is alive by the caller's promise.
-        let item = unsafe { word.cast::<Item>().as_ref() };
+        let item = unsafe { word.cast::<RmapItem>().as_ref() };
         item.node()
             .and_then(|node| NodeId::new(node.as_ptr() as usize))
     }
@@ -249,7 +253,7 @@ impl ItemBox {
     /// As for [`ItemBox::node_id_in`].
     pub(super) unsafe fn node_in(word: NonNull<u8>) -> Option<(StableKey, usize)> {
         // SAFETY: the item is alive by the caller's promise.
-        let node = unsafe { word.cast::<Item>().as_ref() }.node()?;
+        let node = unsafe { word.cast::<RmapItem>().as_ref() }.node()?;
         // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
         // before it took off all its items.
         let node = unsafe { node.as_ref() };
@@ -263,7 +267,7 @@ impl ItemBox {
     /// As for [`ItemBox::node_id_in`].
     pub(super) unsafe fn sample_in(word: NonNull<u8>) -> Sample {
         // SAFETY: the item is alive by the caller's promise.
-        unsafe { word.cast::<Item>().as_ref() }.sample()
+        unsafe { word.cast::<RmapItem>().as_ref() }.sample()
     }
 
     /// The beat that the item in `word` was made in.
@@ -273,7 +277,7 @@ impl ItemBox {
     /// As for [`ItemBox::node_id_in`].
     pub(super) unsafe fn beat_in(word: NonNull<u8>) -> u32 {
         // SAFETY: the item is alive by the caller's promise.
-        unsafe { word.cast::<Item>().as_ref() }.beat()
+        unsafe { word.cast::<RmapItem>().as_ref() }.beat()
     }
 
     /// The strikes of the page of the item in `word`.
@@ -283,7 +287,7 @@ impl ItemBox {
     /// As for [`ItemBox::node_id_in`].
     pub(super) unsafe fn strikes_in(word: NonNull<u8>) -> Strikes {
         // SAFETY: the item is alive by the caller's promise.
-        unsafe { word.cast::<Item>().as_ref() }.strikes()
+        unsafe { word.cast::<RmapItem>().as_ref() }.strikes()
     }
 }
 

@@ -18,7 +18,7 @@
 use super::{
     ffi,
     folio::{LockedPage, PageRef, MAPPING_FLAGS},
-    rmap_item::{Item, ItemBox},
+    rmap_item::{ItemBox, RmapItem},
     trace,
     vma::MergeableVma,
 };
@@ -86,7 +86,7 @@ pub(super) struct StableNode {
 }
 
 /// What only the engine knows of a node.
-pub(super) struct OwnPart {
+pub(super) struct NodePrivate {
     pub(super) key: Cell<StableKey>,
     /// How many items are on `hlist`.
     pub(super) items: Cell<usize>,
@@ -95,22 +95,22 @@ pub(super) struct OwnPart {
     /// Whether a page with the same sample had other content.
     ambiguous: Cell<bool>,
     /// Whether the page is known to be on another memory node than the key says.
-    strayed: Cell<bool>,
+    nid_changed: Cell<bool>,
     /// The memory node that the page was on when it was looked at last.
-    home: Cell<u32>,
+    nid: Cell<u32>,
 }
 
 const _: () = {
-    assert!(size_of::<OwnPart>() <= KSM_STABLE_NODE_HLIST);
-    assert!(size_of::<OwnPart>() <= KSM_STABLE_NODE_KPFN);
-    assert!(align_of::<OwnPart>() <= align_of::<StableNode>());
+    assert!(size_of::<NodePrivate>() <= KSM_STABLE_NODE_HLIST);
+    assert!(size_of::<NodePrivate>() <= KSM_STABLE_NODE_KPFN);
+    assert!(align_of::<NodePrivate>() <= align_of::<StableNode>());
 };
 
 impl core::ops::Deref for StableNode {
-    type Target = OwnPart;
+    type Target = NodePrivate;
 
     #[inline(always)]
-    fn deref(&self) -> &OwnPart {
+    fn deref(&self) -> &NodePrivate {
         // SAFETY: `NodeBox::new` puts it at the start, where there is room for it before the members
         // that the core kernel uses (checked above). It is changed through cells only.
         unsafe { &*self.abi.get().cast() }
@@ -232,7 +232,7 @@ impl StableNode {
     ///
     /// The caller holds the lock of this node's folio, or no folio points at the node any more.
     /// `item` is on this node's list.
-    pub(super) unsafe fn unlink(&self, item: &Item) {
+    pub(super) unsafe fn unlink(&self, item: &RmapItem) {
         // SAFETY: the item is on our list, which the caller's lock protects.
         unsafe { ffi::rksm_hlist_del(item.hlist()) };
         // SAFETY: the reference was taken in `link` and the pointer not changed since; `mm` is kept
@@ -251,7 +251,7 @@ impl StableNode {
     /// has `vma`. `item` is on no list.
     unsafe fn link(
         &self,
-        item: &Item,
+        item: &RmapItem,
         anon_vma: *mut bindings::anon_vma,
         vma: &MergeableVma<'_>,
         addr: usize,
@@ -305,16 +305,16 @@ impl NodeBox {
         let node = StableNode {
             abi: UnsafeCell::new([0; NODE_WORDS]),
         };
-        let own = OwnPart {
+        let own = NodePrivate {
             key: Cell::new(key),
             items: Cell::new(0),
             published: Cell::new(false),
             ambiguous: Cell::new(false),
-            strayed: Cell::new(false),
-            home: Cell::new(0),
+            nid_changed: Cell::new(false),
+            nid: Cell::new(0),
         };
         // SAFETY: there is room for it, see `deref`.
-        unsafe { node.abi.get().cast::<OwnPart>().write(own) };
+        unsafe { node.abi.get().cast::<NodePrivate>().write(own) };
         Ok(Self(ManuallyDrop::new(KBox::new(node, flags)?)))
     }
 
@@ -339,19 +339,19 @@ impl NodeBox {
     }
 
     /// Notes that the page is on another memory node than the key says.
-    pub(crate) fn set_strayed(&self) {
-        self.0.strayed.set(true);
+    pub(crate) fn set_nid_changed(&self) {
+        self.0.nid_changed.set(true);
     }
 
     /// Whether the page was moved to another memory node since this was asked last, or since
-    /// [`Self::set_strayed`].
+    /// [`Self::set_nid_changed`].
     pub(crate) fn take_strayed(&self) -> bool {
         // SAFETY: says -1 for a pfn that is not in an online section.
         let node = unsafe { ffi::rksm_pfn_nid(self.0.kpfn()) };
-        let strayed = self.0.strayed.take();
+        let nid_changed = self.0.nid_changed.take();
         match u32::try_from(node) {
-            Ok(node) => self.0.home.replace(node) != node || strayed,
-            Err(_) => strayed,
+            Ok(node) => self.0.nid.replace(node) != node || nid_changed,
+            Err(_) => nid_changed,
         }
     }
 
@@ -365,13 +365,13 @@ impl NodeBox {
             let item = next
                 .cast::<u8>()
                 .wrapping_sub(KSM_RMAP_ITEM_HLIST)
-                .cast::<Item>();
+                .cast::<RmapItem>();
             // SAFETY: only items are put on the list, by `link`, and an item that is on a list is not
             // freed (see `ItemBox::drop`).
             let item = unsafe { &*item };
             if item.sample() != sample {
                 changed(item.sample());
-                item.set_note(item.beat(), item.strikes(), sample);
+                item.set_merge_info(item.beat(), item.strikes(), sample);
             }
             // SAFETY: as above.
             next = unsafe { (*next).next };
@@ -400,7 +400,7 @@ impl NodeBox {
     ///
     /// `page` is a small anonymous folio, mapped at `addr` in `vma`, and no page table maps it
     /// writable.
-    pub(super) unsafe fn publish(
+    pub(super) unsafe fn set_page(
         &self,
         page: &LockedPage,
         item: &mut ItemBox,
@@ -409,7 +409,7 @@ impl NodeBox {
         shared: bool,
     ) {
         self.0.set_kpfn(page.pfn());
-        self.0.home.set(page.memory_node());
+        self.0.nid.set(page.nid());
         // SAFETY: no folio points at the node yet, so nobody looks at its list; the lock of the
         // folio that will is held. It is an anonymous one that `vma` maps, so its anon_vma is among those of
         // `vma`, which the mmap lock keeps.
@@ -433,7 +433,7 @@ impl NodeBox {
     }
 
     /// Adds `item` to the places that map the node's page `page`.
-    pub(crate) fn attach(
+    pub(crate) fn add_rmap_item(
         &self,
         page: &LockedPage,
         item: &mut ItemBox,
@@ -458,7 +458,7 @@ impl NodeBox {
     ///
     /// Such a page stays a KSM page, but of no node: the next write or swap-in makes a copy, and until
     /// then it cannot be moved or swapped out, as nobody finds its mappings.
-    pub(crate) fn abandon(&self, even_mapped: bool) -> bool {
+    pub(crate) fn clear_stable_node(&self, even_mapped: bool) -> bool {
         match self.0.locked_page() {
             NodePage::Gone => true,
             NodePage::Busy => false,
@@ -496,7 +496,7 @@ impl NodeBox {
             let entry = first
                 .cast::<u8>()
                 .wrapping_sub(KSM_RMAP_ITEM_HLIST)
-                .cast::<Item>();
+                .cast::<RmapItem>();
             // SAFETY: Only `link` puts entries on the list, and they are items. An item that is on a
             // list is not freed (see `ItemBox::drop`).
             let item = unsafe { &*entry };

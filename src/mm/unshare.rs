@@ -5,7 +5,7 @@
 use super::{
     ffi,
     pte::PteLock,
-    vma::{is_abandoned, MergeableVma},
+    vma::{has_no_other_users, MergeableVma},
     walk::{self, Search},
 };
 use core::ptr;
@@ -95,7 +95,7 @@ impl MergeableVma<'_> {
                 done.result = Err(ERESTARTSYS);
                 break;
             }
-            if from >= end || is_abandoned(user) {
+            if from >= end || has_no_other_users(user) {
                 break;
             }
             let addr = match walk::next_ksm_page(self, from, end) {

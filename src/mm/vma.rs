@@ -55,7 +55,7 @@ pub(crate) enum Next<'a> {
 
 /// Whether nothing but the caller's reference keeps an address space. It is about to be torn down, so there
 /// is no point in doing anything to it, least of all in allocating memory for it.
-pub(crate) fn is_abandoned(mm: &MmWithUser) -> bool {
+pub(crate) fn has_no_other_users(mm: &MmWithUser) -> bool {
     // SAFETY: the mm is kept.
     unsafe { ffi::rksm_mm_users(mm.as_raw()) <= 1 }
 }

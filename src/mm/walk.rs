@@ -6,11 +6,11 @@
 //! entries of one table at a time.
 
 use super::{
+    entry::PageEntry,
     ffi,
     folio::{is_ksm_mapping, node_id_of, Content, PageRef},
     stable_node::NodeId,
     vma::MergeableVma,
-    word::PageEntry,
 };
 use crate::hash::{Hasher, Sample};
 use core::ptr::{self, NonNull};
@@ -116,12 +116,12 @@ pub(crate) struct Batch {
     /// An address in each page table that has entries of pages which are swapped out or being moved.
     away: [usize; WALK_TABLES],
     away_len: usize,
-    left: Allowance,
+    left: WalkBudget,
 }
 
 /// What is left of what may be gone through under one hold of `mmap_lock`. None of it depends on what the
 /// process has mapped.
-struct Allowance {
+struct WalkBudget {
     /// Page tables, and areas.
     tables: usize,
     /// Tables of page tables.
@@ -129,7 +129,7 @@ struct Allowance {
     bytes: usize,
 }
 
-impl Allowance {
+impl WalkBudget {
     const fn new() -> Self {
         Self {
             tables: WALK_TABLES,
@@ -171,7 +171,7 @@ impl Batch {
             len: 0,
             away <- pin_init::init_array_from_fn(|_| 0),
             away_len: 0,
-            left: Allowance::new(),
+            left: WalkBudget::new(),
         })
     }
 
@@ -179,7 +179,7 @@ impl Batch {
     pub(crate) fn clear(&mut self) {
         self.len = 0;
         self.away_len = 0;
-        self.left = Allowance::new();
+        self.left = WalkBudget::new();
     }
 
     /// Whether [`fill`] would not add anything, with the same `max`.
@@ -272,7 +272,7 @@ pub(super) fn page_at(vma: &MergeableVma<'_>, addr: usize) -> Option<PageRef> {
 /// A page that is being migrated counts: KSM pages stay KSM pages until they are freed, and the
 /// unshare fault waits for the migration.
 pub(super) fn next_ksm_page(vma: &MergeableVma<'_>, from: usize, end: usize) -> Search {
-    let mut left = Allowance::new();
+    let mut left = WalkBudget::new();
     let end = left.take_bytes(from, end);
     let mut search = Search::Nothing(end);
     let mut visit = Visit::FindKsm(&mut search, left);
@@ -301,12 +301,12 @@ enum Visit<'a> {
         reached: &'a mut usize,
     },
     Get(Option<PageRef>),
-    FindKsm(&'a mut Search, Allowance),
+    FindKsm(&'a mut Search, WalkBudget),
 }
 
 impl Visit<'_> {
     /// What is left of what it may go through, if there is any limit but its range.
-    fn allowance(&mut self) -> Option<&mut Allowance> {
+    fn allowance(&mut self) -> Option<&mut WalkBudget> {
         match self {
             Visit::Scan { batch, .. } => Some(&mut batch.left),
             Visit::FindKsm(_, left) => Some(left),
@@ -662,7 +662,7 @@ unsafe extern "C" fn rksm_walk_pmd(
             None => break,
         }
     }
-    let over = visit.allowance().is_some_and(Allowance::take_table);
+    let over = visit.allowance().is_some_and(WalkBudget::take_table);
     if over {
         visit.stop_at(end);
     }

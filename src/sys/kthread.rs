@@ -16,18 +16,18 @@ use kernel::{
 const MAX_SCHEDULE_TIMEOUT: c_long = c_long::MAX;
 
 /// The body of a kernel thread.
-pub(crate) trait Main: Send + Sync {
-    /// Runs until [`Current::should_stop`].
-    fn main(&self, current: &Current);
+pub(crate) trait ThreadFn: Send + Sync {
+    /// Runs until [`KthreadContext::should_stop`].
+    fn main(&self, current: &KthreadContext);
 }
 
 /// The running kernel thread, as it sees itself.
-pub(crate) struct Current(());
+pub(crate) struct KthreadContext(());
 
-impl Current {
+impl KthreadContext {
     /// Whether the thread was asked to end.
     pub(crate) fn should_stop(&self) -> bool {
-        // SAFETY: called by a kthread, which only kthreads can, for want of a `Current` elsewhere.
+        // SAFETY: called by a kthread, which only kthreads can, for want of a `KthreadContext` elsewhere.
         unsafe { ffi::rksm_kthread_should_stop() }
     }
 
@@ -84,17 +84,17 @@ impl Current {
 ///
 /// `task` is a kthread that was not stopped yet, with a reference of ours on it. It uses `owner`
 /// until it ends.
-pub(crate) struct Kthread<T: Main + 'static> {
+pub(crate) struct Kthread<T: ThreadFn + 'static> {
     task: NonNull<bindings::task_struct>,
     owner: Arc<T>,
 }
 
 // SAFETY: a kthread can be stopped from any task.
-unsafe impl<T: Main> Send for Kthread<T> {}
+unsafe impl<T: ThreadFn> Send for Kthread<T> {}
 // SAFETY: nothing can be done with a shared reference but waking the thread.
-unsafe impl<T: Main> Sync for Kthread<T> {}
+unsafe impl<T: ThreadFn> Sync for Kthread<T> {}
 
-impl<T: Main + 'static> Kthread<T> {
+impl<T: ThreadFn + 'static> Kthread<T> {
     /// Starts `rksmd`, at nice 5.
     pub(crate) fn spawn(owner: Arc<T>) -> Result<Self> {
         let data = (&raw const *owner).cast_mut().cast::<c_void>();
@@ -120,7 +120,7 @@ impl<T: Main + 'static> Kthread<T> {
     }
 }
 
-impl<T: Main + 'static> Drop for Kthread<T> {
+impl<T: ThreadFn + 'static> Drop for Kthread<T> {
     fn drop(&mut self) {
         // SAFETY: by the type invariant the thread was not stopped yet and we have a reference,
         // which this gives up. (A thread that never ran ends without running.)
@@ -133,11 +133,11 @@ impl<T: Main + 'static> Drop for Kthread<T> {
 /// # Safety
 ///
 /// `data` points at a `T` that outlives the thread.
-unsafe extern "C" fn run<T: Main>(data: *mut c_void) -> c_int {
+unsafe extern "C" fn run<T: ThreadFn>(data: *mut c_void) -> c_int {
     // SAFETY: concerns the current task only.
     unsafe { ffi::rksm_set_freezable() };
     // SAFETY: the caller's promise.
     let owner = unsafe { &*data.cast::<T>() };
-    owner.main(&Current(()));
+    owner.main(&KthreadContext(()));
     0
 }

@@ -26,13 +26,13 @@ use kernel::{
 pub(crate) trait Listener: Send + Sync {
     /// All pages in use in the range are about to be migrated away. Ends with either of the following.
     /// Only one range at a time.
-    fn going_offline(&self, frames: Range<usize>);
+    fn going_offline(&self, pfns: Range<usize>);
 
     /// No page in the range is in use any more, and none is online. Returns when no task looks at any of them.
-    fn offline(&self, frames: Range<usize>);
+    fn offline(&self, pfns: Range<usize>);
 
     /// The range stays where it is. `going_offline` may not have been called.
-    fn stays_online(&self, frames: Range<usize>);
+    fn stays_online(&self, pfns: Range<usize>);
 }
 
 /// The kernel's view of a registration, with the way back to its owner.
@@ -100,11 +100,11 @@ unsafe extern "C" fn notified<T: Listener>(
     // SAFETY: this is what comes with all actions.
     let what = unsafe { &*data.cast::<ffi::memory_notify>() };
     let start = what.start_pfn;
-    let frames = start..start.saturating_add(what.nr_pages);
+    let pfns = start..start.saturating_add(what.nr_pages);
     match action as u32 {
-        ffi::memory_block_state_MEM_GOING_OFFLINE => owner.going_offline(frames),
-        ffi::memory_block_state_MEM_OFFLINE => owner.offline(frames),
-        ffi::memory_block_state_MEM_CANCEL_OFFLINE => owner.stays_online(frames),
+        ffi::memory_block_state_MEM_GOING_OFFLINE => owner.going_offline(pfns),
+        ffi::memory_block_state_MEM_OFFLINE => owner.offline(pfns),
+        ffi::memory_block_state_MEM_CANCEL_OFFLINE => owner.stays_online(pfns),
         _ => {}
     }
     bindings::NOTIFY_OK as c_int

@@ -62,9 +62,9 @@ impl Pin {
 
 /// Says in the log why unloading is refused, when somebody tries: `delete_module(2)` itself says
 /// nothing, and runs no code of the module.
-pub(crate) struct Explainer(());
+pub(crate) struct DeleteModuleProbe(());
 
-impl Explainer {
+impl DeleteModuleProbe {
     /// Starts watching. Without kprobes the refusal stays unexplained.
     pub(crate) fn new() -> Option<Self> {
         // SAFETY: the probe is unregistered in `drop`, before the module is freed.
@@ -72,7 +72,7 @@ impl Explainer {
     }
 }
 
-impl Drop for Explainer {
+impl Drop for DeleteModuleProbe {
     fn drop(&mut self) {
         // SAFETY: registered in `new`. Waits for a handler that is running.
         unsafe { ffi::rksm_unwatch_unload() };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A directory of knobs in `/sys/kernel/mm/`.
+//! A directory of attributes in `/sys/kernel/mm/`.
 
 use crate::mm::ffi;
 use core::{
@@ -12,7 +12,7 @@ use kernel::{
 };
 
 /// One file of a directory that belongs to a `T`, with what reading and writing it does. Both may sleep.
-pub(crate) struct Knob<T> {
+pub(crate) struct Attribute<T> {
     name: &'static CStr,
     show: Show<T>,
     store: Option<Store<T>>,
@@ -23,7 +23,7 @@ type Show<T> = fn(&T, &mut Output<'_>) -> Result;
 /// Takes what was written to a file.
 type Store<T> = fn(&T, Input<'_>) -> Result;
 
-impl<T> Knob<T> {
+impl<T> Attribute<T> {
     /// A file that everybody may read and root may write.
     pub(crate) const fn rw(name: &'static CStr, show: Show<T>, store: Store<T>) -> Self {
         Self {
@@ -55,7 +55,7 @@ pub(crate) trait Directory: Send + Sync + Sized + 'static {
     /// The directory's name.
     const NAME: &'static CStr;
     /// Its files.
-    const KNOBS: &'static [Knob<Self>];
+    const ATTRIBUTES: &'static [Attribute<Self>];
 }
 
 /// The content of a file that is being read: one page at most.
@@ -178,10 +178,10 @@ pub(crate) fn find_mm_attribute(
 
 /// The kernel's view of one file, with the way back to its owner.
 #[repr(C)]
-struct Attribute<T: 'static> {
+struct KernelAttribute<T: 'static> {
     kernel: bindings::kobj_attribute,
     owner: *const T,
-    knob: &'static Knob<T>,
+    attribute: &'static Attribute<T>,
 }
 
 /// A directory that is shown. Dropping it removes the files and waits for whoever is using one.
@@ -190,36 +190,36 @@ struct Attribute<T: 'static> {
 ///
 /// `group` is registered; it and all it points at, `owner` included, stay where they are until it is
 /// removed.
-pub(crate) struct Shown<T: Directory> {
+pub(crate) struct SysfsGroup<T: Directory> {
     group: KBox<bindings::attribute_group>,
-    _attributes: KVec<Attribute<T>>,
+    _attributes: KVec<KernelAttribute<T>>,
     _pointers: KVec<*mut bindings::attribute>,
     _owner: Arc<T>,
 }
 
 // SAFETY: sysfs serialises what it does with the group; the rest is not used before the drop.
-unsafe impl<T: Directory> Send for Shown<T> {}
+unsafe impl<T: Directory> Send for SysfsGroup<T> {}
 // SAFETY: nothing can be done with a shared reference.
-unsafe impl<T: Directory> Sync for Shown<T> {}
+unsafe impl<T: Directory> Sync for SysfsGroup<T> {}
 
-impl<T: Directory> Shown<T> {
+impl<T: Directory> SysfsGroup<T> {
     /// Makes the directory.
     pub(crate) fn new(owner: Arc<T>) -> Result<Self> {
-        let mut attributes = KVec::with_capacity(T::KNOBS.len(), GFP_KERNEL)?;
-        let mut pointers = KVec::with_capacity(T::KNOBS.len().saturating_add(1), GFP_KERNEL)?;
-        for knob in T::KNOBS {
+        let mut attributes = KVec::with_capacity(T::ATTRIBUTES.len(), GFP_KERNEL)?;
+        let mut pointers = KVec::with_capacity(T::ATTRIBUTES.len().saturating_add(1), GFP_KERNEL)?;
+        for attribute in T::ATTRIBUTES {
             let mut kernel: bindings::kobj_attribute = pin_init::zeroed();
             // SAFETY: an attribute that nobody else knows yet.
             unsafe { ffi::rksm_attribute_init(&raw mut kernel.attr) };
-            kernel.attr.name = knob.name.as_char_ptr();
-            kernel.attr.mode = knob.mode();
+            kernel.attr.name = attribute.name.as_char_ptr();
+            kernel.attr.mode = attribute.mode();
             kernel.__bindgen_anon_1.show = Some(show::<T>);
             kernel.__bindgen_anon_2.store = Some(store::<T>);
             attributes.push(
-                Attribute {
+                KernelAttribute {
                     kernel,
                     owner: &raw const *owner,
-                    knob,
+                    attribute,
                 },
                 GFP_KERNEL,
             )?;
@@ -245,7 +245,7 @@ impl<T: Directory> Shown<T> {
     }
 }
 
-impl<T: Directory> Drop for Shown<T> {
+impl<T: Directory> Drop for SysfsGroup<T> {
     fn drop(&mut self) {
         // SAFETY: registered by the type invariant; this waits for all users of the files.
         unsafe { bindings::sysfs_remove_group(mm_kobj(), &*self.group) };
@@ -254,7 +254,7 @@ impl<T: Directory> Drop for Shown<T> {
 
 /// # Safety
 ///
-/// Called by sysfs for an attribute made by [`Shown::new`], with a page to write to.
+/// Called by sysfs for an attribute made by [`SysfsGroup::new`], with a page to write to.
 unsafe extern "C" fn show<T: Directory>(
     _kobj: *mut bindings::kobject,
     attr: *mut bindings::kobj_attribute,
@@ -264,13 +264,13 @@ unsafe extern "C" fn show<T: Directory>(
     // is one page and nobody else's.
     let (attribute, buf) = unsafe {
         (
-            &*attr.cast::<Attribute<T>>(),
+            &*attr.cast::<KernelAttribute<T>>(),
             core::slice::from_raw_parts_mut(buf.cast::<u8>(), PAGE_SIZE),
         )
     };
     let mut out = Output { buf, len: 0 };
-    // SAFETY: `Shown` keeps the owner as long as the file exists.
-    match (attribute.knob.show)(unsafe { &*attribute.owner }, &mut out) {
+    // SAFETY: `SysfsGroup` keeps the owner as long as the file exists.
+    match (attribute.attribute.show)(unsafe { &*attribute.owner }, &mut out) {
         Ok(()) => out.len as isize,
         Err(err) => err.to_errno() as isize,
     }
@@ -278,7 +278,7 @@ unsafe extern "C" fn show<T: Directory>(
 
 /// # Safety
 ///
-/// Called by sysfs for an attribute made by [`Shown::new`], with a C string.
+/// Called by sysfs for an attribute made by [`SysfsGroup::new`], with a C string.
 unsafe extern "C" fn store<T: Directory>(
     _kobj: *mut bindings::kobject,
     attr: *mut bindings::kobj_attribute,
@@ -286,12 +286,17 @@ unsafe extern "C" fn store<T: Directory>(
     count: usize,
 ) -> isize {
     // SAFETY: as in `show`; sysfs ends what was written with a NUL.
-    let (attribute, input) = unsafe { (&*attr.cast::<Attribute<T>>(), CStr::from_char_ptr(buf)) };
+    let (attribute, input) = unsafe {
+        (
+            &*attr.cast::<KernelAttribute<T>>(),
+            CStr::from_char_ptr(buf),
+        )
+    };
     // sysfs writes only to files with the mode for it.
-    let Some(store) = attribute.knob.store else {
+    let Some(store) = attribute.attribute.store else {
         return EIO.to_errno() as isize;
     };
-    // SAFETY: `Shown` keeps the owner as long as the file exists.
+    // SAFETY: `SysfsGroup` keeps the owner as long as the file exists.
     match store(unsafe { &*attribute.owner }, Input(input)) {
         Ok(()) => count as isize,
         Err(err) => err.to_errno() as isize,

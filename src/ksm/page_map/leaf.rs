@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The words of the pages of one leaf.
+//! The entries of the pages of one leaf.
 
 use core::{mem::size_of, slice};
 use kernel::{
@@ -21,8 +21,8 @@ const GROUPS: usize = LEAF_PAGES / BITS;
 /// Words of some of 512 pages.
 pub(super) struct Leaf<W> {
     content: Content<W>,
-    /// See [`PageMap::note_trouble`](super::PageMap::note_trouble).
-    pub(super) trouble: u8,
+    /// See [`PageMap::note_thrash`](super::PageMap::note_thrash).
+    pub(super) thrash_score: u8,
     /// What is known of how much looking at the pages is worth.
     pub(super) age: Age,
     /// Whether a huge page here may be split.
@@ -36,7 +36,7 @@ pub(super) struct Age {
     passes: u8,
     /// How many of the next passes are to skip the leaf.
     skips: u8,
-    /// [`Self::SKIPPED`], [`Self::OWED_NEWS`], [`Self::AWAY`] and [`Self::RETRY`]; and in the upper bits the number
+    /// [`Self::SKIPPED`], [`Self::MISSED_RETRY`], [`Self::AWAY`] and [`Self::RETRY`]; and in the upper bits the number
     /// of passes since its pages were looked at anew.
     flags: u8,
     /// The pass that it has begun, modulo 2⁸.
@@ -47,14 +47,14 @@ impl Age {
     /// This pass skips the leaf.
     const SKIPPED: u8 = 1;
     /// There is news for it that it has not seen yet.
-    const OWED_NEWS: u8 = 2;
+    const MISSED_RETRY: u8 = 2;
     /// A merged page may come to be mapped in it without the engine.
     const AWAY: u8 = 4;
     /// There is news for it alone in the next pass.
     const RETRY: u8 = 8;
 
     const REFRESHED_SHIFT: u32 = 4;
-    /// A number that does not come about says that the leaf has no words.
+    /// A number that does not come about says that the leaf has no entries.
     const EMPTY: u8 = 0xf << Self::REFRESHED_SHIFT;
     /// After so many passes it is time to look at its pages anew.
     const REFRESH_PASSES: u8 = 8;
@@ -80,7 +80,7 @@ impl Age {
         }
     }
 
-    /// That of a leaf which has lost its last word in this second. See [`Self::was_empty_for`].
+    /// That of a leaf which has lost its last entry in this second. See [`Self::was_empty_for`].
     fn empty(second: u32) -> Self {
         let [passes, skips] = (second as u16).to_le_bytes();
         Self {
@@ -91,7 +91,7 @@ impl Age {
         }
     }
 
-    /// For how many seconds a leaf has been without words, modulo 2¹⁶; `None`: that was not noted yet.
+    /// For how many seconds a leaf has been without entries, modulo 2¹⁶; `None`: that was not noted yet.
     fn was_empty_for(self, second: u32) -> Option<u16> {
         let since = u16::from_le_bytes([self.passes, self.skips]);
         (self.flags & Self::EMPTY == Self::EMPTY).then_some((second as u16).wrapping_sub(since))
@@ -110,8 +110,8 @@ impl Age {
     }
 
     /// Whether there is news for it that it has not seen yet.
-    pub(super) fn is_owed_news(self) -> bool {
-        self.has(Self::OWED_NEWS)
+    pub(super) fn missed_retry(self) -> bool {
+        self.has(Self::MISSED_RETRY)
     }
 
     /// See [`PageMap::note_away`](super::PageMap::note_away).
@@ -120,8 +120,8 @@ impl Age {
     }
 
     /// Notes that there is news for it in this pass.
-    pub(super) fn note_news(&mut self) {
-        self.set(Self::OWED_NEWS, true);
+    pub(super) fn note_retry_steady(&mut self) {
+        self.set(Self::MISSED_RETRY, true);
     }
 
     /// See [`PageMap::note_retry`](super::PageMap::note_retry).
@@ -144,8 +144,8 @@ impl Age {
 
     fn begin(&mut self, pass: u32) {
         self.pass = pass as u8;
-        let owed = self.is_skipped() && self.is_owed_news() || self.has(Self::RETRY);
-        self.set(Self::OWED_NEWS, owed);
+        let owed = self.is_skipped() && self.missed_retry() || self.has(Self::RETRY);
+        self.set(Self::MISSED_RETRY, owed);
         self.set(Self::RETRY | Self::SKIPPED, false);
     }
 
@@ -166,7 +166,7 @@ impl Age {
     /// Begins a pass, for which there is news or not, and decides whether it skips the leaf, which it does not
     /// if it `must_look` at it. The ages and numbers of passes are those of in-tree KSM, which has them for
     /// each page.
-    pub(super) fn begin_pass(&mut self, pass: u32, news: bool, must_look: bool) {
+    pub(super) fn begin_pass(&mut self, pass: u32, retry_steady: bool, must_look: bool) {
         self.begin(pass);
         let age = self.passes;
         self.passes = age.saturating_add(1);
@@ -178,7 +178,7 @@ impl Age {
             return self.count_refresh();
         }
         self.skips = self.skips.saturating_sub(1);
-        self.set(Self::OWED_NEWS, self.is_owed_news() || news);
+        self.set(Self::MISSED_RETRY, self.missed_retry() || retry_steady);
         // Passes that are skipped in a row count as one. Else each look at an old leaf, after eight passes that
         // skip it, would look at all its pages anew, which costs a tenth more.
         if self.skips == 0 && self.flags >> Self::REFRESHED_SHIFT < Self::REFRESH_PASSES - 1 {
@@ -305,11 +305,11 @@ enum Content<W> {
 
 /// # Invariants
 ///
-/// There are as many words as bits are set. `before` says how many are set in the groups before each.
+/// There are as many entries as bits are set. `before` says how many are set in the groups before each.
 struct Many<W> {
     present: [u64; GROUPS],
     before: [u16; GROUPS],
-    words: KVec<W>,
+    entries: KVec<W>,
 }
 
 /// Which group the bit of a page is in, and the bit.
@@ -332,12 +332,12 @@ fn next_set(present: &[u64; GROUPS], page: usize) -> Option<usize> {
 
 impl<W> Many<W> {
     fn new(flags: Flags) -> Result<KBox<Self>> {
-        // INVARIANT: no words, no bits.
+        // INVARIANT: no entries, no bits.
         Ok(KBox::new(
             Self {
                 present: [0; GROUPS],
                 before: [0; GROUPS],
-                words: KVec::new(),
+                entries: KVec::new(),
             },
             flags,
         )?)
@@ -355,7 +355,7 @@ impl<W> Many<W> {
                 usize::from(before) + (bits & (bit - 1)).count_ones() as usize
             }
             // Behind the last page.
-            _ => self.words.len(),
+            _ => self.entries.len(),
         }
     }
 
@@ -386,12 +386,12 @@ impl<W> Many<W> {
         let present = self.present;
         let mut left = present;
         let mut next = 0;
-        self.words.retain(|word| {
+        self.entries.retain(|entry| {
             let Some(page) = next_set(&present, next) else {
                 return true;
             };
             next = page.saturating_add(1);
-            if !(from..to).contains(&page) || keep(page, word) {
+            if !(from..to).contains(&page) || keep(page, entry) {
                 return true;
             }
             let (group, bit) = bit(page);
@@ -400,7 +400,7 @@ impl<W> Many<W> {
             }
             false
         });
-        // INVARIANT: The bits of the words that are left.
+        // INVARIANT: The bits of the entries that are left.
         self.present = left;
         self.count_groups();
     }
@@ -414,43 +414,47 @@ impl<W> Many<W> {
         }
     }
 
-    /// Makes room for `more` words. Growing by doubling, as `reserve` does, must not go beyond what a
+    /// Makes room for `more` entries. Growing by doubling, as `reserve` does, must not go beyond what a
     /// full leaf takes.
     fn make_room(&mut self, more: usize, flags: Flags) -> Result {
-        let (len, capacity) = (self.words.len(), self.words.capacity());
+        let (len, capacity) = (self.entries.len(), self.entries.capacity());
         if capacity.saturating_sub(len) >= more {
             return Ok(());
         }
         if capacity.saturating_mul(2) <= LEAF_PAGES || len.saturating_add(more) > LEAF_PAGES {
-            return Ok(self.words.reserve(more, flags)?);
+            return Ok(self.entries.reserve(more, flags)?);
         }
         self.move_to_room_for(LEAF_PAGES, flags)
     }
 
-    /// Moves the words to where there is room for `count`, which they are not more than. They stay where they
+    /// Moves the entries to where there is room for `count`, which they are not more than. They stay where they
     /// are on failure.
     fn move_to_room_for(&mut self, count: usize, flags: Flags) -> Result {
         let mut room = KVec::with_capacity(count, flags)?;
-        for word in self.words.drain_all() {
+        for entry in self.entries.drain_all() {
             // There is room for all of them.
-            let _ = room.push_within_capacity(word);
+            let _ = room.push_within_capacity(entry);
         }
-        self.words = room;
+        self.entries = room;
         Ok(())
     }
 
-    /// Gives `page`, which has none, a word, of which `rank` are before it. There is room.
-    fn insert_in_room(&mut self, page: usize, rank: usize, word: W) -> Result<(), W> {
-        if rank == self.words.len() {
-            self.words.push_within_capacity(word).map_err(|err| err.0)?;
+    /// Gives `page`, which has none, a entry, of which `rank` are before it. There is room.
+    fn insert_in_room(&mut self, page: usize, rank: usize, entry: W) -> Result<(), W> {
+        if rank == self.entries.len() {
+            self.entries
+                .push_within_capacity(entry)
+                .map_err(|err| err.0)?;
         } else {
-            self.words
-                .insert_within_capacity(rank, word)
+            self.entries
+                .insert_within_capacity(rank, entry)
                 .map_err(|err| match err {
-                    InsertError::IndexOutOfBounds(word) | InsertError::OutOfCapacity(word) => word,
+                    InsertError::IndexOutOfBounds(entry) | InsertError::OutOfCapacity(entry) => {
+                        entry
+                    }
                 })?;
         }
-        // INVARIANT: one bit more, one word more.
+        // INVARIANT: one bit more, one entry more.
         self.set_bit(page);
         Ok(())
     }
@@ -462,13 +466,13 @@ impl<W> Leaf<W> {
         const { assert!(size_of::<W>() != 8 || size_of::<Self>() == 24) };
         Self {
             content: Content::Nothing,
-            trouble: 0,
+            thrash_score: 0,
             age,
             splits: Splits::default(),
         }
     }
 
-    /// Of a leaf without words: whether it has had none for so many seconds, now that it is this `second`.
+    /// Of a leaf without entries: whether it has had none for so many seconds, now that it is this `second`.
     pub(super) fn is_empty_for(&mut self, seconds: u16, second: u32) -> bool {
         match self.age.was_empty_for(second) {
             Some(past) => past >= seconds,
@@ -479,33 +483,33 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// How many pages have a word.
+    /// How many pages have a entry.
     #[inline]
     pub(super) fn len(&self) -> usize {
-        self.words().len()
+        self.entries().len()
     }
 
-    /// The words, in the order of their pages.
+    /// The entries, in the order of their pages.
     #[inline]
-    pub(super) fn words(&self) -> &[W] {
+    pub(super) fn entries(&self) -> &[W] {
         match &self.content {
             Content::Nothing => &[],
-            Content::One(_, word) => slice::from_ref(word),
-            Content::Many(many) => &many.words,
+            Content::One(_, entry) => slice::from_ref(entry),
+            Content::Many(many) => &many.entries,
         }
     }
 
-    /// The words, in the order of their pages.
+    /// The entries, in the order of their pages.
     #[inline]
     pub(super) fn words_mut(&mut self) -> &mut [W] {
         match &mut self.content {
             Content::Nothing => &mut [],
-            Content::One(_, word) => slice::from_mut(word),
-            Content::Many(many) => &mut many.words,
+            Content::One(_, entry) => slice::from_mut(entry),
+            Content::Many(many) => &mut many.entries,
         }
     }
 
-    /// Whether `page` has a word.
+    /// Whether `page` has a entry.
     #[inline]
     pub(super) fn has(&self, page: usize) -> bool {
         match &self.content {
@@ -515,7 +519,7 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// How many pages before `page` have a word, which is where the word of `page` is.
+    /// How many pages before `page` have a entry, which is where the entry of `page` is.
     #[inline]
     pub(super) fn rank(&self, page: usize) -> usize {
         match &self.content {
@@ -525,7 +529,7 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// The word of `page`.
+    /// The entry of `page`.
     pub(super) fn get_mut(&mut self, page: usize) -> Option<&mut W> {
         if !self.has(page) {
             return None;
@@ -534,13 +538,13 @@ impl<W> Leaf<W> {
         self.words_mut().get_mut(rank)
     }
 
-    /// How many of `count` pages from `page` on have a word; `None` if they reach over the end.
+    /// How many of `count` pages from `page` on have a entry; `None` if they reach over the end.
     pub(super) fn count(&self, page: usize, count: usize) -> Option<usize> {
         let end = page.checked_add(count).filter(|&end| end <= LEAF_PAGES)?;
         self.rank(end).checked_sub(self.rank(page))
     }
 
-    /// The first page at or after `page` that has a word.
+    /// The first page at or after `page` that has a entry.
     #[inline]
     pub(super) fn next(&self, page: usize) -> Option<usize> {
         match &self.content {
@@ -550,55 +554,55 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// Gives `page`, which has none, a word, of which `rank` are before it. `expected` says how many more
-    /// words are about to come, this one included. On failure the leaf is unchanged.
+    /// Gives `page`, which has none, a entry, of which `rank` are before it. `expected` says how many more
+    /// entries are about to come, this one included. On failure the leaf is unchanged.
     pub(super) fn insert(
         &mut self,
         page: usize,
         rank: usize,
-        word: W,
+        entry: W,
         expected: usize,
         flags: Flags,
     ) -> Result<(), W> {
         if let (Content::Nothing, 1, Ok(only)) = (&self.content, expected, u16::try_from(page)) {
-            self.content = Content::One(only, word);
+            self.content = Content::One(only, entry);
             return Ok(());
         }
         // Room is made for all that are expected, once.
         if let Content::Many(many) = &mut self.content {
-            if many.words.len() < many.words.capacity() {
-                return many.insert_in_room(page, rank, word);
+            if many.entries.len() < many.entries.capacity() {
+                return many.insert_in_room(page, rank, entry);
             }
         }
         let more = expected.clamp(1, LEAF_PAGES.saturating_sub(self.len()).max(1));
         match self.many_with_room(more, flags) {
-            Ok(many) => many.insert_in_room(page, rank, word),
-            Err(_) => Err(word),
+            Ok(many) => many.insert_in_room(page, rank, entry),
+            Err(_) => Err(entry),
         }
     }
 
-    /// Gives `count` pages from `page` on, behind all that have one, a word each; `word` makes the word of
+    /// Gives `count` pages from `page` on, behind all that have one, a entry each; `entry` makes the entry of
     /// the nth page. `None` or `false`: that was not possible, and nothing was done.
     pub(super) fn fill(
         &mut self,
         page: usize,
         count: usize,
         flags: Flags,
-        word: &mut impl FnMut(usize) -> W,
+        entry: &mut impl FnMut(usize) -> W,
     ) -> Option<bool> {
         let end = page.checked_add(count).filter(|&end| end <= LEAF_PAGES)?;
         if let (Content::Nothing, 1) = (&self.content, count) {
-            self.content = Content::One(u16::try_from(page).ok()?, word(0));
+            self.content = Content::One(u16::try_from(page).ok()?, entry(0));
             return Some(true);
         }
         let many = self.many_with_room(count, flags).ok()?;
         for nth in 0..count {
             // There is room for all.
-            if many.words.push_within_capacity(word(nth)).is_err() {
+            if many.entries.push_within_capacity(entry(nth)).is_err() {
                 return None;
             }
         }
-        // INVARIANT: `count` bits more, and as many words.
+        // INVARIANT: `count` bits more, and as many entries.
         for (group, bits) in many.present.iter_mut().enumerate() {
             let start = group * BITS;
             let from = page.saturating_sub(start).min(BITS);
@@ -611,26 +615,26 @@ impl<W> Leaf<W> {
         Some(true)
     }
 
-    /// Takes the word of `page` away.
+    /// Takes the entry of `page` away.
     pub(super) fn remove(&mut self, page: usize) -> Option<W> {
         if !self.has(page) {
             return None;
         }
         if let Content::Many(many) = &mut self.content {
             let rank = many.rank(page);
-            let word = many.words.remove(rank).ok()?;
-            // INVARIANT: one bit less, one word less.
+            let entry = many.entries.remove(rank).ok()?;
+            // INVARIANT: one bit less, one entry less.
             many.clear_bit(page);
             self.give_back();
-            return Some(word);
+            return Some(entry);
         }
         match core::mem::replace(&mut self.content, Content::Nothing) {
-            Content::One(_, word) => Some(word),
+            Content::One(_, entry) => Some(entry),
             _ => None,
         }
     }
 
-    /// Takes away the words of pages in `from..to` that `keep` does not keep. What it does keep stays where it
+    /// Takes away the entries of pages in `from..to` that `keep` does not keep. What it does keep stays where it
     /// is, and may have been changed.
     pub(super) fn retain(
         &mut self,
@@ -640,43 +644,43 @@ impl<W> Leaf<W> {
     ) {
         match &mut self.content {
             Content::Nothing => {}
-            Content::One(only, word) => {
+            Content::One(only, entry) => {
                 let page = usize::from(*only);
-                if (from..to).contains(&page) && !keep(page, word) {
+                if (from..to).contains(&page) && !keep(page, entry) {
                     self.content = Content::Nothing;
                 }
             }
             Content::Many(many) => {
-                let before = many.words.len();
+                let before = many.entries.len();
                 many.retain(from, to, keep);
                 // A look at a gap that takes nothing away must not try again what was refused.
-                if many.words.len() != before {
+                if many.entries.len() != before {
                     self.give_back();
                 }
             }
         }
     }
 
-    /// Gives back what few words do not need. If there is no memory to move them to, tries again when half of
+    /// Gives back what few entries do not need. If there is no memory to move them to, tries again when half of
     /// them are gone.
     fn give_back(&mut self) {
         let Content::Many(many) = &mut self.content else {
             return;
         };
-        match many.words.len() {
+        match many.entries.len() {
             0 => self.content = Content::Nothing,
             1 => {
                 let only = many.next(0).and_then(|page| u16::try_from(page).ok());
                 if let Some(only) = only {
-                    if let Some(word) = many.words.pop() {
-                        self.content = Content::One(only, word);
+                    if let Some(entry) = many.entries.pop() {
+                        self.content = Content::One(only, entry);
                     }
                 }
             }
             // A quarter, so that a leaf whose pages come and go is not moved all the time. Do not try again with
-            // each word: a memory cgroup at its limit would refuse, and count, each attempt.
+            // each entry: a memory cgroup at its limit would refuse, and count, each attempt.
             len => {
-                let few = many.words.capacity() / 4;
+                let few = many.entries.capacity() / 4;
                 if len == few || len < few && len.is_power_of_two() {
                     // Charged like the memory that is given back.
                     let flags = GFP_NOWAIT | (GFP_KERNEL_ACCOUNT & !GFP_KERNEL);
@@ -691,22 +695,22 @@ impl<W> Leaf<W> {
     pub(super) fn bytes(&self) -> usize {
         match &self.content {
             Content::Many(many) => {
-                let words = many.words.capacity().saturating_mul(size_of::<W>());
-                words.saturating_add(size_of::<Many<W>>())
+                let entries = many.entries.capacity().saturating_mul(size_of::<W>());
+                entries.saturating_add(size_of::<Many<W>>())
             }
             _ => 0,
         }
     }
 
-    /// The content as one of many words, with room for `more`. On failure the leaf is unchanged.
+    /// The content as one of many entries, with room for `more`. On failure the leaf is unchanged.
     fn many_with_room(&mut self, more: usize, flags: Flags) -> Result<&mut Many<W>> {
         if !matches!(self.content, Content::Many(_)) {
             let mut many = Many::new(flags)?;
             many.make_room(self.len().saturating_add(more), flags)?;
             let before = core::mem::replace(&mut self.content, Content::Nothing);
-            if let Content::One(page, word) = before {
+            if let Content::One(page, entry) = before {
                 // There is room.
-                let _ = many.insert_in_room(usize::from(page), 0, word);
+                let _ = many.insert_in_room(usize::from(page), 0, entry);
             }
             self.content = Content::Many(many);
         }

@@ -19,7 +19,7 @@ use hash::{Checksum, Sample};
 use kernel::{alloc::flags::GFP_NOWAIT, page::PAGE_SIZE, testing::Random};
 use ksm::{
     filter::Filter,
-    index::{Index, Place, StableKey},
+    index::{Index, PageAddr, StableKey},
     page_map::{Found, PageMap},
 };
 use std::{
@@ -75,7 +75,7 @@ fn measure<S, T>(
 }
 
 /// Where all pages are that wait.
-const PLACE: Place = Place { slot: 1, addr: 0 };
+const PLACE: PageAddr = PageAddr { mm_id: 1, addr: 0 };
 
 fn sum(random: &mut Random) -> Checksum {
     Checksum::from_raw(random.draw())
@@ -104,7 +104,7 @@ impl Trees {
         };
         for _ in 0..size {
             let sum = sum(&mut trees.random);
-            assert!(trees.index.wait(sum, PLACE, GFP_NOWAIT).is_ok());
+            assert!(trees.index.unstable_insert(sum, PLACE, GFP_NOWAIT).is_ok());
             trees.waiting.push(sum);
         }
         for _ in 0..size {
@@ -140,12 +140,12 @@ fn unstable(group: &mut Group<'_>, size: usize, trees: &mut Trees) {
         trees.waiting[at]
     };
     let look = |trees: &mut Trees, sum: &Checksum| {
-        black_box(trees.index.waiting(*sum));
+        black_box(trees.index.unstable_lookup(*sum));
     };
     let add = |trees: &mut Trees, sum: &Checksum| {
-        let _ = black_box(trees.index.wait(*sum, PLACE, GFP_NOWAIT));
+        let _ = black_box(trees.index.unstable_insert(*sum, PLACE, GFP_NOWAIT));
     };
-    let remove = |trees: &mut Trees, sum: &Checksum| trees.index.stop_waiting(*sum, PLACE);
+    let remove = |trees: &mut Trees, sum: &Checksum| trees.index.unstable_remove(*sum, PLACE);
     let add_back = |trees: &mut Trees, sum| add(trees, &sum);
     let remove_again = |trees: &mut Trees, sum| remove(trees, &sum);
     let leave = |_: &mut Trees, _| ();
@@ -266,7 +266,7 @@ fn look_at_each(map: &mut PageMap<u64>, addr: usize) -> usize {
     let mut changed = 0;
     for page in (0..LEAF_PAGES).step_by(2) {
         match leaf.seek(addr + page * PAGE_SIZE) {
-            Found::Word(word) => changed += usize::from(*word != black_box(7)),
+            Found::Entry(word) => changed += usize::from(*word != black_box(7)),
             _ => panic!("not known"),
         }
     }

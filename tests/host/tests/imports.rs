@@ -40,7 +40,7 @@ const KNOWN_CIRCLES: &[&[&str]] = &[
         "mm/trace.rs",
         "mm/vma.rs",
         "mm/walk.rs",
-        "mm/word.rs",
+        "mm/entry.rs",
     ],
     &[
         "ksm/candidate.rs",
@@ -62,8 +62,8 @@ const KNOWN_UPWARD: &[&str] = &[
     "mm/rmap_item.rs imports ksm/index.rs",
     "mm/rmap_item.rs imports ksm/probation.rs",
     "mm/stable_node.rs imports ksm/index.rs",
-    "mm/word.rs imports ksm/index.rs",
-    "mm/word.rs imports ksm/probation.rs",
+    "mm/entry.rs imports ksm/index.rs",
+    "mm/entry.rs imports ksm/probation.rs",
     "sys/module_pin.rs imports rksm_main.rs",
 ];
 
@@ -391,10 +391,10 @@ fn a_planted_upward_import_is_found() {
             "use crate::hash; fn f() { let x = 1; x.ksm(); }",
         ),
         (
-            "mm/word.rs",
+            "mm/entry.rs",
             "mod inner { fn f() { super::super::super::ksm::g() } }",
         ),
     ]);
     assert!(circles(&imports).is_empty());
-    assert_eq!(upward(&imports), ["mm/word.rs imports ksm/mod.rs"]);
+    assert_eq!(upward(&imports), ["mm/entry.rs imports ksm/mod.rs"]);
 }

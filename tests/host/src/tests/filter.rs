@@ -213,7 +213,7 @@ fn counts_to_two() {
         assert!(!filter.has_two(one));
         filter.remove(one);
     }
-    assert!(!filter.is_worn());
+    assert!(!filter.is_saturated());
 }
 
 /// At capacity, with pages that are all different, fewer than 8 in 100 are taken for others' equals;
@@ -251,7 +251,7 @@ fn worn_before_it_is_useless() {
     add_all(&mut filter, &samples);
     let mut replaced = 0;
     let mut seen: HashSet<u32> = samples.iter().map(|one| one.get()).collect();
-    while !filter.is_worn() {
+    while !filter.is_saturated() {
         let wrong_soon = replaced % pages == 0 && mistaken(&filter, &samples) > 0.12;
         assert!(!wrong_soon, "after {replaced} of {pages} were replaced");
         let at = random.below(pages as u64) as usize;
@@ -272,7 +272,7 @@ fn worn_before_it_is_useless() {
     // Counted anew, all is well again.
     let mut filter = self::filter(pages);
     add_all(&mut filter, &samples);
-    assert!(!filter.is_worn());
+    assert!(!filter.is_saturated());
     assert!(mistaken(&filter, &samples) < 0.08);
 }
 
@@ -282,18 +282,18 @@ fn worn_by_many_equal_pages() {
     let mut filter = filter(SMALLEST);
     let one = sample(0xabcd_ef01);
     add_all(&mut filter, &[one; SMALLEST]);
-    assert!(!filter.is_worn(), "worn by what is there");
+    assert!(!filter.is_saturated(), "worn by what is there");
     for _ in 0..SMALLEST / 32 {
         filter.remove(one);
     }
-    assert!(!filter.is_worn());
+    assert!(!filter.is_saturated());
     for _ in SMALLEST / 32..SMALLEST {
         filter.remove(one);
     }
-    assert!(filter.is_worn());
+    assert!(filter.is_saturated());
     // Wrong on the safe side.
     assert!(filter.has_two(one));
-    assert!(!self::filter(SMALLEST).is_worn());
+    assert!(!self::filter(SMALLEST).is_saturated());
 }
 
 /// Without memory every page is taken for one that has an equal, and nothing is counted.
@@ -313,7 +313,7 @@ fn without_memory() {
     });
     assert_eq!(events, Events::default());
     assert_eq!(filter.capacity(), 0);
-    assert!(!filter.is_worn());
+    assert!(!filter.is_saturated());
 }
 
 #[test]

@@ -109,9 +109,9 @@ proptest! {
     #[test]
     fn nodes_differ(seed in any::<u64>(), raw in raw_sample(), hash in bits(), nodes in 2..9u32) {
         let all = hasher(seed);
-        let by_node = all.by_node(nodes);
+        let per_nid = all.per_nid(nodes);
         let sum = Checksum::new(Sample::from_raw(raw), hash);
-        let on = |node| sum.with_sample(by_node.on_node(sum.sample(), || node));
+        let on = |node| sum.with_sample(per_nid.on_node(sum.sample(), || node));
         prop_assert_eq!(on(0), sum);
         let sums: HashSet<_> = (0..nodes).map(|node| on(node).sample().get()).collect();
         prop_assert_eq!(sums.len(), nodes as usize);
@@ -128,11 +128,11 @@ proptest! {
         let all = hasher(seed);
         let zero = sample(&all, &[0; PAGE_WORDS]);
         prop_assert_eq!(all.zeroes().iter().collect::<Vec<_>>(), vec![zero]);
-        let by_node = all.by_node(nodes);
-        let zeroes: Vec<_> = (0..nodes).map(|node| by_node.on_node(zero, || node)).collect();
-        prop_assert_eq!(by_node.zeroes().iter().collect::<Vec<_>>(), zeroes.clone());
+        let per_nid = all.per_nid(nodes);
+        let zeroes: Vec<_> = (0..nodes).map(|node| per_nid.on_node(zero, || node)).collect();
+        prop_assert_eq!(per_nid.zeroes().iter().collect::<Vec<_>>(), zeroes.clone());
         for sample in zeroes.iter().copied().chain([Sample::from_raw(raw)]) {
-            prop_assert_eq!(by_node.zeroes().contains(sample), zeroes.contains(&sample));
+            prop_assert_eq!(per_nid.zeroes().contains(sample), zeroes.contains(&sample));
         }
     }
 

@@ -4,7 +4,7 @@
 
 use super::counted::{Counted, Ledger};
 use crate::hash::{Checksum, Sample, SUM_BITS};
-use crate::ksm::index::{Index, Nodes, NodesLike, Place, StableKey, MAX_COMPARES};
+use crate::ksm::index::{Index, Nodes, NodesLike, PageAddr, StableKey, MAX_COMPARES};
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     error::code::{ENOENT, ENOMEM},
@@ -28,9 +28,9 @@ fn sum(nth: usize) -> Checksum {
     Checksum::from_raw(SUMS[nth % SUMS.len()])
 }
 
-fn place(nth: usize) -> Place {
-    Place {
-        slot: nth as u64 / 3,
+fn place(nth: usize) -> PageAddr {
+    PageAddr {
+        mm_id: nth as u64 / 3,
         addr: nth % 3 * 4096,
     }
 }
@@ -48,7 +48,7 @@ struct Pair {
     stable: BTreeMap<Plain, usize>,
     full: BTreeMap<Plain, usize>,
     orphans: BTreeMap<Plain, usize>,
-    unstable: BTreeMap<u64, Place>,
+    unstable: BTreeMap<u64, PageAddr>,
     /// All keys ever made.
     keys: Vec<StableKey>,
     ledger: Ledger,
@@ -203,14 +203,14 @@ impl Pair {
                 let unknown = |sum: &u64| Checksum::from_raw(*sum).is_unknown();
                 assert!(room.is_empty() && sums.iter().all(unknown));
             }
-            NodesLike::Alike(nodes) => {
+            NodesLike::Unique(nodes) => {
                 assert_eq!(sums, [nodes.sum().get()]);
                 match nodes {
                     Nodes::One(key) => assert_eq!(room, [&plain(key)]),
                     Nodes::Several(_) => assert!(room.len() > 1),
                 }
             }
-            NodesLike::Various => {
+            NodesLike::Ambiguous => {
                 let known = |sum: &u64| !Checksum::from_raw(*sum).is_unknown();
                 assert!(sums.len() > 1 || room.is_empty() && sums.iter().any(known));
             }
@@ -240,7 +240,7 @@ impl Pair {
 
     /// The checksum under which somebody with this sample waits.
     fn waiting_like(&self, sample: Sample) -> Option<Checksum> {
-        let found = self.index.waiting_like(sample);
+        let found = self.index.unstable_lookup_sample(sample);
         let sums = self.unstable.keys().copied().map(Checksum::from_raw);
         assert_eq!(found, sums.filter(|sum| sum.sample() == sample).min());
         found
@@ -306,9 +306,10 @@ impl Pair {
         assert_eq!(seen, before);
     }
 
-    fn wait(&mut self, sum: Checksum, place: Place, plan: Plan) {
-        let before = self.index.waiting(sum);
-        let (result, events) = watch(|| failing(plan, || self.index.wait(sum, place, GFP_NOWAIT)));
+    fn wait(&mut self, sum: Checksum, place: PageAddr, plan: Plan) {
+        let before = self.index.unstable_lookup(sum);
+        let (result, events) =
+            watch(|| failing(plan, || self.index.unstable_insert(sum, place, GFP_NOWAIT)));
         assert_eq!(events.sleeping, 0, "other flags than those it was given");
         assert_eq!(result.is_err(), events.failed > 0);
         if before.is_some() {
@@ -316,14 +317,14 @@ impl Pair {
         }
         if let Err(err) = result {
             assert_eq!(err, ENOMEM);
-            assert_eq!(self.index.waiting(sum), before);
+            assert_eq!(self.index.unstable_lookup(sum), before);
         } else {
             self.unstable.insert(sum.get(), place);
         }
     }
 
-    fn stop_waiting(&mut self, sum: Checksum, place: Place) {
-        self.index.stop_waiting(sum, place);
+    fn stop_waiting(&mut self, sum: Checksum, place: PageAddr) {
+        self.index.unstable_remove(sum, place);
         if self.unstable.get(&sum.get()) == Some(&place) {
             self.unstable.remove(&sum.get());
         }
@@ -363,7 +364,7 @@ impl Pair {
             self.nodes_like(sum.sample());
             self.waiting_like(sum.sample());
             assert_eq!(
-                self.index.waiting(sum),
+                self.index.unstable_lookup(sum),
                 self.unstable.get(&sum.get()).copied()
             );
         }
@@ -502,7 +503,7 @@ proptest! {
                 Op::Wait(nth, at, plan) => pair.wait(sum(nth), place(at), plan),
                 Op::StopWaiting(nth, at) => pair.stop_waiting(sum(nth), place(at)),
                 Op::StopWaiter(nth) => {
-                    if let Some(at) = pair.index.waiting(sum(nth)) {
+                    if let Some(at) = pair.index.unstable_lookup(sum(nth)) {
                         pair.stop_waiting(sum(nth), at);
                     }
                 }
@@ -555,24 +556,24 @@ fn only_one_checksum_of_a_sample() {
     for raw in [0, 5, 7, 9, u32::MAX] {
         assert_eq!(pair.nodes_like(sample(raw)), NodesLike::None);
     }
-    let only = |key| NodesLike::Alike(Nodes::One(key));
+    let only = |key| NodesLike::Unique(Nodes::One(key));
     for hash in [0, u64::MAX, 1 << 40] {
         let older = add(&mut pair, 7, hash);
         let newer = add(&mut pair, 7, hash);
         assert_eq!(
             pair.nodes_like(sample(7)),
-            NodesLike::Alike(Nodes::Several(newer.sum))
+            NodesLike::Unique(Nodes::Several(newer.sum))
         );
         let other = add(&mut pair, 7, !hash);
-        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Ambiguous);
         // That one of them is full does not make it another content's.
         pair.set_full(other, true);
-        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Ambiguous);
         pair.move_to_orphans(other);
         pair.set_full(older, true);
         assert_eq!(pair.nodes_like(sample(7)), only(newer));
         pair.set_full(newer, true);
-        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Various);
+        assert_eq!(pair.nodes_like(sample(7)), NodesLike::Ambiguous);
         pair.set_full(older, false);
         assert_eq!(pair.nodes_like(sample(7)), only(older));
         pair.move_to_orphans(newer);
@@ -665,31 +666,31 @@ fn ends_at_the_last_number() {
 fn only_who_waits_stops() {
     let mut pair = Pair::new();
     let elsewhere = [
-        Place {
-            slot: 1,
+        PageAddr {
+            mm_id: 1,
             addr: 4096,
         },
-        Place { slot: 2, addr: 0 },
-        Place {
-            slot: 2,
+        PageAddr { mm_id: 2, addr: 0 },
+        PageAddr {
+            mm_id: 2,
             addr: 4096,
         },
     ];
-    let here = Place { slot: 1, addr: 0 };
+    let here = PageAddr { mm_id: 1, addr: 0 };
     pair.wait(sum(1), here, Plan::Never);
     for other in elsewhere {
         pair.stop_waiting(sum(1), other);
-        assert_eq!(pair.index.waiting(sum(1)), Some(here));
+        assert_eq!(pair.index.unstable_lookup(sum(1)), Some(here));
     }
     pair.stop_waiting(sum(0), here);
     pair.stop_waiting(sum(2), here);
-    assert_eq!(pair.index.waiting(sum(1)), Some(here));
+    assert_eq!(pair.index.unstable_lookup(sum(1)), Some(here));
     // Replaced: the one before has nothing to say any more.
     pair.wait(sum(1), elsewhere[0], Plan::Always);
     pair.stop_waiting(sum(1), here);
-    assert_eq!(pair.index.waiting(sum(1)), Some(elsewhere[0]));
+    assert_eq!(pair.index.unstable_lookup(sum(1)), Some(elsewhere[0]));
     pair.stop_waiting(sum(1), elsewhere[0]);
-    assert_eq!(pair.index.waiting(sum(1)), None);
+    assert_eq!(pair.index.unstable_lookup(sum(1)), None);
     pair.finish();
 }
 
@@ -703,11 +704,13 @@ fn what_collides_is_not_looked_at_without_end() {
             let key = index.new_key(sum(1));
             index.insert(key, (), GFP_NOWAIT).unwrap();
             index.move_to_stable(key);
-            index.wait(sum(1), place(nth), GFP_NOWAIT).unwrap();
+            index
+                .unstable_insert(sum(1), place(nth), GFP_NOWAIT)
+                .unwrap();
         }
         assert_eq!(index.stable_len(), count);
         assert_eq!(index.unstable_len(), 1);
-        assert_eq!(index.waiting(sum(1)), Some(place(count - 1)));
+        assert_eq!(index.unstable_lookup(sum(1)), Some(place(count - 1)));
         let looked_at = std::cell::Cell::new(0);
         let found = index.by_mappings(sum(1), |()| {
             looked_at.set(looked_at.get() + 1);

@@ -408,20 +408,20 @@ fn trouble_passes() {
         count
     };
     // Nobody's trouble.
-    pair.map.note_trouble(0, 100);
-    pair.map.note_trouble(3 * LEAF, 100);
+    pair.map.note_thrash(0, 100);
+    pair.map.note_thrash(3 * LEAF, 100);
     pair.check_memory();
     assert_eq!(visited(&mut pair, LEAF), 2);
     // A little is put up with, also when it comes again and again after a while.
     for _ in 0..10 {
-        pair.map.note_trouble(LEAF + PAGE_SIZE, 2);
+        pair.map.note_thrash(LEAF + PAGE_SIZE, 2);
         for _ in 0..40 {
             assert_eq!(visited(&mut pair, LEAF), 2);
         }
     }
     let mut before = 0;
     for much in [6, 12, 1000, usize::MAX] {
-        pair.map.note_trouble(2 * LEAF - PAGE_SIZE, much);
+        pair.map.note_thrash(2 * LEAF - PAGE_SIZE, much);
         let mut rounds = 0;
         while visited(&mut pair, LEAF) == 0 {
             rounds += 1;
@@ -434,7 +434,7 @@ fn trouble_passes() {
         (0..256).for_each(|_| assert_eq!(visited(&mut pair, LEAF), 2));
     }
     // A leaf that comes again has given no trouble yet.
-    pair.map.note_trouble(2 * LEAF, 100);
+    pair.map.note_thrash(2 * LEAF, 100);
     assert_eq!(visited(&mut pair, 2 * LEAF), 0);
     pair.remove(2 * LEAF);
     pair.remember(2 * LEAF, Plan::Never);
@@ -700,13 +700,13 @@ fn small_batches_are_cheap() {
 fn begin(
     pair: &mut Pair,
     number: u32,
-    news: bool,
+    retry_steady: bool,
     unlisted: &Unlisted,
     keeps: impl Fn(&Counted) -> bool,
 ) -> usize {
     let pass = Pass {
         number,
-        news,
+        retry_steady,
         unlisted,
     };
     let mut skipped = 0;
@@ -731,7 +731,7 @@ fn skipped_from(pair: &mut Pair, from: usize, number: u32) -> Result<(usize, usi
     let unlisted = Unlisted::new();
     let pass = Pass {
         number,
-        news: false,
+        retry_steady: false,
         unlisted: &unlisted,
     };
     let mut skipped = 0;
@@ -742,12 +742,16 @@ fn skipped_from(pair: &mut Pair, from: usize, number: u32) -> Result<(usize, usi
 }
 
 /// Which of so many passes look at the only leaf. What happens in some of them is done by `deed`.
-fn looked_at(passes: usize, news: bool, mut deed: impl FnMut(usize, &mut Pair)) -> Vec<usize> {
+fn looked_at(
+    passes: usize,
+    retry_steady: bool,
+    mut deed: impl FnMut(usize, &mut Pair),
+) -> Vec<usize> {
     let mut pair = Pair::with([LEAF, LEAF + 7 * PAGE_SIZE]);
     let mut looked = Vec::new();
     for pass in 0..passes {
         let number = pass as u32 + 1;
-        let skipped = begin(&mut pair, number, news, &Unlisted::new(), |_| false);
+        let skipped = begin(&mut pair, number, retry_steady, &Unlisted::new(), |_| false);
         let found = skipped_from(&mut pair, 0, number);
         if skipped == 0 {
             assert_eq!(found, Err(usize::MAX));
@@ -879,7 +883,7 @@ fn news_waits_for_a_skipped_leaf() {
         // Once, in a pass that skips it.
         let skipped = begin(&mut pair, pass + 1, pass == 9, &Unlisted::new(), |_| false) != 0;
         let leaf = pair.map.leaf_from(LEAF, pass + 1, GFP_NOWAIT).unwrap();
-        if leaf.is_owed_news() && !skipped {
+        if leaf.missed_retry() && !skipped {
             owed.push(pass);
         }
     }
@@ -887,7 +891,7 @@ fn news_waits_for_a_skipped_leaf() {
     pair.empty_by_dropping();
 }
 
-/// A page that is to be tried again has its leaf, and no other, see news in the next pass that looks at it, once.
+/// A page that is to be tried again has its leaf, and no other, see retry_steady in the next pass that looks at it, once.
 /// That neither ends nor puts off skipping, and works without it.
 #[test]
 fn a_page_to_be_tried_again_is_news_for_its_leaf() {
@@ -903,7 +907,7 @@ fn a_page_to_be_tried_again_is_news_for_its_leaf() {
             // A leaf is looked at in two parts.
             for _ in 0..2 {
                 let leaf = pair.map.leaf_from(LEAF, number, GFP_NOWAIT).unwrap();
-                if leaf.is_owed_news() && !skipped {
+                if leaf.missed_retry() && !skipped {
                     seen.push(pass);
                 }
                 if pass == noted && !skipped {
@@ -911,7 +915,7 @@ fn a_page_to_be_tried_again_is_news_for_its_leaf() {
                 }
             }
             let other = pair.map.leaf_from(2 * LEAF, number, GFP_NOWAIT).unwrap();
-            assert!(!other.is_owed_news());
+            assert!(!other.missed_retry());
         }
         pair.empty_by_dropping();
         seen
@@ -974,14 +978,14 @@ fn pages_come_back_to_a_leaf_that_was_split() {
         pair.map.prune(LEAF, Some(second + 255));
         let pass = Pass {
             number: second + 1,
-            news: true,
+            retry_steady: true,
             unlisted: &Unlisted::new(),
         };
         let mut skipped = 0;
         let found = pair.map.next_skipped(0, &pass, &mut skipped);
         assert_eq!((found, skipped), (Err(usize::MAX), 0));
         let mut leaf = pair.map.leaf_from(LEAF, second + 1, GFP_NOWAIT).unwrap();
-        assert!(matches!(leaf.seek(LEAF), Found::Nothing) && !leaf.is_owed_news());
+        assert!(matches!(leaf.seek(LEAF), Found::Nothing) && !leaf.missed_retry());
         let word = pair.ledger.make();
         assert!(leaf.insert(word, 1, GFP_NOWAIT).is_ok());
     }

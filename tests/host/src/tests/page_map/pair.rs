@@ -205,7 +205,7 @@ impl Pair {
                     assert_eq!(leaf.remove_passed().map(|word| word.id()), Some(id));
                     continue;
                 }
-                Found::Word(word) => {
+                Found::Entry(word) => {
                     self.look_at(addr, word, look);
                     return;
                 }
@@ -252,7 +252,7 @@ impl Pair {
                 let mut leaf = map.leaf_from(addr, 0, GFP_NOWAIT).ok()?;
                 match leaf.seek(addr) {
                     Found::Nothing => leaf.insert(word, 1, GFP_NOWAIT).ok().map(|()| id),
-                    Found::Word(word) => Some(word.id()),
+                    Found::Entry(word) => Some(word.id()),
                     Found::Passed(..) => panic!("passed by a page that was not before"),
                 }
             })
