@@ -12,9 +12,9 @@
 //! | step | in the module |
 //! | --- | --- |
 //! | `Scan::Relatives` | `LockedPage::check_fork_sharing` (src/mm/rmap.rs) |
-//! | `Scan::Get` … `Scan::Publish` | `MergeableVma::make_ksm_page` (src/mm/replace.rs), `NodeBox::publish` (src/mm/stable_node.rs) |
+//! | `Scan::Get` … `Scan::Publish` | `MergeableVma::make_ksm_page` (src/mm/replace.rs), `NodeBox::set_page` (src/mm/stable_node.rs) |
 //! | `Scan::Find`, `Scan::LockMerged` | `NodeBox::page`, `PageRef::try_lock` |
-//! | `Scan::Join…` | `MergeableVma::replace_page`, `PteLock::clear_unless` (src/mm/pte.rs), `NodeBox::attach` |
+//! | `Scan::Join…` | `MergeableVma::replace_page`, `PteLock::clear_unless` (src/mm/pte.rs), `NodeBox::add_rmap_item` |
 //! | `Scan::Prune` | freeing a node that no folio points at |
 //!
 //! The scan only tries locks. Where it holds nothing, trying again later is the same as waiting, so the model

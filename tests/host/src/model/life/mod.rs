@@ -12,11 +12,11 @@
 //!
 //! | step | in the module |
 //! | --- | --- |
-//! | `Scan::Turn`, `Scan::Look` | `Engine::step_mm`, `State::absorb` (src/ksm/scan.rs) |
+//! | `Scan::Turn`, `Scan::Look` | `Engine::step_mm`, `State::update_tracked` (src/ksm/scan.rs) |
 //! | `Scan::Drop` | `Core::release_item` (src/ksm/page.rs), `ItemBox::detach` (src/mm/rmap_item.rs) |
-//! | `Scan::List` | `State::list` (src/ksm/merge.rs) |
+//! | `Scan::List` | `State::stable_tree_append` (src/ksm/merge.rs) |
 //! | `Scan::Relatives`, `Scan::Publish`, `Scan::Join` | `State::merge_into_first` |
-//! | `Scan::Undo` … `Scan::UndoLook` | `State::undo` |
+//! | `Scan::Undo` … `Scan::UndoLook` | `Engine::break_cow_pending`, `State::cow_broken` |
 //! | `RunTwo` | `Engine::unmerge_all` |
 //!
 //! The rest is the kernel's: `dup_mmap`, `exit_mmap`, `ksm_madvise`, `handle_userfault`, `do_swap_page`,
