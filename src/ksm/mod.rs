@@ -196,7 +196,7 @@ struct Core {
     /// Counts what happened to pages that are remembered.
     changes: u64,
     /// Whether it is this area's turn to have what is known of its pages looked at anew, see
-    /// [`LeafCursor::is_refreshing`](pagemap::LeafCursor::is_refreshing).
+    /// [`LeafCursor::is_refreshing`](page_map::LeafCursor::is_refreshing).
     refreshing: bool,
     /// Counts what [`Core::bump_retry_seq`] is called for. Starts at 1, see [`scan::Cursor`].
     retry_seq: u64,

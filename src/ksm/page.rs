@@ -362,7 +362,7 @@ impl Core {
     }
 
     /// Does [`Self::classify_page`] for pages that follow each other, from number `first` of the batch on, and
-    /// that are remembered as `entries` say. `retry_steady`: see [`Cursor`].
+    /// that are remembered as `entries` say. `retry_steady`: see [`Cursor`](super::scan::Cursor).
     pub(super) fn classify_range(
         &mut self,
         mm_id: MmId,
@@ -397,7 +397,7 @@ impl Core {
     }
 
     /// Compares what a page is with what is remembered of it, and says whether it is worth trying to
-    /// merge. `retry_steady`: see [`Cursor`].
+    /// merge. `retry_steady`: see [`Cursor`](super::scan::Cursor).
     #[inline]
     pub(super) fn classify_page(
         &mut self,

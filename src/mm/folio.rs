@@ -296,8 +296,8 @@ unsafe fn line_differs(a: *const u64, b: *const u64) -> bool {
 ///
 /// # Invariants
 ///
-/// The folio lock of the folio of `page` is held by this object, and `page` is dropped by
-/// [`LockedPage::drop`] or moved out by [`LockedPage::unlock`], once.
+/// This object holds the lock of the folio of `page`. Only [`LockedPage::drop`] drops `page`, after it
+/// has released the lock.
 pub(crate) struct LockedPage {
     page: ManuallyDrop<PageRef>,
 }
@@ -346,12 +346,10 @@ impl LockedPage {
 
 impl Drop for LockedPage {
     fn drop(&mut self) {
-        // SAFETY: the folio is locked by us by the type invariant, and `page` was not moved out,
-        // because `unlock` forgets `self`.
-        unsafe {
-            ffi::rksm_folio_unlock(self.folio());
-            ManuallyDrop::drop(&mut self.page);
-        }
+        // SAFETY: By the type invariant we hold the folio's lock, and `page` keeps the folio.
+        unsafe { ffi::rksm_folio_unlock(self.folio()) };
+        // SAFETY: Nothing else drops `page`, and it is not used again.
+        unsafe { ManuallyDrop::drop(&mut self.page) };
     }
 }
 
