@@ -4,7 +4,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-debug torture conformance bench bench-quick check module shell setup clean distclean
+.PHONY: help demo test quick test-debug torture conformance bench bench-quick check module rustdoc shell setup clean distclean
 
 help:
 	@echo 'make demo         set up, build, and merge real memory in a guest'
@@ -17,6 +17,7 @@ help:
 	@echo 'make bench-quick  the two main workloads, in instructions (two minutes)'
 	@echo 'make check        rustfmt, clippy, host tests: seconds, no guest'
 	@echo 'make module       build/rksm.ko'
+	@echo 'make rustdoc      documentation of every item of the module, in build/rustdoc/rksm'
 	@echo 'make shell        a guest with the module ready to load'
 	@echo 'make setup        only what the others need: Debian root and kernel tree'
 	@echo 'make clean        remove build/'
@@ -32,6 +33,9 @@ setup:
 
 module: setup
 	@scripts/build-module
+
+rustdoc: setup
+	@scripts/build-module --rustdoc
 
 demo: module
 	@tests/demo/run
