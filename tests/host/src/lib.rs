@@ -6,6 +6,11 @@
 //! in for the kernel's. To test another file: name it in `ksm.rs`, add a file of tests to
 //! `tests.rs`, and add to the stand-in what the compiler misses.
 
+/// The examples in the module's documentation: see `build.rs`.
+#[cfg(test)]
+mod examples {
+    include!(concat!(env!("OUT_DIR"), "/examples.rs"));
+}
 #[cfg(test)]
 #[path = "../../../src/hash.rs"]
 #[allow(dead_code, clippy::style, clippy::precedence)]
