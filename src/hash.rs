@@ -120,6 +120,34 @@ impl Checksum {
 }
 
 /// Makes samples and checksums, in a way that is different at each load.
+///
+/// # Examples
+///
+/// ```
+/// use crate::hash::{Hasher, LINE_WORDS, PAGE_WORDS};
+///
+/// // The module draws these words at random.
+/// let hasher = Hasher::new([1, 2, 3, 4, 5, 6, 7, 8, 9]);
+/// let sample = |page: &[u64; PAGE_WORDS]| hasher.sample(|i| page[i]);
+/// let checksum = |page: &[u64; PAGE_WORDS]| {
+///     let line = |i| core::array::from_fn(|word| page[i * LINE_WORDS + word]);
+///     hasher.checksum(|i| page[i], line)
+/// };
+///
+/// let zeroes = [0; PAGE_WORDS];
+/// assert!(hasher.zeroes().contains(sample(&zeroes)));
+///
+/// // The sample reads the last word of a page, so it shows this difference.
+/// let mut other = zeroes;
+/// other[PAGE_WORDS - 1] = 1;
+/// assert_ne!(sample(&other), sample(&zeroes));
+///
+/// // With these words, it does not read the first one. The checksum reads all.
+/// let mut other = zeroes;
+/// other[0] = 1;
+/// assert_eq!(sample(&other), sample(&zeroes));
+/// assert_ne!(checksum(&other), checksum(&zeroes));
+/// ```
 pub(crate) struct Hasher {
     /// The sampled words: two of each line.
     places: [usize; 2 * SAMPLED],

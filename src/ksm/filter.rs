@@ -15,6 +15,29 @@ use kernel::{alloc::KVVec, prelude::*};
 ///
 /// A counter that has reached its end stays there, as nobody knows how much further it would have
 /// counted; [`Self::is_saturated`] says when enough of these were left behind to count anew.
+///
+/// # Examples
+///
+/// ```
+/// use crate::{hash::Sample, ksm::filter::Filter};
+/// # use kernel::prelude::*;
+///
+/// // For 10,000 pages, while 1 MiB is available.
+/// let mut filter = Filter::for_pages(10_000, 1 << 20)?;
+/// let sample = Sample::from_raw(0x1234_5678);
+///
+/// // One page with a sample may be unique. With the second one, both may have an equal.
+/// assert!(!filter.add(sample));
+/// assert!(filter.add(sample));
+/// assert!(filter.has_two(sample));
+///
+/// filter.remove(sample);
+/// assert!(!filter.has_two(sample));
+///
+/// // A filter without memory excludes no page.
+/// assert!(Filter::new().has_two(sample));
+/// # Ok::<(), Error>(())
+/// ```
 pub(crate) struct Filter {
     words: KVVec<u64>,
     saturated: usize,
