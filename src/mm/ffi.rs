@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Declarations of the functions in `helpers/shim.h`, made by bindgen from that header (see `Kbuild`).
+//!
+//! C is needed for what bindgen cannot see: macros, inline functions, and what only mm/internal.h declares.
+//! `rksm_x` calls the kernel's `x()`, and has its preconditions: locks, references, contexts. Everything else
+//! of the kernel comes from [`kernel::bindings`].
 
 #![allow(
     clippy::all,

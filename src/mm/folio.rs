@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Owned references to pages of user memory, and the folio lock.
+//!
+//! [`PageRef`] owns a reference, [`LockedPage`] the folio lock as well. What a test says of an unlocked folio may
+//! be outdated when it arrives. Under the folio lock, a page does not become a KSM page or stop being one, is
+//! not migrated, and is not added to the swap cache.
 
 use super::{ffi, lru, stable_node::NodeId};
 use crate::{
@@ -10,18 +14,19 @@ use crate::{
 use core::{cell::Cell, marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
 use kernel::{bindings, error::to_result, prelude::*};
 
-/// The low bits of `folio->mapping` that say what the rest of it points at.
+/// The low bits of `folio->mapping` that say what the rest of it points at: `FOLIO_MAPPING_FLAGS`. Both are set
+/// for a KSM folio, whose mapping points at its stable node.
 pub(super) const MAPPING_FLAGS: usize = 3;
 
 /// One page of an anonymous folio, with a reference on that folio.
 ///
-/// The page's content belongs to user space and may change at any time; it is only ever read
-/// through raw pointers by C code.
+/// The reference keeps the memory, not the mapping: the process may unmap the page, or write to it, at any time.
+/// The content is only read through raw pointers, see [`Content`].
 ///
 /// # Invariants
 ///
-/// `page` is valid and part of `folio`, and this object owns one reference on that folio. (Nobody else
-/// can split the folio meanwhile: that takes all references but those of the mappings.)
+/// `page` is valid and part of `folio`, and this object owns one reference on that folio. No other task can split
+/// the folio meanwhile: a split needs all references but those of the mappings.
 pub(crate) struct PageRef {
     page: NonNull<bindings::page>,
     folio: Cell<*mut bindings::folio>,
@@ -34,88 +39,94 @@ impl PageRef {
     ///
     /// `page` is valid, and the caller gives up one reference on its folio.
     pub(super) unsafe fn from_raw(page: NonNull<bindings::page>) -> Self {
-        // INVARIANT: the caller hands over the reference.
+        // INVARIANT: The caller hands over the reference.
         Self {
             page,
-            // SAFETY: the page is valid by the caller's promise.
+            // SAFETY: By the caller's promise the page is valid.
             folio: Cell::new(unsafe { ffi::rksm_page_folio(page.as_ptr()) }),
         }
     }
 
-    /// The page itself.
+    /// Returns the page, which is valid as long as `self` is.
     pub(super) fn as_ptr(&self) -> *mut bindings::page {
         self.page.as_ptr()
     }
 
-    /// The folio that the page is part of. It changes only when we split it.
+    /// Returns the folio that the page is part of, which is valid as long as `self` is.
+    ///
+    /// It changes only in [`LockedPage::split`].
     pub(super) fn folio(&self) -> *mut bindings::folio {
         self.folio.get()
     }
 
-    /// The page frame number.
+    /// Returns the page frame number.
     pub(crate) fn pfn(&self) -> usize {
-        // SAFETY: by the type invariant the page is valid.
+        // SAFETY: By the type invariant the page is valid.
         unsafe { ffi::rksm_page_pfn(self.as_ptr()) }
     }
 
     /// The number of the memory node that the page is on.
     pub(crate) fn nid(&self) -> u32 {
-        // SAFETY: by the type invariant the page is valid.
+        // SAFETY: By the type invariant the page is valid.
         unsafe { ffi::rksm_page_nid(self.as_ptr()) }
     }
 
-    /// The identity of the stable node that this page belongs to, if it is a KSM page of a node.
+    /// Returns the identity of the stable node that this page belongs to, if it is a KSM page of a node.
     pub(crate) fn node_id(&self) -> Option<NodeId> {
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid.
         unsafe { node_id_of(self.folio()) }
     }
 
-    /// Whether this is an anonymous page that can be merged: neither KSM nor device memory.
+    /// Whether this is an anonymous page that can be merged: neither a KSM page nor device memory.
     pub(crate) fn is_plain_anon(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid.
         unsafe { ffi::rksm_folio_test_plain_anon(self.folio()) }
     }
 
     /// Whether the page is part of a folio of more than one page.
     pub(crate) fn is_large(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid.
         unsafe { ffi::rksm_folio_test_large(self.folio()) }
     }
 
-    /// Whether any page table maps the folio.
+    /// Whether any page table maps the folio. A folio that is being migrated is mapped nowhere for a moment.
     pub(crate) fn is_mapped(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid.
         unsafe { ffi::rksm_folio_mapped(self.folio()) }
     }
 
-    /// Whether the folio is in the swap cache.
+    /// Whether the folio is in the swap cache, and so may be mapped again by a swap-in.
     pub(crate) fn is_swapcache(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid.
         unsafe { ffi::rksm_folio_test_swapcache(self.folio()) }
     }
 
-    /// Whether the kernel has given the page up because its memory is broken: it must not be read. With the
-    /// folio lock held, one that is not cannot be taken from its mappings.
+    /// Whether the kernel has given the page up because its memory is broken. It must not be read then.
+    ///
+    /// memory_failure() may mark the page at any time, but unmaps it under the folio lock only.
     pub(crate) fn is_poisoned(&self) -> bool {
-        // SAFETY: by the type invariant the page is valid.
+        // SAFETY: By the type invariant the page is valid.
         unsafe { ffi::rksm_page_test_hwpoison(self.as_ptr()) }
     }
 
-    /// Whether both are parts of one folio.
+    /// Whether both pages are parts of one folio, and so share one folio lock.
     pub(crate) fn shares_folio_with(&self, other: &PageRef) -> bool {
         self.folio() == other.folio()
     }
 
-    /// Whether somebody has the folio locked: a hint.
+    /// Whether the folio is locked, by this or by another task. The answer is a hint.
     pub(crate) fn is_locked(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid.
         unsafe { ffi::rksm_folio_test_locked(self.folio()) }
     }
 
-    /// Whether somebody besides us, the page tables and the swap cache holds a reference on the folio.
-    /// Without the folio lock, and of one that is mapped, the answer is a hint.
+    /// Whether the folio has a reference besides ours and those of the page tables and the swap cache.
+    ///
+    /// Such a reference may be one of get_user_pages(), by which a device or a process writes to the page. It
+    /// may also be one of a per-CPU LRU batch, which [`lru`] deals with. The answer is a hint, unless the caller
+    /// holds the folio lock and no page table maps the page writable or readable for get_user_pages_fast().
     pub(crate) fn is_held_by_others(&self) -> bool {
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid, and both calls look at its counters.
         let (expected, refs) = unsafe {
             (
                 ffi::rksm_folio_expected_refs(self.folio()),
@@ -123,60 +134,67 @@ impl PageRef {
             )
         };
         let held = i64::from(expected) + 1 != i64::from(refs);
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid.
         if held && unsafe { ffi::rksm_folio_maybe_batched(self.folio()) } {
             lru::note_in_the_way();
         }
         held
     }
 
-    /// Whether both are the very same page.
+    /// Whether both are the same page of memory, and not only equal ones.
     pub(crate) fn is_same(&self, other: &PageRef) -> bool {
         self.page == other.page
     }
 
-    /// The page's content.
+    /// Returns the content of the page. Do not read it if the page is poisoned.
     fn content(&self) -> Content<'_> {
-        // SAFETY: by the type invariant the page is valid, and its content is kept by our
-        // reference.
+        // SAFETY: By the type invariant the page is valid, and our reference keeps the content.
         unsafe { Content::new(ffi::rksm_page_content(self.as_ptr())) }
     }
 
-    /// Compares all bytes of both pages. Unless both are write-protected and locked, the answer
-    /// may be outdated when it arrives.
+    /// Whether a byte of both pages differs.
+    ///
+    /// Unless no user can write to either page, the answer may be outdated when it arrives.
     pub(crate) fn differs_from(&self, other: &PageRef) -> bool {
         self.content().differs_from(other.content())
     }
 
-    /// Whether all bytes are zero. Unless the page is write-protected and locked, the answer may be
-    /// outdated when it arrives.
+    /// Whether all bytes are zero.
+    ///
+    /// Unless no user can write to the page, the answer may be outdated when it arrives.
     pub(crate) fn is_zero(&self) -> bool {
-        // SAFETY: the kernel's zero page is always there, and its content never changes.
+        // SAFETY: The kernel's zero page is never freed, and so its content is kept for any lifetime.
         let zero = unsafe { Content::new(ffi::rksm_zero_content()) };
         !self.content().differs_from(zero)
     }
 
-    /// The checksum of the content as it is now.
+    /// Returns the checksum of the content as it is now.
+    ///
+    /// If the content changes meanwhile, this is the checksum of nothing in particular.
     pub(crate) fn checksum(&self, hasher: &Hasher) -> Checksum {
         let content = self.content();
         let sum = hasher.checksum(|nth| content.word(nth), |nth| content.line(nth));
         sum.with_sample(hasher.on_node(sum.sample(), || self.nid()))
     }
 
-    /// The sample of the content as it is now.
+    /// Returns the sample of the content as it is now.
     pub(crate) fn sample(&self, hasher: &Hasher) -> Sample {
         let content = self.content();
         hasher.on_node(hasher.sample(|nth| content.word(nth)), || self.nid())
     }
 
-    /// Locks the folio if nobody else has it locked.
+    /// Locks the folio, unless it is locked already. Does not sleep.
     ///
-    /// The folio lock nests inside `mmap_lock` and outside page-table locks. It is never waited for: tasks hold
-    /// it over whatever reclaim or a migration takes.
+    /// The folio lock nests inside `mmap_lock` and outside page-table locks. There is no way to wait for it:
+    /// other tasks hold it while they reclaim or migrate, which may take long.
+    ///
+    /// # Errors
+    ///
+    /// Returns the page, with its reference, if the folio is locked.
     pub(crate) fn try_lock(self) -> Result<LockedPage, PageRef> {
-        // SAFETY: by the type invariant the folio is valid.
+        // SAFETY: By the type invariant the folio is valid.
         if unsafe { ffi::rksm_folio_trylock(self.folio()) } {
-            // INVARIANT: locked just now.
+            // INVARIANT: The folio was locked just now.
             Ok(LockedPage {
                 page: ManuallyDrop::new(self),
             })
@@ -188,12 +206,15 @@ impl PageRef {
 
 impl Drop for PageRef {
     fn drop(&mut self) {
-        // SAFETY: by the type invariant we own a reference.
+        // SAFETY: By the type invariant this object owns a reference, which it gives up here only.
         unsafe { ffi::rksm_folio_put(self.folio()) };
     }
 }
 
 /// The content of a page of user memory, which may change while it is looked at.
+///
+/// A reference to it would be undefined behaviour, as user space may write at any time. So all reads are
+/// volatile, or in assembly. Whatever they return is a valid word.
 ///
 /// # Invariants
 ///
@@ -205,49 +226,52 @@ pub(super) struct Content<'a> {
 }
 
 impl Content<'_> {
+    /// The content that `content` points at.
+    ///
     /// # Safety
     ///
     /// `content` points at the content of a page that is kept for `'a`: by a reference, or by a
     /// mapping under a page-table lock that is held.
     pub(super) unsafe fn new(content: *const kernel::ffi::c_void) -> Self {
-        // INVARIANT: the caller's promise.
+        // INVARIANT: By the caller's promise.
         Self {
             words: content.cast(),
             _page: PhantomData,
         }
     }
 
-    /// Word number `nth` of the page, as it is now.
+    /// Reads word number `nth` of the page, modulo its words.
     #[inline(always)]
     pub(super) fn word(self, nth: usize) -> u64 {
-        // SAFETY: within the page, as the number is taken modulo its words. Volatile, since user
-        // space may write to it at any time; whatever is read is a valid word.
+        // SAFETY: The number is taken modulo the words of a page, so the word lies within it. By the type
+        // invariant it can be read.
         unsafe { self.words.add(nth % PAGE_WORDS).read_volatile() }
     }
 
-    /// Cache line number `nth` of the page, as it is now.
+    /// Reads cache line number `nth` of the page, modulo its lines, a word at a time.
     #[inline(always)]
     fn line(self, nth: usize) -> [u64; LINE_WORDS] {
-        // SAFETY: within the page, as the number is taken modulo its lines. Volatile, as in `word`.
+        // SAFETY: The number is taken modulo the lines of a page, so the line lies within it.
         let line = unsafe { self.words.add(nth % LINES * LINE_WORDS) };
-        // SAFETY: as above.
+        // SAFETY: Each word lies within the line, and by the type invariant it can be read.
         core::array::from_fn(|nth| unsafe { line.add(nth).read_volatile() })
     }
 
-    /// Compares all words, a cache line at a time.
+    /// Whether a word differs. Compares a cache line at a time, and stops at the first that differs.
     fn differs_from(self, other: Self) -> bool {
         (0..LINES).any(|nth| {
             let at = nth * LINE_WORDS;
-            // SAFETY: both lines lie within their pages, and each page is aligned to its size.
+            // SAFETY: `at` is a word of a page, so both lines lie within their pages. By the type invariant
+            // they can be read.
             unsafe { line_differs(self.words.add(at), other.words.add(at)) }
         })
     }
 }
 
-/// Compares two cache lines of memory that may change while they are compared.
+/// Whether two cache lines of memory differ, which may change while they are compared.
 ///
-/// Volatile reads in Rust take four instructions a word where three are enough, and this is a third of
-/// the cost of a merge.
+/// In assembly, since volatile reads in Rust take four instructions a word where three are enough. This is a
+/// third of the cost of a merge.
 ///
 /// # Safety
 ///
@@ -255,8 +279,8 @@ impl Content<'_> {
 #[inline(always)]
 unsafe fn line_differs(a: *const u64, b: *const u64) -> bool {
     let differ: u64;
-    // SAFETY: reads the 64 bytes at `a` and `b`, which the caller promises can be read, and writes two
-    // registers.
+    // SAFETY: The code reads the 64 bytes at `a` and at `b`, which by the caller's promise can be read, and
+    // writes two registers.
     unsafe {
         core::arch::asm!(
             "mov {d}, [{a}]",
@@ -292,7 +316,9 @@ unsafe fn line_differs(a: *const u64, b: *const u64) -> bool {
     differ != 0
 }
 
-/// A page whose folio is locked by us.
+/// A page whose folio this task has locked.
+///
+/// Dropping it releases the lock, and then the reference.
 ///
 /// # Invariants
 ///
@@ -311,35 +337,44 @@ impl core::ops::Deref for LockedPage {
 }
 
 impl LockedPage {
-    /// Splits the folio, if it is large, so that the page is one of its own. The lock and the
-    /// reference stay with the page.
+    /// Splits the folio, if it is large, so that the page becomes a folio of its own.
     ///
-    /// Returns `EBUSY` if that is not possible, as when somebody else holds a reference on it. (The kernel says
-    /// `EAGAIN` for that, which elsewhere says that a page's content is not what it should be.)
+    /// Lock and reference stay with the page. Takes the kernel's anon_vma lock, and may sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if the kernel cannot split it, as when there is another reference on the folio. The kernel's own
+    /// error for that is `EAGAIN`, which in this module says that the content of a page is not what it should be.
     pub(crate) fn split(&self) -> Result {
         if !self.is_large() {
             return Ok(());
         }
-        // SAFETY: the folio is locked and we hold a reference, by the type invariants. The split
-        // leaves `page` locked and moves our reference to its new folio.
+        // SAFETY: By the type invariants the folio is locked and we hold a reference. The split leaves `page`
+        // locked, and moves our reference to its new folio.
         let ret = unsafe { ffi::rksm_split_huge_page(self.as_ptr()) };
-        // SAFETY: the page is valid.
+        // SAFETY: The page is valid, whether the folio was split or not.
         let folio = unsafe { ffi::rksm_page_folio(self.as_ptr()) };
-        // INVARIANT: looked up anew.
+        // INVARIANT: This is the folio of `page` after the split.
         self.folio.set(folio);
         to_result(ret).map_err(|_| EBUSY)
     }
 
-    /// The key of the stable node that this page belongs to.
+    /// Returns the key of the stable node that this page belongs to.
+    ///
+    /// This needs the folio lock: without it, the node could be freed before it is read.
     pub(crate) fn node_key(&self) -> Option<StableKey> {
         let id = self.node_id()?;
-        // SAFETY: the folio is locked and points at the node, so the node is not freed.
+        // SAFETY: The folio is locked and points at the node, so the node is not freed.
         Some(unsafe { id.key() })
     }
 
-    /// Takes the stable node off the page: it stays a KSM page, but one of nobody.
+    /// Takes the stable node off the page, which stays a KSM page, but one without a node.
+    ///
+    /// Its mappings can no longer be found, so it is neither migrated nor swapped out until the last of them is
+    /// gone. A write to it makes a copy.
     pub(super) fn clear_node(&self) {
-        // SAFETY: the folio is valid and locked by the type invariants.
+        // SAFETY: By the type invariants the folio is valid and locked. Without a node, the rmap walk finds no
+        // list to go through.
         unsafe { ffi::rksm_folio_set_ksm_node(self.folio(), core::ptr::null_mut()) };
     }
 }
@@ -353,13 +388,13 @@ impl Drop for LockedPage {
     }
 }
 
-/// The identity of the stable node that `folio->mapping` points at.
+/// Returns the identity of the stable node that `folio->mapping` points at, if it is a KSM folio of a node.
 ///
 /// # Safety
 ///
 /// `folio` is valid: referenced, or mapped under a page-table lock that the caller holds.
 pub(super) unsafe fn node_id_of(folio: *mut bindings::folio) -> Option<NodeId> {
-    // SAFETY: the caller's promise.
+    // SAFETY: By the caller's promise the folio is valid.
     let mapping = unsafe { ffi::rksm_folio_mapping(folio) } as usize;
     is_ksm_mapping(mapping).then(|| NodeId::of_mapping(mapping))?
 }

@@ -15,7 +15,8 @@ use kernel::sync::atomic::{Atomic, Relaxed};
 /// some time.
 const WAIT_MS: u32 = 50;
 
-/// A page was left alone that a batch may hold. A hint.
+/// Whether a page was left alone that a batch may hold. It is a hint, and so its order with other memory does
+/// not matter.
 static IN_THE_WAY: Atomic<bool> = Atomic::new(false);
 
 /// Notes that a page was left alone that a batch may hold.

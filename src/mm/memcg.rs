@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Charging memory to memory cgroups.
+//!
+//! The scan runs in a kernel thread, so its allocations would be charged to the root group. What it remembers
+//! of a process is charged to the group of that process instead: a group cannot make the rest of the system
+//! pay for metadata of its own pages.
 
 use super::ffi;
 use kernel::{
@@ -21,7 +25,14 @@ pub(crate) fn accounted(flags: Flags) -> Flags {
 
 /// Runs `work`, and charges its allocations with [`accounted`] flags to the memory cgroup of `mm`.
 ///
-/// Nests. This is a function and no guard, since scopes must end in the reverse order of their beginnings.
+/// Calls nest. This is a function and no guard, since scopes must end in the reverse order of their beginnings.
+///
+/// # Examples
+///
+/// ```ignore
+/// // Fails if the group is at its limit, and reclaims nothing.
+/// let item = memcg::charge(mm, || ItemBox::new(sample, beat, memcg::accounted(GFP_NOWAIT)))?;
+/// ```
 pub(crate) fn charge<R>(mm: &Mm, work: impl FnOnce() -> R) -> R {
     let _scope = Scope::begin(mm);
     work()
@@ -42,6 +53,7 @@ struct Scope {
 }
 
 impl Scope {
+    /// Makes the group of `mm` the active one of the current task.
     fn begin(mm: &Mm) -> Self {
         // SAFETY: The reference keeps the `mm_struct`, and the function asks for no more: it looks at the
         // owner under RCU, and copes with an owner that is gone.

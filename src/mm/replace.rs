@@ -1,6 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Making a page a merged page, and putting a merged page in the place of another one.
+//! Merging: a page becomes a KSM page, or a KSM page takes the place of another page.
+//!
+//! | operation | what it does | in mm/ksm.c |
+//! | --- | --- | --- |
+//! | [`make_ksm_page`] | a page becomes the KSM page of a stable node | `try_to_merge_with_ksm_page(…, NULL)` |
+//! | [`replace_page`] | the KSM page of a node takes its place | `try_to_merge_with_ksm_page(…, kpage)` |
+//! | [`replace_with_zero_page`] | the kernel's zero page takes its place | `try_to_merge_with_zero_page()` |
+//!
+//! Each of them takes these steps, and the first that fails leaves the page as it was:
+//!
+//! 1. Lock the folio, or give up.
+//! 2. Split a large folio, if nothing is known to be in the way of the merge.
+//! 3. Clear the entry, inside an MMU notifier section and under the page-table lock.
+//! 4. Check that no other user can write to the page, and compare the content. It cannot change any more.
+//! 5. Set the entry, and list the mapping before the lock of the KSM page is released. So each rmap walk
+//!    finds every mapping.
+//!
+//! [`make_ksm_page`] sets the entry write-protected before it looks at the content. The folio lock is held until
+//! the end, and a write fault makes a copy of a page that is locked.
+//!
+//! [`make_ksm_page`]: MergeableVma::make_ksm_page
+//! [`replace_page`]: MergeableVma::replace_page
+//! [`replace_with_zero_page`]: MergeableVma::replace_with_zero_page
 
 use super::{
     ffi,
@@ -14,30 +36,44 @@ use super::{
 use core::ptr;
 use kernel::prelude::*;
 
-/// What is known of the other mappings of a page that [`MergeableVma::make_ksm_page`] made a merged page.
+/// The result of [`MergeableVma::make_ksm_page`]: what is known of other mappings of the page.
 pub(crate) struct Published {
-    /// The page is shared over a fork, and so may be mapped at the same address elsewhere, without an item.
+    /// The page is shared over a fork. Other processes may map it at the same address, without an rmap item,
+    /// until the scan comes by there.
     pub(crate) shared: bool,
-    /// A process that shares it may have opted out meanwhile: its mapping stays merged then, in a VMA that is
-    /// not mergeable any more.
+    /// A process that shares the page may have opted out meanwhile. Its mapping is then merged in a VMA that
+    /// is not mergeable any more.
     pub(crate) strays: bool,
 }
 
 /// Decides whether huge pages are split for a part that merges.
+///
+/// A merge saves one page, and a split costs a huge page. The engine weighs them by what it remembers of the
+/// address range; this module only asks.
 pub(crate) trait SplitPolicy {
-    /// Whether the huge page may be split. Nothing else is known to be in the way.
+    /// Whether the huge page may be split.
+    ///
+    /// Asked last, when nothing else is known to be in the way of the merge.
     fn may_split(&mut self) -> bool;
 
-    /// Notes that it was.
+    /// Notes that the huge page was split. The merge may still fail.
     fn was_split(&mut self);
 }
 
 impl MergeableVma<'_> {
-    /// Splits the folio of `page`, which is mapped at `addr`, if it is a large one, after everything that can be
-    /// known to keep the page from being merged: `fits` says what else there is, and `splits` has the last
-    /// word (`E2BIG`).
+    /// Splits the folio of `page`, which is mapped at `addr`, if it is a large one.
     ///
-    /// A split cannot be undone, and khugepaged may take long to put the parts together again.
+    /// A split cannot be undone, and khugepaged may take long to collapse the parts again. So the split comes
+    /// after all checks that can tell that the merge would fail. `fits` is the one of the operation.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was split:
+    ///
+    /// * `EBUSY`: the page has another user, is not mapped at `addr`, or has a userfaultfd mark there. Or the
+    ///   kernel cannot split the folio.
+    /// * `E2BIG`: `splits` wants the huge page whole.
+    /// * The error of `fits`.
     fn make_small(
         &self,
         addr: usize,
@@ -60,14 +96,24 @@ impl MergeableVma<'_> {
         Ok(())
     }
 
-    /// Makes the page at `addr` the page of `node`, with `item` as the first place that maps it.
+    /// Makes the page at `addr` the KSM page of `node`, with `item` as its first listed mapping.
     ///
-    /// The page is split off its huge page if need be, write-protected, and left alone with
-    /// `EBUSY` if somebody else holds a reference on it (GUP, O_DIRECT) or has it locked, or if it is
-    /// not there any more; with `E2BIG` if it is part of a huge page that `splits` wants whole. Of a page that
-    /// is shared over a fork, see [`LockedPage::check_fork_sharing`] for `EMLINK` and `EBUSY`. When nobody can write
-    /// to it any more, it has to be what it `is_still` thought to be, or else the result is `EAGAIN`; a part of a
-    /// huge page is asked before that is split, too. Takes the folio lock and a page-table lock.
+    /// Splits the page off its huge page if need be, and write-protects it. `is_still` says whether the content
+    /// is what the caller takes it for. It is called when no user can write to the page any more, and for a
+    /// part of a huge page also before the split.
+    ///
+    /// Tries the folio lock, and takes page-table locks and the kernel's anon_vma lock under it. Opens an MMU
+    /// notifier section, so it may sleep.
+    ///
+    /// # Errors
+    ///
+    /// The page was left as it was, but it may be write-protected and no part of a huge page any more:
+    ///
+    /// * `EBUSY`: the page is locked, is not mapped at `addr` any more, has a userfaultfd mark, or has another
+    ///   user, such as O_DIRECT or any other holder of a GUP reference.
+    /// * `EAGAIN`: `is_still` returned false.
+    /// * `E2BIG`: it is part of a huge page that `splits` wants whole.
+    /// * `EMLINK` or `EBUSY`: it is shared over a fork, see [`LockedPage::check_fork_sharing`].
     pub(crate) fn make_ksm_page(
         &self,
         addr: usize,
@@ -83,6 +129,7 @@ impl MergeableVma<'_> {
         result
     }
 
+    /// Does the work of [`Self::make_ksm_page`], without the trace event.
     fn try_make_ksm_page(
         &self,
         addr: usize,
@@ -98,31 +145,40 @@ impl MergeableVma<'_> {
             false => Err(EAGAIN),
         };
         self.make_small(addr, &page, fits, splits)?;
-        // Asked before `write_protect` sees the page mapped here: at any time after that we may give it up, and
-        // the only mapping be a relative's.
+        // Check this before `write_protect` sees the page mapped here. After that, the process may give it up
+        // at any time, and the only mapping may be that of another process.
         let shared = page.check_fork_sharing(self, addr)?;
         self.write_protect(addr, &page)?;
-        // Who writes to it from here on gets a copy, as its lock is held. (The caller knew it by what was read
-        // some time ago.)
+        // A write from here on gets a copy, as the folio lock is held. So this comparison is final, unlike the
+        // one that the caller has made.
         if !is_still(&page) {
             return Err(EAGAIN);
         }
-        // SAFETY: `write_protect` found the page mapped here and left it mapped writable nowhere:
-        // it is either mapped here only, or shared by a fork that is over, and so write-protected
-        // everywhere, and known to be so by all CPUs.
+        // SAFETY: `write_protect` found a small anonymous page mapped here, and left it mapped writable nowhere.
+        // Either it is mapped here only, or a fork that is over write-protected it everywhere, and all CPUs
+        // have flushed what they knew.
         unsafe { node.set_page(&page, item, self, addr, shared) };
-        // What opts out from here on finds a KSM page, and unshares it.
+        // A process that opts out from here on finds a KSM page, and unshares it.
         let strays = shared && page.may_have_strays(self, addr);
         Ok(Published { shared, strays })
     }
 
-    /// Maps `kpage`, the page of `node`, at `addr` in place of `page`, if both have the same
-    /// content, and lists `item` with the node.
+    /// Maps `kpage`, the KSM page of `node`, at `addr` in place of `page`, and lists `item` with the node.
     ///
-    /// Nobody can reach `page` through this mapping from before the comparison to the end, as the entry
-    /// is cleared meanwhile; and `kpage` is write-protected wherever it is mapped. If they differ,
-    /// the entry is put back as it was, and the result is `EAGAIN`. Other errors are as in
-    /// [`Self::make_ksm_page`]. A part of a huge page is compared before that is split, too.
+    /// All bytes of both pages are compared while the entry is cleared. No CPU reaches `page` through it
+    /// meanwhile, and `kpage` is write-protected wherever it is mapped. A part of a huge page is compared
+    /// before the split as well.
+    ///
+    /// The caller holds the lock of `kpage`. Tries the folio lock of `page`, and takes page-table locks under
+    /// it. Opens an MMU notifier section, so it may sleep.
+    ///
+    /// # Errors
+    ///
+    /// The entry is as it was, but the page may be no part of a huge page any more:
+    ///
+    /// * `EAGAIN`: the pages differ.
+    /// * `EBUSY`: `kpage` is not the page of `node`; or as for [`Self::make_ksm_page`].
+    /// * `E2BIG`: it is part of a huge page that `splits` wants whole.
     pub(crate) fn replace_page(
         &self,
         addr: usize,
@@ -137,6 +193,7 @@ impl MergeableVma<'_> {
         result
     }
 
+    /// Does the work of [`Self::replace_page`], without the trace event.
     fn try_replace_page(
         &self,
         addr: usize,
@@ -162,16 +219,16 @@ impl MergeableVma<'_> {
             let _range = NotifierRange::start(self.mm(), addr);
             let mut pte = PteLock::new(self, addr).ok_or(EBUSY)?;
             let entry = pte.clear_unless(&page, || page.differs_from(kpage))?;
-            // SAFETY: both folios are locked and kept by references of ours. The entry mapped
-            // `page` until we cleared it under the lock that is held, so the mapping's reference
-            // and rmap of `page` are ours to drop; those of `kpage` are taken before the entry
-            // shows it.
+            // SAFETY: References of ours keep both folios, and both are locked. One operation at a time:
+            // `kpage` gets its reference and its rmap before the entry shows it, under the lock of the entry.
+            // The new entry is made of values and of the VMA, which is stable by its type. The entry mapped
+            // `page` until it was cleared under the lock that is held, so the rmap and the reference of that
+            // mapping are ours to drop. Without the mapping, the swap cache may drop a folio that is locked.
             unsafe {
                 ffi::rksm_folio_get(kpage.folio());
                 ffi::rksm_page_add_rmap(kpage.as_ptr(), self.as_ptr(), addr);
-                // Its last owner may have given it up (MADV_FREE), and reclaim would free it
-                // under us: not now that somebody wants it. From two mappings on it cannot be
-                // given up, and until then its lock, which we hold, is needed for that.
+                // The last process that mapped it may have given it up (MADV_FREE), and reclaim would free
+                // it. With two mappings it cannot be given up, and until then that takes the folio lock.
                 ffi::rksm_folio_keep_dirty(kpage.folio());
                 pte.set(ffi::rksm_mk_shared_pte(
                     kpage.as_ptr(),
@@ -186,10 +243,16 @@ impl MergeableVma<'_> {
         node.add_rmap_item(kpage, item, self, addr)
     }
 
-    /// Maps the kernel's zero page at `addr` in place of `page`, if that is all zeroes; with the mark that
-    /// tells such a zero page from others. Counts it with the address space and overall.
+    /// Maps the kernel's zero page at `addr` in place of `page`, if that is all zeroes.
     ///
-    /// Locks and errors are as in [`Self::replace_page`].
+    /// The entry gets the mark of a KSM-placed zero page, and is counted for the address space and for the
+    /// system: `ksm_zero_pages`. There is no rmap item, as the zero page is never reclaimed nor migrated.
+    ///
+    /// Locks and contexts are those of [`Self::replace_page`].
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if a byte is not zero; `EBUSY` and `E2BIG` as for [`Self::replace_page`].
     pub(crate) fn replace_with_zero_page(
         &self,
         addr: usize,
@@ -201,6 +264,7 @@ impl MergeableVma<'_> {
         result
     }
 
+    /// Does the work of [`Self::replace_with_zero_page`], without the trace event.
     fn try_replace_with_zero_page(
         &self,
         addr: usize,
@@ -219,10 +283,11 @@ impl MergeableVma<'_> {
         let _range = NotifierRange::start(self.mm(), addr);
         let mut pte = PteLock::new(self, addr).ok_or(EBUSY)?;
         let entry = pte.clear_unless(&page, || !page.is_zero())?;
-        // SAFETY: the folio is locked and kept by a reference of ours. The entry mapped `page` until we
-        // cleared it under the lock that is held, so the mapping's reference and rmap of `page` are
-        // ours to drop. The zero page is neither counted nor ever freed. That the address space has
-        // it is counted before the lock is given up, and so before anybody can unmap it.
+        // SAFETY: A reference of ours keeps the folio, which is locked. One operation at a time: the zero page
+        // has neither rmap nor references to take, and is never freed. The mm is kept, and its counters change
+        // before the lock is released, so before another task can unmap the zero page and count it off. The
+        // entry mapped `page` until it was cleared under the lock that is held, so the rmap and the reference
+        // of that mapping are ours to drop. Without the mapping, the swap cache may drop a folio that is locked.
         unsafe {
             pte.set(ffi::rksm_mk_zero_pte(self.as_ptr(), addr, entry));
             ffi::rksm_mm_count_zero_page(self.mm().as_raw());
@@ -233,16 +298,23 @@ impl MergeableVma<'_> {
         Ok(())
     }
 
-    /// Write-protects the page at `addr`, and checks that nobody can still write to it by another way.
+    /// Write-protects the page at `addr`, and checks that no other user can still write to it.
     ///
-    /// The order of the checks is that of `write_protect_page()` in mm/ksm.c, and so are the reasons.
+    /// The order of the checks is that of `write_protect_page()` in mm/ksm.c, and so are the reasons. The dirty
+    /// bit moves from the entry to the folio, or reclaim would take the page for a clean one.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if the page is part of a large folio, is not mapped at `addr`, has a userfaultfd mark or another
+    /// user. The entry is as it was.
     fn write_protect(&self, addr: usize, page: &LockedPage) -> Result {
         if page.is_large() {
             return Err(EBUSY);
         }
         let _range = NotifierRange::start(self.mm(), addr);
         let mut pte = PteLock::new(self, addr).ok_or(EBUSY)?;
-        // SAFETY: looks at the page that we keep, and at a counter of the mm.
+        // SAFETY: The first call looks at a flag of the page, which we keep. The second one looks at a counter of
+        // the mm, which the type of `self` keeps.
         let (exclusive, flushing) = unsafe {
             (
                 ffi::rksm_page_anon_exclusive(page.as_ptr()),
@@ -253,7 +325,8 @@ impl MergeableVma<'_> {
             return Ok(());
         }
         let entry = pte.clear_mergeable(page)?;
-        // SAFETY: the entry is cleared and flushed, as trying to share demands.
+        // SAFETY: The page is anonymous and exclusive, its folio is locked, and its entry is cleared and
+        // flushed, as trying to share demands.
         let cannot_share = || unsafe { ffi::rksm_page_try_share(page.as_ptr()) } != 0;
         // Trying to share changes the page, so it comes last.
         let busy = page.is_held_by_others() || (exclusive && cannot_share());
@@ -262,18 +335,22 @@ impl MergeableVma<'_> {
             return Err(EBUSY);
         }
         if pte.is_dirty(entry) {
-            // SAFETY: the folio is locked and kept.
+            // SAFETY: The folio is locked and kept.
             unsafe { ffi::rksm_folio_set_dirty(page.folio()) };
         }
-        // SAFETY: looks at a value only.
+        // SAFETY: The callee makes a value of a value.
         pte.set(unsafe { ffi::rksm_pte_clean_wrprotect(entry) });
         Ok(())
     }
 }
 
 /// Locks a page that can be merged.
+///
+/// # Errors
+///
+/// `EBUSY` if the folio is locked, or if it is not anonymous, already a KSM page, or broken memory.
 fn lock_plain(page: PageRef) -> Result<LockedPage> {
-    // Do not wait: whoever has the lock is busy with the page, and there are other pages.
+    // Do not wait: another task works on the page, and there are other pages to merge.
     let page = page.try_lock().map_err(|_| EBUSY)?;
     if !page.is_plain_anon() || page.is_poisoned() {
         return Err(EBUSY);

@@ -1,29 +1,47 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Processes that share a page over a fork.
+//!
+//! A page that becomes a KSM page stays mapped in every process that has it by a fork, but only the process
+//! that the scan is at gets an rmap item. `rmap_walk_ksm()` goes through all VMAs of the item's `anon_vma`
+//! and looks at the item's address. So it finds the mappings of fork-shared mappers as well, as long as these
+//! have the page at the same address.
+//!
+//! Each of them has to be registered, in a mergeable VMA: then the scan comes by there, lists the mapping,
+//! and `MADV_UNMERGEABLE` finds it. A page with any other mapper is not merged.
 
 use super::{ffi, folio::LockedPage, vma::MergeableVma};
 use kernel::{error::to_result, prelude::*};
 
-/// How many VMAs are looked at for those that share a page by fork, before it is left alone. As many
-/// again are walked whenever the kernel moves or reclaims such a page; but it does not do so for each of a
-/// scan.
+/// The most VMAs that a check of fork sharing looks at. A page with more is left alone.
+///
+/// The kernel walks as many whenever it moves or reclaims such a page, but a scan does so for every page.
 const MAX_RELATIVES: core::ffi::c_int = 1024;
 
 impl LockedPage {
-    /// Checks that nobody shares the page, which `vma` maps at `addr`, over a fork by whom it could not
-    /// be found once it is merged. Of a page that is not one of its own yet, a process that maps any part of
-    /// the folio counts: it would lose its huge page. Takes the kernel's anon_vma lock, and page-table locks.
+    /// Checks that all mappings of the page can be found after it became a KSM page.
     ///
-    /// Returns whether relatives share it. If not, and `vma` still maps the page, nobody else does, nor will as
-    /// long as the mmap lock is held: who gave the page up cannot get it back.
+    /// `vma` maps the page at `addr`. Returns whether other processes share it over a fork. If not, and `vma`
+    /// still maps it, no other process maps it as long as `mmap_lock` is held: a process that gave the page up
+    /// cannot get it back.
     ///
-    /// Returns `EMLINK` if it is mapped, or may be swapped in, where nobody is looking for pages to merge,
-    /// or at another address; `EBUSY` if that, or the fork itself, may be over in a moment.
+    /// If the page is part of a large folio, processes that map any part of that count: a split would take
+    /// their huge page away.
+    ///
+    /// Takes the kernel's anon_vma lock, and page-table locks under it. Only tries the `mmap_lock` of the
+    /// other processes.
+    ///
+    /// # Errors
+    ///
+    /// * `EMLINK`: the page is mapped at another address or in a process or VMA that is not registered, or a
+    ///   swap entry for it exists; or it has more than [`MAX_RELATIVES`] VMAs to look at.
+    /// * `EBUSY`: a fork is going on, the page is being written to swap, or the walk did not find all
+    ///   mappings. This may be over in a moment.
     pub(super) fn check_fork_sharing(&self, vma: &MergeableVma<'_>, addr: usize) -> Result<bool> {
         let (folio, mm) = (self.folio(), vma.mm().as_raw());
-        // SAFETY: the folio is an anonymous one, locked and kept, by the type invariants and our caller. `vma`
-        // mapped it under this hold of the mmap lock, so that its anon_vma, one of those of `vma`, stays.
+        // SAFETY: By the type invariants the folio is locked and kept, which is all that the tests and
+        // `rksm_folio_leave_swap` need. For the walk, it is an anonymous folio that `vma` mapped under this
+        // hold of `mmap_lock`, so its anon_vma is one of those of `vma`, which the lock keeps.
         unsafe {
             if self.is_large() {
                 if self.is_swapcache() {
@@ -36,7 +54,7 @@ impl LockedPage {
                 if ffi::rksm_page_anon_exclusive(self.as_ptr()) {
                     return Ok(false);
                 }
-                // What nobody will swap in any more is there as a spare only.
+                // Without swap entries, a copy in the swap cache is a spare: free it.
                 to_result(ffi::rksm_folio_leave_swap(folio))?;
                 if ffi::rksm_folio_mapcount(folio) == 1 {
                     return Ok(false);
@@ -52,12 +70,16 @@ impl LockedPage {
         Ok(true)
     }
 
-    /// Whether this KSM page, which `vma` maps at `addr`, is mapped by processes of which not all are certain to
-    /// have it in a mergeable VMA. Takes the kernel's anon_vma lock, and page-table locks.
+    /// Whether a mapping of this KSM page may be in a VMA that is not mergeable any more.
+    ///
+    /// `vma` maps the page at `addr`. A process can opt out between [`Self::check_fork_sharing`] and the moment
+    /// in which the page becomes a KSM page. `MADV_UNMERGEABLE` does not see a KSM page then.
+    ///
+    /// Takes the kernel's anon_vma lock, and page-table locks under it.
     pub(super) fn may_have_strays(&self, vma: &MergeableVma<'_>, addr: usize) -> bool {
         let (page, mm) = (self.as_ptr(), vma.mm().as_raw());
-        // SAFETY: The folio is locked, kept, and one of a stable node, by the type invariants and our caller.
-        // The mmap lock of `mm` is held by the type of `vma`.
+        // SAFETY: By the type invariants the folio is locked and kept. The caller made it the page of a stable
+        // node, whose items the walk reads under that lock. By its type, `vma` holds the `mmap_lock` of `mm`.
         unsafe { ffi::rksm_page_mapped_by_strangers(page, mm, addr, MAX_RELATIVES) != 0 }
     }
 }

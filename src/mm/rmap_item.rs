@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Rmap items, in the layout that the core kernel walks: see [`super::stable_node`].
+//!
+//! An rmap item stands for one mapping of a KSM page. It belongs to the engine's entry of that page, which has its
+//! address in place of a sample ([`ItemBox::into_word`]), and it is on the list of the stable node.
 
 use super::stable_node::{NodeId, NodePage, StableNode, WORD};
 use crate::{
@@ -18,6 +21,7 @@ use core::{
 };
 use kernel::{alloc::Flags, bindings, prelude::*};
 
+/// The size of `struct ksm_rmap_item`, in words.
 const ITEM_WORDS: usize = KSM_RMAP_ITEM_SIZE.div_ceil(WORD);
 
 // The generated offsets must make sense for the types that are accessed through them.
@@ -30,9 +34,15 @@ const _: () = {
     assert!(KSM_RMAP_ITEM_HLIST % WORD == 0 && KSM_RMAP_ITEM_ADDRESS % WORD == 0);
 };
 
-/// A place that maps a merged page: `struct ksm_rmap_item`, of which only `hlist`, `address`,
-/// `linear_page_index`, `anon_vma` and `mm` are used by the core kernel. What only the engine knows
-/// stands in the place of two pointers that in-tree KSM has for itself.
+/// A mapping of a KSM page: `struct ksm_rmap_item`.
+///
+/// The core kernel uses `hlist`, `address`, `linear_page_index`, `anon_vma` and `mm` of it. The engine's own part
+/// stands in the place of two pointers that in-tree KSM has for itself:
+///
+/// | member | here |
+/// | --- | --- |
+/// | `head` | the stable node on whose list the item is, or null |
+/// | `rmap_list` | 64 bits: beat and strikes in the high half, sample in the low half |
 #[repr(C, align(8))]
 pub(super) struct RmapItem {
     abi: UnsafeCell<[u64; ITEM_WORDS]>,
@@ -60,21 +70,22 @@ const _: () = {
 };
 
 impl RmapItem {
-    /// A pointer to the member at `offset` of the part that the core kernel knows.
+    /// Returns a pointer to the member at `offset` of the part that the core kernel knows.
     pub(super) fn member<T>(&self, offset: usize) -> *mut T {
         self.abi.get().cast::<u8>().wrapping_add(offset).cast()
     }
 
-    /// The node on whose list this item is. The node is not freed before it took the item off.
+    /// Returns the node on whose list this item is. The node is not freed before it took the item off.
     pub(super) fn node(&self) -> Option<NonNull<StableNode>> {
-        // SAFETY: a word of its own (checked above) that is null or was written by `set_node`, under
-        // the engine's mutex.
+        // SAFETY: The member is a word of its own (checked above), which is null or was written by `set_node`.
+        // Both run under the engine's mutex.
         NonNull::new(unsafe { self.member::<*mut StableNode>(KSM_RMAP_ITEM_HEAD).read() })
     }
 
+    /// Notes the node on whose list the item was put, or `None` if it was taken off.
     pub(super) fn set_node(&self, node: Option<NonNull<StableNode>>) {
         let node = node.map_or(ptr::null_mut(), NonNull::as_ptr);
-        // SAFETY: as in `node`.
+        // SAFETY: The member is a word of its own (checked above), which is only used under the engine's mutex.
         unsafe {
             self.member::<*mut StableNode>(KSM_RMAP_ITEM_HEAD)
                 .write(node)
@@ -83,7 +94,7 @@ impl RmapItem {
 
     /// What `set_merge_info` was given: beat, strikes and sample, from the highest bit down.
     fn merge_info(&self) -> u64 {
-        // SAFETY: a word of its own (checked above), written by `ItemBox::new` first.
+        // SAFETY: The member is a word of its own (checked above), which `ItemBox::new` initialises.
         unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).read() }
     }
 
@@ -92,43 +103,45 @@ impl RmapItem {
         let merge_info = u64::from(beat) << (u32::BITS + Strikes::BITS)
             | strikes.get() << u32::BITS
             | u64::from(sample.get());
-        // SAFETY: a word of its own (checked above), which nobody else reads at the same time: the engine
-        // is used under its mutex.
+        // SAFETY: The member is a word of its own (checked above), which is only used under the engine's mutex.
         unsafe {
             self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST)
                 .write(merge_info)
         };
     }
 
-    /// The sample of the page, which outlives the node.
+    /// Returns the sample of the page, which outlives the node.
     pub(super) fn sample(&self) -> Sample {
         Sample::from_raw(self.merge_info() as u32)
     }
 
-    /// The strikes that the page had when it was merged.
+    /// Returns the strikes that the page had when it was merged.
     pub(super) fn strikes(&self) -> Strikes {
         Strikes::from_raw(self.merge_info() >> u32::BITS)
     }
 
-    /// The beat in which the page was merged.
+    /// Returns the beat in which the page was merged.
     pub(super) fn beat(&self) -> u32 {
         (self.merge_info() >> (u32::BITS + Strikes::BITS)) as u32
     }
 
+    /// Returns the link in the list of the node.
     pub(super) fn hlist(&self) -> *mut bindings::hlist_node {
         self.member(KSM_RMAP_ITEM_HLIST)
     }
 
+    /// Returns the anon_vma whose tree has the VMA of the mapping. The item has a reference while it is listed.
     pub(super) fn anon_vma(&self) -> *mut bindings::anon_vma {
-        // SAFETY: the member lies within `abi`, and is written by `StableNode::link` only.
+        // SAFETY: The member lies within `abi` (checked above), and only `StableNode::link` writes it.
         unsafe {
             self.member::<*mut bindings::anon_vma>(KSM_RMAP_ITEM_ANON_VMA)
                 .read()
         }
     }
 
+    /// Returns the address space of the mapping. Its registration keeps it, not the item.
     pub(super) fn mm(&self) -> *mut bindings::mm_struct {
-        // SAFETY: the member lies within `abi`, and is written by `StableNode::link` only.
+        // SAFETY: The member lies within `abi` (checked above), and only `StableNode::link` writes it.
         unsafe {
             self.member::<*mut bindings::mm_struct>(KSM_RMAP_ITEM_MM)
                 .read()
@@ -136,36 +149,42 @@ impl RmapItem {
     }
 }
 
-/// What became of an item that was to be taken off its node.
+/// The result of [`ItemBox::detach`].
 pub(crate) enum Unlinked {
-    /// It was on no list.
+    /// The item was on no list.
     NotLinked,
-    /// It was taken off the node with this key, which has so many items left.
+    /// The item was taken off the list of the node with this key, which has this many items left.
     Done(StableKey, usize),
-    /// Nothing was done: the node with this key is stale and must be released, which takes off all
-    /// its items.
+    /// Nothing was done: the node with this key is stale. Release it, which takes off all its items.
     StaleNode(StableKey),
-    /// Nothing was done: another task has the page locked.
+    /// Nothing was done: another task has the page locked. Try again later.
     Busy,
 }
 
 /// An owned rmap item.
+///
+/// The memory must not be freed while the item is on a list. A drop in that case leaks it, and says so in the
+/// kernel log.
 ///
 /// # Invariants
 ///
 /// The item is on the list of `node`, or on none when that is `None`.
 pub(crate) struct ItemBox(pub(super) ManuallyDrop<KBox<RmapItem>>);
 
-// SAFETY: items are used under the engine's mutex only, by whichever task holds it. What the core
-// kernel reads of them is protected by the folio lock.
+// SAFETY: An item is used under the engine's mutex only, by the task that holds it. The folio lock protects what
+// the core kernel reads of it.
 unsafe impl Send for ItemBox {}
 
 impl ItemBox {
-    /// What one item takes, in bytes.
+    /// The memory that an item takes, in bytes.
     pub(crate) const SIZE: usize = size_of::<RmapItem>();
 
-    /// An item that is on no list, for a page with this sample that is merged in this beat (see
+    /// Makes an item that is on no list, for a page with this sample that is merged in this beat (see
     /// [`Clock`](crate::ksm::probation::Clock)).
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory, or `flags` charge a memory cgroup that is at its limit.
     pub(crate) fn new(sample: Sample, beat: u32, flags: Flags) -> Result<Self> {
         let item = RmapItem {
             abi: UnsafeCell::new([0; ITEM_WORDS]),
@@ -180,113 +199,118 @@ impl ItemBox {
             .set_merge_info(self.0.beat(), strikes, self.0.sample());
     }
 
-    /// How many places are known to map the page of the item's node.
+    /// Returns how many mappings of the page are listed with the item's node; 0 if it is on no list.
     pub(crate) fn mappings(&self) -> usize {
         let Some(node) = self.0.node() else {
             return 0;
         };
-        // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
-        // before it took off all its items.
+        // SAFETY: By the type invariant the item is on the node's list, and a node is not freed before it took
+        // off all its items.
         unsafe { node.as_ref() }.items.get()
     }
 
-    /// Takes the item off its node, unless another task has the page locked.
+    /// Takes the item off the list of its node.
+    ///
+    /// That needs the lock of the node's folio, which this only tries. Does not sleep.
     pub(crate) fn detach(&mut self) -> Unlinked {
         let Some(node) = self.0.node() else {
             return Unlinked::NotLinked;
         };
-        // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
-        // before it took off all its items.
+        // SAFETY: By the type invariant the item is on the node's list, and a node is not freed before it took
+        // off all its items.
         let node = unsafe { node.as_ref() };
         let key = node.key.get();
         match node.locked_page() {
             NodePage::Gone => Unlinked::StaleNode(key),
             NodePage::Busy => Unlinked::Busy,
             NodePage::Locked(_page) => {
-                // SAFETY: `_page` is the node's page and locked.
+                // SAFETY: `_page` is the node's page, and locked until the end of this block. By the type
+                // invariant the item is on the node's list.
                 unsafe { node.unlink(&self.0) };
                 Unlinked::Done(key, node.items.get())
             }
         }
     }
 
-    /// Where it is. Only good for showing.
+    /// Returns the address of the item, for trace events.
     pub(super) fn as_ptr(&self) -> *const core::ffi::c_void {
         (&raw const **self.0).cast()
     }
 
-    /// Moves the box's memory into one word, to be given back to [`ItemBox::from_word`].
+    /// Turns the box into one word, which [`ItemBox::from_word`] turns back. Its low three bits are zero.
     pub(super) fn into_word(self) -> NonNull<u8> {
         let mut this = ManuallyDrop::new(self);
-        // SAFETY: `this` is not used or dropped afterwards.
+        // SAFETY: `this` is neither used nor dropped afterwards.
         let item = KBox::into_raw(unsafe { ManuallyDrop::take(&mut this.0) });
-        // SAFETY: a box is not null.
+        // SAFETY: The pointer of a box is not null.
         unsafe { NonNull::new_unchecked(item.cast()) }
     }
 
+    /// Turns a word back into the box.
+    ///
     /// # Safety
     ///
     /// `word` came from [`ItemBox::into_word`] and is used once.
     pub(super) unsafe fn from_word(word: NonNull<u8>) -> Self {
-        // SAFETY: `into_word` gave up the box that this pointer is.
+        // SAFETY: By the caller's promise `into_word` made the pointer of a box, and no other box owns it.
         Self(ManuallyDrop::new(unsafe {
             KBox::from_raw(word.as_ptr().cast())
         }))
     }
 
-    /// The identity of the node that the item in `word` is listed with.
+    /// Returns the identity of the node that the item in `word` is listed with.
     ///
     /// # Safety
     ///
     /// `word` came from [`ItemBox::into_word`] and was not given back yet.
     pub(super) unsafe fn node_id_in(word: NonNull<u8>) -> Option<NodeId> {
-        // SAFETY: the item is alive by the caller's promise.
+        // SAFETY: By the caller's promise the item is alive.
         let item = unsafe { word.cast::<RmapItem>().as_ref() };
         item.node()
             .and_then(|node| NodeId::new(node.as_ptr() as usize))
     }
 
-    /// The key of the node that the item in `word` is listed with, and how many places are known to map the page of that.
+    /// Returns the key of the node that the item in `word` is listed with, and how many items that node has.
     ///
     /// # Safety
     ///
     /// As for [`ItemBox::node_id_in`].
     pub(super) unsafe fn node_in(word: NonNull<u8>) -> Option<(StableKey, usize)> {
-        // SAFETY: the item is alive by the caller's promise.
+        // SAFETY: By the caller's promise the item is alive.
         let node = unsafe { word.cast::<RmapItem>().as_ref() }.node()?;
-        // SAFETY: by the type invariant the item is on the node's list, and a node is not freed
-        // before it took off all its items.
+        // SAFETY: By the type invariant the item is on the node's list, and a node is not freed before it took
+        // off all its items.
         let node = unsafe { node.as_ref() };
         Some((node.key.get(), node.items.get()))
     }
 
-    /// The sample that the item in `word` was made with.
+    /// Returns the sample of the page of the item in `word`.
     ///
     /// # Safety
     ///
     /// As for [`ItemBox::node_id_in`].
     pub(super) unsafe fn sample_in(word: NonNull<u8>) -> Sample {
-        // SAFETY: the item is alive by the caller's promise.
+        // SAFETY: By the caller's promise the item is alive.
         unsafe { word.cast::<RmapItem>().as_ref() }.sample()
     }
 
-    /// The beat that the item in `word` was made in.
+    /// Returns the beat in which the page of the item in `word` was merged.
     ///
     /// # Safety
     ///
     /// As for [`ItemBox::node_id_in`].
     pub(super) unsafe fn beat_in(word: NonNull<u8>) -> u32 {
-        // SAFETY: the item is alive by the caller's promise.
+        // SAFETY: By the caller's promise the item is alive.
         unsafe { word.cast::<RmapItem>().as_ref() }.beat()
     }
 
-    /// The strikes of the page of the item in `word`.
+    /// Returns the strikes of the page of the item in `word`.
     ///
     /// # Safety
     ///
     /// As for [`ItemBox::node_id_in`].
     pub(super) unsafe fn strikes_in(word: NonNull<u8>) -> Strikes {
-        // SAFETY: the item is alive by the caller's promise.
+        // SAFETY: By the caller's promise the item is alive.
         unsafe { word.cast::<RmapItem>().as_ref() }.strikes()
     }
 }
@@ -294,11 +318,11 @@ impl ItemBox {
 impl Drop for ItemBox {
     fn drop(&mut self) {
         if self.0.node().is_some() {
-            // The core kernel still finds the item on its node's list.
+            // The core kernel still finds the item on the list of its node, so leak it.
             pr_err!("an rmap item in use was dropped; its memory is lost\n");
             return;
         }
-        // SAFETY: dropped here only, once, and the item is on no list.
+        // SAFETY: The box is dropped here only, once, and the item is on no list.
         unsafe { ManuallyDrop::drop(&mut self.0) };
     }
 }

@@ -2,15 +2,25 @@
 
 //! Stable nodes and rmap items, in the layout that the core kernel walks.
 //!
-//! A merged page is a KSM folio whose `mapping` points at a [`NodeBox`]'s memory; the node's
-//! `hlist` holds one [`ItemBox`] for each place that is known to map the page. `rmap_walk_ksm()`,
-//! `collect_procs_ksm()` and `folio_migrate_ksm()` read both, under the folio lock. So:
+//! A merged page is a KSM folio whose `mapping` points at a [`NodeBox`]'s memory. The node's `hlist` holds one
+//! [`ItemBox`] for each mapping of the page that the engine knows. `rmap_walk_ksm()`, `collect_procs_ksm()` and
+//! `folio_migrate_ksm()` read both, under the folio lock. So:
 //!
-//! * a node's `hlist` changes only under the lock of its folio, or when no folio points at the
-//!   node any more;
-//! * a node is freed only when no folio points at it any more;
-//! * the node holds no reference on its folio ("keyhole"): it is stale once the folio at `kpfn` no
-//!   longer points back at it. Migration updates `kpfn` under the folio lock.
+//! * The `hlist` of a node changes only under the lock of its folio, or when no folio points at the node.
+//! * A node is freed only when no folio points at it.
+//! * A node holds no reference on its folio, or the folio could never be freed. It is stale once the folio at
+//!   `kpfn` no longer points back at it. Migration updates `kpfn` under the folio lock.
+//!
+//! The life of a node:
+//!
+//! ```text
+//! NodeBox::new()                 no folio points at it
+//!   make_ksm_page()              a folio points at it; one item
+//!     replace_page()             one more item for each further mapping
+//!     ItemBox::detach()          one item less, under the folio lock
+//!   the last mapping goes        the kernel frees the folio: the node is stale
+//! NodeBox::release()             takes off the items that are left, and frees it
+//! ```
 //!
 //! All nodes and items of an engine are used under that engine's mutex only. Neither type is
 //! `Sync`, which keeps them there.
@@ -32,33 +42,35 @@ use core::{
 };
 use kernel::{alloc::Flags, bindings, prelude::*};
 
-/// Which stable node a KSM page belongs to. Only good for comparing: a node may be gone by the time
-/// its identity is looked at.
+/// The identity of a stable node: its address, which is what a KSM page shows.
+///
+/// It can only be compared. The node may be freed by the time its identity is looked at, and a new one may have
+/// the same address.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NodeId(NonZeroUsize);
 
 impl NodeId {
-    /// The identity of the node at `addr`, if there is one.
+    /// The identity of the node at `addr`; `None` for zero.
     pub(super) fn new(addr: usize) -> Option<Self> {
         NonZeroUsize::new(addr).map(Self)
     }
 
-    /// The identity that the `mapping` of a KSM folio shows.
+    /// The identity that the `mapping` of a KSM folio shows; `None` if that folio has no node.
     pub(super) fn of_mapping(mapping: usize) -> Option<Self> {
         Self::new(mapping & !MAPPING_FLAGS)
     }
 
-    /// The identity as a number that is not zero, and even.
+    /// Returns the identity as a number that is even, and not zero.
     pub(super) fn get(self) -> usize {
         self.0.get()
     }
 
-    /// The key of the node.
+    /// Returns the key of the node.
     ///
     /// # Safety
     ///
-    /// A folio points at the node, and cannot leave it while this runs: its lock is held. The node
-    /// is one of this module: no in-tree node exists while the module is loaded, see `intree`.
+    /// A folio points at the node, and the caller holds its lock, so the node is not freed. The node is one of
+    /// this module: no in-tree node exists while the module is loaded, see [`crate::intree`].
     pub(super) unsafe fn key(self) -> StableKey {
         // SAFETY: By the caller's promise this is the address of a node of ours, which is not freed.
         let node = unsafe { &*(self.0.get() as *const StableNode) };
@@ -66,7 +78,9 @@ impl NodeId {
     }
 }
 
+/// The size of a word of the two structures, in bytes.
 pub(super) const WORD: usize = size_of::<u64>();
+/// The size of `struct ksm_stable_node`, in words.
 const NODE_WORDS: usize = KSM_STABLE_NODE_SIZE.div_ceil(WORD);
 
 // The generated offsets must make sense for the types that are accessed through them, and the low
@@ -78,25 +92,31 @@ const _: () = {
     assert!(align_of::<StableNode>() >= 8);
 };
 
-/// A stable node: `struct ksm_stable_node`, of which only `hlist` and `kpfn` are used by the core kernel.
-/// What only the engine knows stands where in-tree KSM has its tree links.
+/// A stable node: `struct ksm_stable_node`.
+///
+/// The core kernel uses only `hlist` and `kpfn` of it. The part that only the engine knows stands where in-tree
+/// KSM has its tree links. The offsets of the members come from the BTF of the kernel.
+///
+/// # Invariants
+///
+/// The memory begins with the part that only the engine knows. `hlist` is a list of [`ItemBox`]es.
 #[repr(C, align(8))]
 pub(super) struct StableNode {
     abi: UnsafeCell<[u64; NODE_WORDS]>,
 }
 
-/// What only the engine knows of a node.
+/// The part of a node that only the engine knows. It is used under the engine's mutex.
 pub(super) struct NodePrivate {
     pub(super) key: Cell<StableKey>,
-    /// How many items are on `hlist`.
+    /// How many rmap items are on `hlist`.
     pub(super) items: Cell<usize>,
-    /// Whether a folio may point at this node.
+    /// Whether a folio may point at this node. If not, `kpfn` means nothing.
     published: Cell<bool>,
-    /// Whether a page with the same sample had other content.
+    /// Whether a page with the same sample had other content, so that the sample alone says nothing.
     ambiguous: Cell<bool>,
-    /// Whether the page is known to be on another memory node than the key says.
+    /// Whether the page is known to be on another NUMA node than the key says.
     nid_changed: Cell<bool>,
-    /// The memory node that the page was on when it was looked at last.
+    /// The NUMA node that the page was on when it was looked at last.
     nid: Cell<u32>,
 }
 
@@ -111,66 +131,72 @@ impl core::ops::Deref for StableNode {
 
     #[inline(always)]
     fn deref(&self) -> &NodePrivate {
-        // SAFETY: `NodeBox::new` puts it at the start, where there is room for it before the members
+        // SAFETY: By the type invariant it stands at the start, where there is room for it before the members
         // that the core kernel uses (checked above). It is changed through cells only.
         unsafe { &*self.abi.get().cast() }
     }
 }
 
 impl StableNode {
-    /// A pointer to the member at `offset` of the part that the core kernel knows.
+    /// Returns a pointer to the member at `offset` of the part that the core kernel knows.
     fn member<T>(&self, offset: usize) -> *mut T {
         self.abi.get().cast::<u8>().wrapping_add(offset).cast()
     }
 
+    /// Returns the head of the list of items. The lock of the folio protects it, see the module's documentation.
     fn hlist(&self) -> *mut bindings::hlist_head {
         self.member(KSM_STABLE_NODE_HLIST)
     }
 
+    /// Reads the page frame number of the node's folio, which migration may change at any time.
     fn kpfn(&self) -> usize {
-        // SAFETY: the member lies within `abi` (checked above); `folio_migrate_ksm()` may write it
-        // at the same time, as one word.
+        // SAFETY: The member lies within `abi` (checked above). `folio_migrate_ksm()` may write it at the same
+        // time, as one word.
         unsafe { self.member::<usize>(KSM_STABLE_NODE_KPFN).read_volatile() }
     }
 
+    /// Sets the page frame number, before a folio points at the node.
     fn set_kpfn(&self, pfn: usize) {
-        // SAFETY: as in `kpfn`.
+        // SAFETY: The member lies within `abi` (checked above), and is one aligned word.
         unsafe {
             self.member::<usize>(KSM_STABLE_NODE_KPFN)
                 .write_volatile(pfn)
         }
     }
 
+    /// Returns the address of the node, which is its identity.
     fn as_addr(&self) -> usize {
         ptr::from_ref(self) as usize
     }
 
-    /// Whether `folio` points at this node.
+    /// Whether `folio` points at this node. The answer holds while the folio is locked.
     ///
     /// # Safety
     ///
-    /// `folio` is in the memory map (it need not be referenced).
+    /// `folio` is in the memory map. It need not be referenced.
     unsafe fn is_node_of(&self, folio: *mut bindings::folio) -> bool {
-        // SAFETY: the memory map can be read at any time; the answer may be outdated.
+        // SAFETY: The memory map can be read without a reference. The answer may be outdated.
         unsafe { super::folio::node_id_of(folio) }.is_some_and(|id| id.0.get() == self.as_addr())
     }
 
-    /// Peeps through the keyhole: the node's page with a reference, or `None` when it is stale.
+    /// Returns the node's page with a reference, or `None` if the node is stale.
     ///
-    /// The order of the checks is that of `ksm_get_folio()` in mm/ksm.c, and so are the reasons.
+    /// The node has no reference of its own, so the folio may be freed, and used for something else, at any time
+    /// until this takes one. The order of the checks is that of `ksm_get_folio()` in mm/ksm.c, and so are the
+    /// reasons. Does not sleep.
     fn page(&self) -> Option<PageRef> {
         if !self.published.get() {
             return None;
         }
         loop {
             let kpfn = self.kpfn();
-            // SAFETY: returns null for a pfn that is not in an online section. That the section stays
-            // in the memory map while it is looked at, without the lock of memory hotplug, is what
-            // `crate::sys::memory_notifier` is about: the engine frees this node under its mutex, which our caller
-            // holds, before the kernel goes on to take away the section of `kpfn`.
+            // SAFETY: The call returns null for a pfn that is not in an online section. The section stays in
+            // the memory map meanwhile, without the lock of memory hotplug: the kernel tells
+            // `crate::sys::memory_notifier` before it takes a section away, and then waits for the engine to free
+            // the nodes there, under the mutex that our caller holds.
             let folio = unsafe { ffi::rksm_pfn_folio(kpfn) };
             if let Some(folio) = NonNull::new(folio) {
-                // SAFETY: `folio` is in the memory map.
+                // SAFETY: The folio of an online pfn is in the memory map, and stays there as said above.
                 if let Some(page) = unsafe { self.try_get(folio.as_ptr()) } {
                     return Some(page);
                 }
@@ -184,32 +210,36 @@ impl StableNode {
         }
     }
 
+    /// Takes a reference on `folio`, if it is the one of this node.
+    ///
     /// # Safety
     ///
     /// `folio` is in the memory map.
     unsafe fn try_get(&self, folio: *mut bindings::folio) -> Option<PageRef> {
-        // SAFETY: `folio` is in the memory map.
+        // SAFETY: By the caller's promise `folio` is in the memory map.
         if !unsafe { self.is_node_of(folio) } {
             return None;
         }
-        // SAFETY: taking a reference on a folio that may be free fails and does no harm.
+        // SAFETY: By the caller's promise `folio` is in the memory map. If it is free, this fails.
         while !unsafe { ffi::rksm_folio_try_get(folio) } {
             // The count is zero: free or about to be, or frozen for a moment by migration, which
             // only happens to a folio in the swap cache.
-            // SAFETY: `folio` is in the memory map.
+            // SAFETY: By the caller's promise `folio` is in the memory map.
             if !unsafe { ffi::rksm_folio_test_swapcache(folio) } {
                 return None;
             }
             core::hint::spin_loop();
         }
-        // A KSM folio is small: the folio is its only page.
-        // SAFETY: not null, and the reference was just taken.
+        // SAFETY: A KSM folio is small, so the folio is its only page, and it is not null. `from_raw` takes over
+        // the reference that was taken above.
         let page = unsafe { PageRef::from_raw(NonNull::new_unchecked(folio.cast())) };
-        // SAFETY: `page` keeps the folio.
+        // SAFETY: `page` keeps the folio, so it is in the memory map.
         unsafe { self.is_node_of(folio) }.then_some(page)
     }
 
-    /// Like [`Self::page`], with the folio lock held, under which the folio cannot leave the node.
+    /// Returns the node's page, locked. Under that lock the folio cannot leave the node.
+    ///
+    /// Only tries the lock, and does not sleep.
     pub(super) fn locked_page(&self) -> NodePage {
         loop {
             let Some(page) = self.page() else {
@@ -224,19 +254,21 @@ impl StableNode {
             {
                 return NodePage::Locked(page);
             }
-            // Migrated before we had the lock, or gone: look again.
+            // The folio was migrated before it was locked, or it is gone: look again.
         }
     }
 
+    /// Takes `item` off the node's list, and drops its reference on the anon_vma.
+    ///
     /// # Safety
     ///
     /// The caller holds the lock of this node's folio, or no folio points at the node any more.
     /// `item` is on this node's list.
     pub(super) unsafe fn unlink(&self, item: &RmapItem) {
-        // SAFETY: the item is on our list, which the caller's lock protects.
+        // SAFETY: By the caller's promise the item is on our list, and no rmap walk looks at that.
         unsafe { ffi::rksm_hlist_del(item.hlist()) };
-        // SAFETY: the reference was taken in `link` and the pointer not changed since; `mm` is kept
-        // by its registration until all items of it are dropped.
+        // SAFETY: `link` stored the anon_vma together with a reference, which is dropped here, once. The
+        // registration keeps the mm until all its items are dropped, and only the engine writes the counter.
         unsafe {
             ffi::rksm_put_anon_vma(item.anon_vma());
             ffi::rksm_mm_add_merging(item.mm(), -1);
@@ -245,6 +277,8 @@ impl StableNode {
         self.items.set(self.items.get().saturating_sub(1));
     }
 
+    /// Puts `item` on the node's list, as the mapping of the page at `addr` in `vma`.
+    ///
     /// # Safety
     ///
     /// The caller holds the lock of this node's folio, and hands over a reference to `anon_vma`, whose tree
@@ -257,8 +291,9 @@ impl StableNode {
         addr: usize,
     ) {
         let page_addr = addr & !(kernel::page::PAGE_SIZE - 1);
-        // SAFETY: `vma` is stable under the mmap lock its type stands for; the item's members lie within it
-        // and nobody else reads them before it is on the list.
+        // SAFETY: The members lie within the item (checked in its module), and no rmap walk reads them before
+        // the item is on the list. By its type, `vma` is stable and its mm is kept. The item is on no list, and
+        // the caller's lock protects this one. Only the engine writes the counter of the mm.
         unsafe {
             item.member::<*mut bindings::anon_vma>(KSM_RMAP_ITEM_ANON_VMA)
                 .write(anon_vma);
@@ -275,32 +310,39 @@ impl StableNode {
     }
 }
 
-/// The page of a node.
+/// The page of a node, if it can be locked.
 pub(crate) enum NodePage {
-    /// It belongs to the node no more: the node is stale.
+    /// No page belongs to the node any more: it is stale.
     Gone,
-    /// Another task has it locked: try again later.
+    /// Another task has the page locked. Try again later.
     Busy,
-    /// Locked, so it stays the node's.
+    /// The page is locked, and so stays the page of the node.
     Locked(LockedPage),
 }
 
 /// An owned stable node.
+///
+/// The memory must not be freed while a folio points at it. So [`Self::release`] is the way to free a node: it
+/// fails if the folio is still there. A drop in that case leaks the memory, and says so in the kernel log.
 ///
 /// # Invariants
 ///
 /// A folio points at the node only while the node is `published`.
 pub(crate) struct NodeBox(ManuallyDrop<KBox<StableNode>>);
 
-// SAFETY: nodes are used under the engine's mutex only, by whichever task holds it. What the core
-// kernel reads of them is protected by the folio lock.
+// SAFETY: A node is used under the engine's mutex only, by the task that holds it. The folio lock protects what
+// the core kernel reads of it.
 unsafe impl Send for NodeBox {}
 
 impl NodeBox {
-    /// What one node takes, in bytes.
+    /// The memory that a node takes, in bytes.
     pub(crate) const SIZE: usize = size_of::<StableNode>();
 
-    /// A node that no page belongs to yet.
+    /// Makes a node that no page belongs to yet.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory.
     pub(crate) fn new(key: StableKey, flags: Flags) -> Result<Self> {
         let node = StableNode {
             abi: UnsafeCell::new([0; NODE_WORDS]),
@@ -313,40 +355,40 @@ impl NodeBox {
             nid_changed: Cell::new(false),
             nid: Cell::new(0),
         };
-        // SAFETY: there is room for it, see `deref`.
+        // SAFETY: There is room for it at the start of `abi`, which is aligned for it (checked above).
         unsafe { node.abi.get().cast::<NodePrivate>().write(own) };
         Ok(Self(ManuallyDrop::new(KBox::new(node, flags)?)))
     }
 
-    /// The identity that the node's page shows.
+    /// Returns the identity that the node's page shows.
     pub(crate) fn id(&self) -> Option<NodeId> {
         NodeId::new(self.0.as_addr())
     }
 
-    /// Sets the key under which the node is in the index.
+    /// Sets the key under which the node is in the index. The caller keeps both the same.
     pub(crate) fn set_key(&self, key: StableKey) {
         self.0.key.set(key);
     }
 
-    /// Whether the sample of the page is known to be that of other content, too.
+    /// Whether other content is known that has the same sample as the page.
     pub(crate) fn is_ambiguous(&self) -> bool {
         self.0.ambiguous.get()
     }
 
-    /// Notes that the sample of the page is that of other content, too.
+    /// Notes that there is other content with the same sample.
     pub(crate) fn set_ambiguous(&self) {
         self.0.ambiguous.set(true);
     }
 
-    /// Notes that the page is on another memory node than the key says.
+    /// Notes that the page is on another NUMA node than the key says.
     pub(crate) fn set_nid_changed(&self) {
         self.0.nid_changed.set(true);
     }
 
-    /// Whether the page was moved to another memory node since this was asked last, or since
+    /// Whether the page was migrated to another NUMA node since the last call, or since
     /// [`Self::set_nid_changed`].
     pub(crate) fn take_strayed(&self) -> bool {
-        // SAFETY: says -1 for a pfn that is not in an online section.
+        // SAFETY: The call returns -1 for a pfn that is not in an online section.
         let node = unsafe { ffi::rksm_pfn_nid(self.0.kpfn()) };
         let nid_changed = self.0.nid_changed.take();
         match u32::try_from(node) {
@@ -355,51 +397,55 @@ impl NodeBox {
         }
     }
 
-    /// Has all places that are known to map the page remember it with this sample, and tells `changed` the
-    /// one that each had, where it was another.
+    /// Sets the sample in each of the node's items, and calls `changed` with each former one that differs.
+    ///
+    /// An item keeps the sample of its page, as it outlives the node. The filter counts samples, so the caller
+    /// has to count them anew.
     pub(crate) fn set_samples(&self, sample: Sample, mut changed: impl FnMut(Sample)) {
-        // SAFETY: the member lies within the node. Only the engine changes the list, under the mutex
-        // that this runs under; the core kernel only reads it.
+        // SAFETY: The member lies within the node (checked above). Only the engine changes the list, under the
+        // mutex that the caller holds; the core kernel only reads it.
         let mut next = unsafe { (*self.0.hlist()).first };
         while !next.is_null() {
             let item = next
                 .cast::<u8>()
                 .wrapping_sub(KSM_RMAP_ITEM_HLIST)
                 .cast::<RmapItem>();
-            // SAFETY: only items are put on the list, by `link`, and an item that is on a list is not
-            // freed (see `ItemBox::drop`).
+            // SAFETY: Only `link` puts entries on the list, and they are items. An item on a list is not freed
+            // (see `ItemBox::drop`).
             let item = unsafe { &*item };
             if item.sample() != sample {
                 changed(item.sample());
                 item.set_merge_info(item.beat(), item.strikes(), sample);
             }
-            // SAFETY: as above.
+            // SAFETY: `next` is the list entry of an item on the list, which is not freed.
             next = unsafe { (*next).next };
         }
     }
 
-    /// How many places are known to map the page.
+    /// Returns how many mappings of the page are listed.
     pub(crate) fn items(&self) -> usize {
         self.0.items.get()
     }
 
-    /// The node's page, with a reference; `None` when the node is stale.
+    /// Returns the node's page, with a reference, or `None` if the node is stale. Does not sleep.
     pub(crate) fn page(&self) -> Option<PageRef> {
         self.0.page()
     }
 
-    /// The node's page, locked.
+    /// Returns the node's page, locked, if no other task has it locked. Does not sleep.
     pub(crate) fn locked_page(&self) -> NodePage {
         self.0.locked_page()
     }
 
-    /// Makes `page`, which is write-protected wherever it is mapped, the page of this node, and
-    /// `item` the first place that maps it. `shared`: whether relatives of `vma` may map it, too.
+    /// Makes `page` the KSM page of this node, and `item` its first listed mapping.
+    ///
+    /// `shared` says whether other processes may map the page by a fork. The item is listed before the folio
+    /// points at the node, so an rmap walk never finds an empty list.
     ///
     /// # Safety
     ///
     /// `page` is a small anonymous folio, mapped at `addr` in `vma`, and no page table maps it
-    /// writable.
+    /// writable. No folio points at this node, and `item` is on no list.
     pub(super) unsafe fn set_page(
         &self,
         page: &LockedPage,
@@ -410,12 +456,13 @@ impl NodeBox {
     ) {
         self.0.set_kpfn(page.pfn());
         self.0.nid.set(page.nid());
-        // SAFETY: no folio points at the node yet, so nobody looks at its list; the lock of the
-        // folio that will is held. It is an anonymous one that `vma` maps, so its anon_vma is among those of
-        // `vma`, which the mmap lock keeps.
+        // SAFETY: The folio is locked, mapped and anonymous, and `vma` maps it. So its anon_vma is among those of
+        // `vma`, which `mmap_lock` keeps, and a reference can be taken on either. No folio points at the node
+        // yet, so no rmap walk looks at its list, and the lock of the folio that will is held.
         unsafe {
-            // If others have the page by a fork, its own: they are all in that one's tree, and until they
-            // are listed, rmap finds them by this item. If nobody has, ours, in whose tree are fewer.
+            // A page that is shared over a fork needs its own anon_vma: the VMAs of all its mappers are in that
+            // tree, and until they are listed, rmap finds them by this item. Otherwise take that of the VMA,
+            // whose tree has fewer of them.
             let anon_vma = if shared {
                 ffi::rksm_folio_get_anon_vma(page.folio())
             } else {
@@ -423,16 +470,22 @@ impl NodeBox {
             };
             self.0.link(&item.0, anon_vma, vma, addr);
         }
-        // INVARIANT: published before the folio can point here.
+        // INVARIANT: The flag is set before the folio points here.
         self.0.published.set(true);
-        // SAFETY: the folio is locked, and write-protected by the caller's promise.
+        // SAFETY: The folio is locked and kept. By the caller's promise it is small, anonymous, and mapped
+        // writable nowhere, so it can become a KSM folio. The node stays where it is until no folio points
+        // at it.
         unsafe {
             ffi::rksm_folio_set_ksm_node(page.folio(), (&raw const **self.0).cast_mut().cast());
             ffi::rksm_folio_keep_dirty(page.folio());
         }
     }
 
-    /// Adds `item` to the places that map the node's page `page`.
+    /// Lists `item` as a mapping of the node's page `page`, at `addr` in `vma`.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if `page` is not the page of this node, or `item` is on a list.
     pub(crate) fn add_rmap_item(
         &self,
         page: &LockedPage,
@@ -443,8 +496,8 @@ impl NodeBox {
         if page.node_id() != self.id() || item.0.node().is_some() {
             return Err(EINVAL);
         }
-        // SAFETY: `page` is this node's and its lock is held; the item is on no list. `vma` is stable under
-        // the mmap lock its type stands for and has an anon_vma.
+        // SAFETY: By its type, `vma` is stable and has an anon_vma, on which the first call takes a reference
+        // that `link` takes over. `page` is the page of this node, and locked. The item is on no list.
         unsafe {
             let anon_vma = ffi::rksm_vma_get_anon_vma(vma.as_ptr());
             self.0.link(&item.0, anon_vma, vma, addr);
@@ -452,12 +505,13 @@ impl NodeBox {
         Ok(())
     }
 
-    /// Lets go of a page that keeps the node from being freed: an unmapped one (in the swap cache, or
-    /// on its way to be freed) or, with `even_mapped`, any. Returns whether the node is stale
-    /// afterwards; if not, the page is mapped, or locked by another task.
+    /// Takes the node off its page, so that the node can be freed.
     ///
-    /// Such a page stays a KSM page, but of no node: the next write or swap-in makes a copy, and until
-    /// then it cannot be moved or swapped out, as nobody finds its mappings.
+    /// The page must be mapped nowhere, as one in the swap cache or about to be freed; with `even_mapped`, it
+    /// may be any. Returns whether the node is stale afterwards. If not, the page is mapped, or another task
+    /// has it locked.
+    ///
+    /// The page stays a KSM page, see [`LockedPage::clear_node`]. The next write or swap-in makes a copy.
     pub(crate) fn clear_stable_node(&self, even_mapped: bool) -> bool {
         match self.0.locked_page() {
             NodePage::Gone => true,
@@ -470,9 +524,13 @@ impl NodeBox {
         }
     }
 
-    /// Frees a node that no folio points at any more, and takes all items off it.
+    /// Frees a node that no folio points at any more, and takes all items off its list.
     ///
-    /// Returns the node unchanged if a folio still points at it.
+    /// May sleep, as the list may be long.
+    ///
+    /// # Errors
+    ///
+    /// Returns the node, unchanged, if a folio still points at it.
     pub(crate) fn release(self) -> Result<(), NodeBox> {
         if self.0.page().is_some() {
             return Err(self);
@@ -484,11 +542,11 @@ impl NodeBox {
         Ok(())
     }
 
-    /// Takes all items off a node that no folio points at.
+    /// Takes all items off the list of a node that no folio points at.
     fn unlink_all(&self) {
         loop {
-            // SAFETY: the member lies within the node, and with no folio pointing at it nobody else
-            // looks at it.
+            // SAFETY: The member lies within the node (checked above). No folio points at the node, so no rmap
+            // walk looks at it.
             let first = unsafe { (*self.0.hlist()).first };
             if first.is_null() {
                 break;
@@ -497,16 +555,16 @@ impl NodeBox {
                 .cast::<u8>()
                 .wrapping_sub(KSM_RMAP_ITEM_HLIST)
                 .cast::<RmapItem>();
-            // SAFETY: Only `link` puts entries on the list, and they are items. An item that is on a
-            // list is not freed (see `ItemBox::drop`).
+            // SAFETY: Only `link` puts entries on the list, and they are items. An item on a list is not freed
+            // (see `ItemBox::drop`).
             let item = unsafe { &*entry };
-            // SAFETY: The event only shows what it is given. No folio points at the node, so nobody
-            // else uses its list, and `item` is on it.
+            // SAFETY: The event only shows the addresses that it is given. No folio points at the node, and
+            // `item` is on its list.
             unsafe {
                 ffi::rksm_trace_remove_rmap_item(self.0.kpfn(), entry.cast(), item.mm());
                 self.0.unlink(item);
             }
-            // SAFETY: no precondition but being allowed to sleep.
+            // SAFETY: The caller holds no spinlock.
             unsafe { ffi::rksm_cond_resched() };
         }
     }
@@ -515,13 +573,12 @@ impl NodeBox {
 impl Drop for NodeBox {
     fn drop(&mut self) {
         if self.0.page().is_some() {
-            // A folio still points here. Freeing would be a use after free at its next rmap walk;
-            // losing the memory is not.
+            // A folio still points here. Its next rmap walk would use the memory after it was freed, so leak it.
             pr_err!("a stable node in use was dropped; its memory is lost\n");
             return;
         }
         self.unlink_all();
-        // SAFETY: dropped here only, once, and no folio points at the node.
+        // SAFETY: The box is dropped here only, once, and no folio points at the node.
         unsafe { ManuallyDrop::drop(&mut self.0) };
     }
 }

@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Giving a process back pages of its own.
+//! Unmerging: a process gets back pages of its own in place of KSM pages.
+//!
+//! The kernel makes the copies. `handle_mm_fault()` with `FAULT_FLAG_UNSHARE` copies a KSM page as a write
+//! fault would, but does not make the entry writable. In-tree KSM breaks COW in the same way.
+//!
+//! A fault allocates memory and may sleep, so no lock of the module is held, and `mmap_lock` is held for
+//! [`HOLD_UNMERGES`] faults at most. A fault can fail for good: a userfaultfd monitor may be in the way. Such
+//! a page stays merged and listed, and the caller is told its address.
 
 use super::{
     ffi,
@@ -19,21 +26,24 @@ use kernel::{
 /// The most pages that are unmerged under one hold of `mmap_lock`.
 const HOLD_UNMERGES: usize = 64;
 
-/// What [`MergeableVma::unmerge`] came to.
+/// The result of [`MergeableVma::unmerge`].
+///
+/// No page in `from..reached` is merged any more, except those of [`Self::unserved`]. The caller forgets
+/// what it remembers of the others, and continues at `reached`.
 pub(crate) struct Unmerged {
-    /// From where on it has looked: what it has come by and is not [`Self::unserved`] is not merged any more.
+    /// The address at which the search began.
     pub(crate) from: usize,
-    /// Where to go on: nothing before this address is left, but the pages that could not be served.
+    /// The address to continue at.
     pub(crate) reached: usize,
-    /// Why it stopped there, if it was not for having done enough under one hold of `mmap_lock`: `ENOMEM`
-    /// without memory for a copy, `ERESTARTSYS` when the calling task has a signal pending.
+    /// `Ok` if the range or the budget of one hold of `mmap_lock` is used up; the error otherwise.
     pub(crate) result: Result,
-    /// The addresses of pages that are still merged, as the fault did not serve them.
+    /// The addresses of pages that the fault did not serve, of which `count` are used.
     unserved: [usize; HOLD_UNMERGES],
     count: usize,
 }
 
 impl Unmerged {
+    /// The result of a search that has only begun.
     fn new(from: usize) -> Self {
         Self {
             from,
@@ -44,11 +54,12 @@ impl Unmerged {
         }
     }
 
-    /// Nothing was to be done before `reached`.
+    /// The result for a range without pages to unmerge, which ends at `reached`.
     pub(crate) fn nothing(reached: usize) -> Self {
         Self::new(reached)
     }
 
+    /// Notes that the page at `addr` stays merged. There is room for one page a fault.
     fn push_unserved(&mut self, addr: usize) {
         if let Some(slot) = self.unserved.get_mut(self.count) {
             *slot = addr;
@@ -56,28 +67,41 @@ impl Unmerged {
         }
     }
 
-    /// The pages that are still merged, in the order of their addresses.
+    /// Returns the addresses of pages that are still merged, in ascending order.
     pub(crate) fn unserved(&self) -> &[usize] {
         self.unserved.get(..self.count).unwrap_or(&[])
     }
 }
 
-/// How often to try again, when a fault leaves a page merged without an error: as when it had to wait for a migration,
-/// of which there is one after the other while memory goes offline. Fewer than [`HOLD_UNMERGES`].
+/// How often a page is tried again if a fault leaves it merged without an error.
+///
+/// This happens when the fault had to wait for a migration, and while memory goes offline, one migration
+/// follows another. Smaller than [`HOLD_UNMERGES`], or a single page could use up each hold of `mmap_lock`.
 const UNSHARE_ATTEMPTS: usize = 48;
 
-/// Outcomes of a fault after which trying again is no use.
+/// Results of a fault that would be the same if it were repeated.
 const HOPELESS: u32 = bindings::vm_fault_reason_VM_FAULT_SIGBUS
     | bindings::vm_fault_reason_VM_FAULT_SIGSEGV
     | bindings::vm_fault_reason_VM_FAULT_HWPOISON
     | bindings::vm_fault_reason_VM_FAULT_HWPOISON_LARGE;
 
 impl MergeableVma<'_> {
-    /// Replaces KSM pages in `start..end` by ordinary pages of the process, by the kernel's own unshare
-    /// fault: as many as one hold of `mmap_lock` is good for. Sleeps for memory, so no lock of the module may
-    /// be held.
+    /// Replaces KSM pages in `start..end` by ordinary pages, by the kernel's own unshare fault.
     ///
-    /// `user` is the address space: pages are faulted in, which must not be done while it is torn down.
+    /// Handles at most [`HOLD_UNMERGES`] faults, which is enough for one hold of `mmap_lock`. Sleeps for memory,
+    /// so no lock of the module may be held. Stops early, without an error, if `user` is the last user of the
+    /// address space, as that is then about to be torn down.
+    ///
+    /// `user` proves that the address space has users. A fault beside `exit_mmap()` could map a page behind it,
+    /// and that page would leak.
+    ///
+    /// # Errors
+    ///
+    /// In [`Unmerged::result`]:
+    ///
+    /// * `ENOMEM`: there is no memory for a copy.
+    /// * `ERESTARTSYS`: the calling task has a signal pending.
+    /// * `EINVAL`: `user` is another address space than that of the VMA.
     pub(crate) fn unmerge(&self, user: &MmWithUser, start: usize, end: usize) -> Unmerged {
         let mut from = start.max(self.start());
         let end = end.min(self.end());
@@ -89,7 +113,7 @@ impl MergeableVma<'_> {
         }
         let mut attempts = (from, 0);
         for _ in 0..HOLD_UNMERGES {
-            // SAFETY: no precondition but being allowed to sleep.
+            // SAFETY: The task may sleep: `mmap_lock` is a sleeping lock, and the caller holds no other.
             unsafe { ffi::rksm_cond_resched() };
             if kernel::current!().signal_pending() {
                 done.result = Err(ERESTARTSYS);
@@ -116,9 +140,9 @@ impl MergeableVma<'_> {
                 from = behind;
                 continue;
             }
-            // SAFETY: `mmap_lock` is held by the type invariant and `addr` lies in the VMA; `user` keeps the
+            // SAFETY: By the type invariant `mmap_lock` is held, and `addr` lies in the VMA. `user` keeps the
             // address space from being torn down. Without FAULT_FLAG_ALLOW_RETRY the fault does not drop the
-            // lock.
+            // lock, so the invariant still holds afterwards.
             let ret = unsafe { ffi::rksm_unshare(self.as_ptr(), addr) } as u32;
             if ret & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
                 done.result = Err(ENOMEM);
@@ -147,7 +171,7 @@ impl MergeableVma<'_> {
         done
     }
 
-    /// Whether an unshare fault at `addr` is certain not to be served.
+    /// Whether an unshare fault at `addr` is certain to fail. Takes the page-table lock for a moment.
     fn is_unservable(&self, addr: usize) -> bool {
         PteLock::new(self, addr).is_some_and(|pte| pte.is_unservable())
     }

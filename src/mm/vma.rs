@@ -1,6 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! VMAs that may hold merged pages, and the pages in them.
+//!
+//! [`MergeableVma`] is the token for `mmap_lock`: every operation on a page of a process takes one. Operations
+//! that merge are in [`super::replace`], those that unmerge in [`super::unshare`], walks in [`super::walk`].
+//!
+//! # Examples
+//!
+//! Going through the mergeable VMAs of an address space, under one hold of its lock:
+//!
+//! ```ignore
+//! let lock = MmapLock::try_new(mm)?;
+//! let (mut addr, mut left) = (0, HOLD_VMAS);
+//! loop {
+//!     match MergeableVma::next(&lock, addr, Which::Mergeable, &mut left) {
+//!         Next::Vma(vma) => {
+//!             scan(&vma);
+//!             addr = vma.end();
+//!         }
+//!         // Release the lock, and continue at this address.
+//!         Next::GoOn(addr) => break Some(addr),
+//!         Next::None => break None,
+//!     }
+//! }
+//! ```
 
 use super::{
     ffi,
@@ -16,13 +39,15 @@ use kernel::{
     mm::{virt::VmaRef, Mm, MmWithUser},
 };
 
-/// A VMA that may hold merged pages, under `mmap_lock` held for reading: it has an `anon_vma`, and most
-/// often `VM_MERGEABLE`, see [`Which`].
+/// A VMA that may hold merged pages, under `mmap_lock` held for reading.
+///
+/// It has an `anon_vma`, since a VMA without one has no anonymous pages, and most often `VM_MERGEABLE`, see
+/// [`Which`]. The lock keeps its bounds, its flags and its `anon_vma` as they are. Page tables still change:
+/// faults, reclaim, migration and the OOM reaper need no more than that lock for reading.
 ///
 /// # Invariants
 ///
-/// The VMA has an `anon_vma`, and the `mmap_lock` of `mm`, to which it belongs, is held for reading for
-/// `'a`. (So neither its bounds, its flags nor its `anon_vma` change.)
+/// The VMA has an `anon_vma`, and the `mmap_lock` of `mm`, to which it belongs, is held for reading for `'a`.
 #[derive(Clone, Copy)]
 pub(crate) struct MergeableVma<'a> {
     vma: NonNull<bindings::vm_area_struct>,
@@ -30,37 +55,43 @@ pub(crate) struct MergeableVma<'a> {
     is_mergeable: bool,
 }
 
-/// Which VMAs to look at.
+/// The VMAs that a search is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Which {
-    /// Those with `VM_MERGEABLE`.
+    /// VMAs with `VM_MERGEABLE`. Their pages may be merged.
     Mergeable,
-    /// All that may hold KSM pages. `MADV_UNMERGEABLE` takes the flag away even if pages of the VMA could
-    /// not be unshared.
+    /// All VMAs that may hold KSM pages. `MADV_UNMERGEABLE` takes the flag away even if pages of the VMA
+    /// could not be unshared, so a search for pages to unmerge needs these.
     MayBeMerged,
 }
 
-/// The most VMAs that are looked at under one hold of `mmap_lock`, as none of them may be mergeable.
+/// The most VMAs that are looked at under one hold of `mmap_lock`.
+///
+/// A process may have tens of thousands of VMAs of which none is mergeable, and writers of the lock wait.
 pub(crate) const HOLD_VMAS: usize = 512;
 
-/// What [`MergeableVma::next`] found.
+/// The result of [`MergeableVma::next`].
 pub(crate) enum Next<'a> {
-    /// A mergeable VMA.
+    /// The first VMA of the kind that was asked for.
     Vma(MergeableVma<'a>),
-    /// None up to this address; how it is behind that was not looked at.
+    /// The budget is used up, and there is no such VMA before this address. Continue there.
     GoOn(usize),
-    /// None at all.
+    /// There is no such VMA up to the end of the address space.
     None,
 }
 
-/// Whether nothing but the caller's reference keeps an address space. It is about to be torn down, so there
-/// is no point in doing anything to it, least of all in allocating memory for it.
+/// Whether the caller is the last user of an address space.
+///
+/// It is torn down as soon as the caller drops its reference, so there is no point in working on it, least of
+/// all in allocating memory for it.
 pub(crate) fn has_no_other_users(mm: &MmWithUser) -> bool {
-    // SAFETY: the mm is kept.
+    // SAFETY: The reference keeps the mm.
     unsafe { ffi::rksm_mm_users(mm.as_raw()) <= 1 }
 }
 
 impl<'a> MergeableVma<'a> {
+    /// Takes `vma`, if it is one of `which`.
+    ///
     /// # Safety
     ///
     /// `vma` is a VMA of `mm`, whose `mmap_lock` is held for reading for `'a`.
@@ -69,11 +100,11 @@ impl<'a> MergeableVma<'a> {
         mm: &'a Mm,
         which: Which,
     ) -> Option<Self> {
-        // SAFETY: `vma` is valid and its flags are stable, as `mmap_lock` is held.
+        // SAFETY: By the caller's promise `vma` is valid, and its flags are stable.
         let is_mergeable = unsafe { ffi::rksm_vma_mergeable(vma.as_ptr()) };
         let found = is_mergeable
             || which == Which::MayBeMerged
-                // SAFETY: As for the flags above: `mmap_lock` is held.
+                // SAFETY: By the caller's promise `vma` is valid, and its flags and its anon_vma are stable.
                 && unsafe { ffi::rksm_vma_may_be_merged(vma.as_ptr()) };
         // INVARIANT: Both tests include the anon_vma; the rest is the caller's promise.
         found.then_some(Self {
@@ -83,22 +114,24 @@ impl<'a> MergeableVma<'a> {
         })
     }
 
-    /// The mergeable VMA that holds `addr`.
+    /// Returns the VMA that holds `addr`, if it has `VM_MERGEABLE`.
     pub(crate) fn at(lock: &'a MmapLock<'_>, addr: usize) -> Option<Self> {
         Self::find(lock, addr, Which::Mergeable)
     }
 
-    /// The VMA that holds `addr`, if it is one of these.
+    /// Returns the VMA that holds `addr`, if it is one of `which`.
     pub(crate) fn find(lock: &'a MmapLock<'_>, addr: usize, which: Which) -> Option<Self> {
         let mm = lock.mm();
-        // SAFETY: `mmap_lock` is held for reading by the type of `lock`.
+        // SAFETY: By its type, `lock` holds `mmap_lock` for reading, which is what the lookup needs.
         let vma = NonNull::new(unsafe { bindings::vma_lookup(mm.as_raw(), addr) })?;
         // SAFETY: The VMA was found under `lock`, which is held for 'a.
         unsafe { Self::new(vma, mm, which) }
     }
 
-    /// The first of these VMAs that ends after `addr`. `left` is how many VMAs may still be looked at under
-    /// this hold of the lock, at first [`HOLD_VMAS`].
+    /// Returns the first VMA of `which` that ends after `addr`.
+    ///
+    /// `left` is the number of VMAs that may still be looked at under this hold of the lock. It begins at
+    /// [`HOLD_VMAS`], and each VMA counts, whether it is one of `which` or not.
     pub(crate) fn next(
         lock: &'a MmapLock<'_>,
         addr: usize,
@@ -109,7 +142,7 @@ impl<'a> MergeableVma<'a> {
         let mut from = addr;
         while *left != 0 {
             *left = left.wrapping_sub(1);
-            // SAFETY: `mmap_lock` is held for reading by the type of `lock`.
+            // SAFETY: By its type, `lock` holds `mmap_lock` for reading, which is what the lookup needs.
             let Some(vma) = NonNull::new(unsafe { bindings::find_vma(mm.as_raw(), from) }) else {
                 return Next::None;
             };
@@ -123,41 +156,47 @@ impl<'a> MergeableVma<'a> {
         Next::GoOn(from)
     }
 
+    /// Returns the VMA, which is valid as long as `self` is.
     pub(super) fn as_ptr(&self) -> *mut bindings::vm_area_struct {
         self.vma.as_ptr()
     }
 
-    /// The address space.
+    /// Returns the address space that the VMA belongs to.
     pub(crate) fn mm(&self) -> &'a Mm {
         self.mm
     }
 
-    /// Whether it has `VM_MERGEABLE`. If not, nothing of it may be merged, but it may have merged pages.
+    /// Whether the VMA has `VM_MERGEABLE`. If not, no page of it may be merged, but some may be from before.
     #[inline]
     pub(crate) fn is_mergeable(&self) -> bool {
         self.is_mergeable
     }
 
-    /// The first address.
+    /// Returns the first address of the VMA.
     #[inline]
     pub(crate) fn start(&self) -> usize {
         // SAFETY: The VMA is valid, and its lock held, by the type invariants.
         unsafe { VmaRef::from_raw(self.as_ptr()) }.start()
     }
 
-    /// The first address behind it.
+    /// Returns the first address behind the VMA.
     #[inline]
     pub(crate) fn end(&self) -> usize {
         // SAFETY: The VMA is valid, and its lock held, by the type invariants.
         unsafe { VmaRef::from_raw(self.as_ptr()) }.end()
     }
 
-    /// Whether the page at `addr` is a KSM page of this node, also while it is being migrated.
+    /// Whether the page at `addr` is a KSM page of `node`, also while it is being migrated.
+    ///
+    /// Takes the page-table lock for a moment, so the answer may be outdated when it arrives.
     pub(crate) fn maps(&self, addr: usize, node: NodeId) -> bool {
         PteLock::new(self, addr).is_some_and(|pte| pte.node_id() == Some(node))
     }
 
-    /// The anonymous page at `addr`, with a reference.
+    /// Returns the anonymous page at `addr`, with a reference. Finds parts of huge pages, too.
+    ///
+    /// Takes the page-table lock for a moment. The page may be unmapped as soon as this returns, so
+    /// operations on it check under that lock whether it is still mapped.
     pub(crate) fn page_at(&self, addr: usize) -> Option<PageRef> {
         match PteLock::new(self, addr) {
             Some(pte) => pte.anon_page(),
@@ -166,9 +205,9 @@ impl<'a> MergeableVma<'a> {
         }
     }
 
-    /// Whether `page` is mapped at `addr`, without a userfaultfd mark that forbids to merge it.
+    /// Whether `page` is mapped at `addr`, without a userfaultfd mark that forbids merging it.
     ///
-    /// A hint, for what is to be known before a step that cannot be undone.
+    /// The answer is a hint, see [`pte::maps_unmarked`].
     pub(crate) fn maps_unmarked(&self, addr: usize, page: &PageRef) -> bool {
         pte::maps_unmarked(self, addr, page)
     }

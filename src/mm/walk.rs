@@ -2,8 +2,36 @@
 
 //! Walking the page tables of one VMA, many pages under one page-table lock.
 //!
-//! The kernel's own page walker finds the tables and skips what is not populated; this looks at the
-//! entries of one table at a time.
+//! The kernel's page walker finds the tables and skips what is not populated. It calls back for each entry
+//! that leads to a page table or maps a huge page, and this module looks at the pages there.
+//!
+//! There are three walks:
+//!
+//! | function | what it finds | for |
+//! | --- | --- | --- |
+//! | [`fill`] | up to a batch of pages, with their samples | the scan |
+//! | [`page_at`] | the anonymous page at one address, with a reference | a merge |
+//! | [`next_ksm_page`] | the first KSM page of a range | unmerging |
+//!
+//! # What bounds a walk
+//!
+//! `mmap_lock` is held for the whole walk, and a page-table lock for [`LOCK_ENTRIES`] entries. A process can make
+//! its page tables as sparse as it likes, so a bound on pages would not bound the time. The budget of a walk
+//! also counts page tables ([`WALK_TABLES`]), the tables above them ([`WALK_DIRECTORIES`]), and bytes
+//! ([`WALK_BYTES`]). A walk that used its budget up says where to continue.
+//!
+//! # Examples
+//!
+//! ```ignore
+//! batch.clear();
+//! let mut addr = from;
+//! while addr < vma.end() && !batch.is_full(BATCH_PAGES) {
+//!     addr = walk::fill(&vma, addr, usize::MAX, BATCH_PAGES, hasher, batch);
+//! }
+//! for page in batch.pages() {
+//!     classify(page.addr(), page.seen());
+//! }
+//! ```
 
 use super::{
     entry::PageEntry,
@@ -21,13 +49,15 @@ use kernel::{
     prelude::*,
 };
 
-/// The most pages that one walk comes by: those of one page table.
+/// The most pages that one walk adds to a batch: as many as one page table maps.
 pub(crate) const BATCH_PAGES: usize = 512;
 
 /// The most entries, or pages of a huge page, that are looked at under one hold of a page-table lock.
+///
+/// Each costs a few cache misses, and the process may spin for the lock in a fault.
 const LOCK_ENTRIES: usize = 64;
 
-/// The most page tables, and areas, that are gone through for one batch, as they may all be next to empty.
+/// The most page tables, and VMAs, that are gone through for one batch, as they may all be next to empty.
 const WALK_TABLES: usize = 64;
 
 /// The most tables one level above (of 512 page tables, or huge pages, each) that are gone through under one
@@ -41,16 +71,20 @@ const WALK_BYTES: usize = 8 << 40;
 /// How many entries are looked at together to see whether they are all empty.
 const FEW: usize = 8;
 
-/// What a page was when the walk came by.
+/// What a page was when the walk came by. It may be something else by now: no lock is held any more.
 #[derive(Clone, Copy)]
 pub(crate) enum Seen {
-    /// An anonymous page with this sample.
+    /// An anonymous page with this sample, which is not a KSM page.
     Anon(Sample),
-    /// A KSM page of the node with this identity (none: of no node).
+    /// A KSM page of the stable node with this identity; `None` if no node has it, as after a node was freed
+    /// by force.
     Ksm(Option<NodeId>),
 }
 
-/// One page that a walk came by.
+/// One page that a walk came by, in two words.
+///
+/// What the page was is packed, so that [`Self::is_unchanged`] is a single comparison: most pages that a scan
+/// comes by are as they were remembered.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct SeenPage {
     addr: usize,
@@ -59,6 +93,7 @@ pub(crate) struct SeenPage {
 }
 
 impl SeenPage {
+    /// An anonymous page at `addr` with this sample.
     #[inline(always)]
     fn anon(addr: usize, sample: Sample) -> Self {
         Self {
@@ -67,6 +102,7 @@ impl SeenPage {
         }
     }
 
+    /// A KSM page at `addr` of this node.
     fn ksm(addr: usize, node: Option<NodeId>) -> Self {
         Self {
             addr,
@@ -74,7 +110,7 @@ impl SeenPage {
         }
     }
 
-    /// Its address, page aligned.
+    /// Returns the address of the page, page aligned.
     #[inline(always)]
     pub(crate) fn addr(self) -> usize {
         self.addr
@@ -91,13 +127,13 @@ impl SeenPage {
         }
     }
 
-    /// Its sample, if it was an anonymous page.
+    /// Returns the sample of the page, if it was an anonymous page.
     #[inline(always)]
     pub(crate) fn sample(self) -> Option<Sample> {
         (self.what & 1 != 0).then(|| Sample::from_raw((self.what >> 32) as u32))
     }
 
-    /// What it was.
+    /// Returns what the page was.
     #[inline(always)]
     pub(crate) fn seen(self) -> Seen {
         if self.what & 1 != 0 {
@@ -108,8 +144,9 @@ impl SeenPage {
     }
 }
 
-/// The pages that one step of a scan came by, in the order of their addresses. Too large for the
-/// stack.
+/// The pages that one step of a scan came by, in the order of their addresses.
+///
+/// Too large for the stack of the kernel, so it is initialised in place and used again for each step.
 pub(crate) struct Batch {
     pages: [SeenPage; BATCH_PAGES],
     len: usize,
@@ -119,12 +156,11 @@ pub(crate) struct Batch {
     left: WalkBudget,
 }
 
-/// What is left of what may be gone through under one hold of `mmap_lock`. None of it depends on what the
-/// process has mapped.
+/// What is left of the budget of one hold of `mmap_lock`. It does not depend on what the process has mapped.
 struct WalkBudget {
-    /// Page tables, and areas.
+    /// Page tables, and VMAs.
     tables: usize,
-    /// Tables of page tables.
+    /// Tables one level above page tables.
     directories: usize,
     bytes: usize,
 }
@@ -138,11 +174,12 @@ impl WalkBudget {
         }
     }
 
+    /// Whether the walk is over.
     fn is_used_up(&self) -> bool {
         self.tables == 0 || self.directories == 0 || self.bytes == 0
     }
 
-    /// Takes the bytes of `from..end`, or as many as there are. Returns the end of these.
+    /// Takes the bytes of `from..end`, or as many of them as are left. Returns the end of these.
     fn take_bytes(&mut self, from: usize, end: usize) -> usize {
         let end = end.min(from.saturating_add(self.bytes));
         self.bytes = self.bytes.saturating_sub(end.saturating_sub(from));
@@ -175,30 +212,33 @@ impl Batch {
         })
     }
 
-    /// Takes all pages out.
+    /// Takes all pages out, and renews the budget. Call it once for each hold of `mmap_lock`.
     pub(crate) fn clear(&mut self) {
         self.len = 0;
         self.away_len = 0;
         self.left = WalkBudget::new();
     }
 
-    /// Whether [`fill`] would not add anything, with the same `max`.
+    /// Whether [`fill`] would add nothing, with the same `max`: there are enough pages, or the budget is used up.
     pub(crate) fn is_full(&self, max: usize) -> bool {
         self.len >= max.min(BATCH_PAGES) || self.left.is_used_up()
     }
 
-    /// The pages, in the order of their addresses.
+    /// Returns the pages, in ascending order of their addresses.
     pub(crate) fn pages(&self) -> &[SeenPage] {
         self.pages.get(..self.len).unwrap_or(&[])
     }
 
-    /// An address in each page table that had entries of pages which are swapped out or being moved. Such a page may
-    /// be a merged one.
+    /// Returns an address in each page table that has entries of pages which are swapped out or being migrated.
+    ///
+    /// Such a page may be a KSM page, and may be back at any time without the engine noticing.
     pub(crate) fn away(&self) -> &[usize] {
         self.away.get(..self.away_len).unwrap_or(&[])
     }
 
-    /// Out of the way of the loop over entries, which has no register to spare.
+    /// Notes that `addr` has the entry of a page that is away.
+    ///
+    /// Not inlined into the loop over entries, which has no register to spare.
     #[cold]
     #[inline(never)]
     fn push_away(&mut self, addr: usize) {
@@ -213,6 +253,7 @@ impl Batch {
         }
     }
 
+    /// Adds a page, if there is room.
     #[inline(always)]
     fn push(&mut self, page: SeenPage) {
         if let Some(slot) = self.pages.get_mut(self.len) {
@@ -222,14 +263,15 @@ impl Batch {
     }
 }
 
-/// Adds pages of `vma` from `from` on, and before `limit`, to `batch`, until it has `max` of them, or fewer when they lie far
-/// apart. Returns the address to go on from, which is the VMA's end, or `limit`, when there are no more
-/// pages before that.
-/// The batch was cleared before its first area; areas come in the order of their addresses.
+/// Adds pages of `vma` in `from..limit` to `batch`, until that has `max` pages or its budget is used up.
 ///
-/// Samples are taken in place by `hasher`, under the page-table lock, which is what keeps the pages. No
-/// reference is taken. A page-table lock is held for [`LOCK_ENTRIES`] entries at most. Of a VMA that is not
-/// mergeable it adds KSM pages only.
+/// Returns the address to continue at. That is the end of the VMA, or `limit`, if there are no more pages before
+/// it. The caller clears the batch before the first VMA, and comes with VMAs in ascending order.
+///
+/// `hasher` takes the samples in place. The mappings keep the pages, under the page-table lock, so no reference
+/// is taken. Of a VMA that is not mergeable, only KSM pages are added.
+///
+/// Takes page-table locks, one at a time.
 pub(crate) fn fill(
     vma: &MergeableVma<'_>,
     from: usize,
@@ -257,7 +299,9 @@ pub(crate) fn fill(
     }
 }
 
-/// The anonymous page at `addr`, with a reference.
+/// Returns the anonymous page at `addr`, with a reference.
+///
+/// Unlike [`PteLock::anon_page`](super::pte::PteLock::anon_page), this finds a part of a huge page as well.
 pub(super) fn page_at(vma: &MergeableVma<'_>, addr: usize) -> Option<PageRef> {
     let mut visit = Visit::Get(None);
     walk(vma, addr, addr.saturating_add(PAGE_SIZE), &mut visit);
@@ -267,10 +311,9 @@ pub(super) fn page_at(vma: &MergeableVma<'_>, addr: usize) -> Option<PageRef> {
     }
 }
 
-/// The first KSM page (or KSM-placed zero page) in `from..end`, or how far that was looked for.
+/// Returns the address of the first KSM page, or KSM-placed zero page, in `from..end`.
 ///
-/// A page that is being migrated counts: KSM pages stay KSM pages until they are freed, and the
-/// unshare fault waits for the migration.
+/// A KSM page that is being migrated counts, as it stays a KSM page. The unshare fault waits for the migration.
 pub(super) fn next_ksm_page(vma: &MergeableVma<'_>, from: usize, end: usize) -> Search {
     let mut left = WalkBudget::new();
     let end = left.take_bytes(from, end);
@@ -280,32 +323,35 @@ pub(super) fn next_ksm_page(vma: &MergeableVma<'_>, from: usize, end: usize) -> 
     search
 }
 
-/// What [`next_ksm_page`] came to.
+/// The result of [`next_ksm_page`].
 #[derive(Clone, Copy)]
 pub(super) enum Search {
-    /// There is one at this address.
+    /// There is a KSM page at this address.
     Found(usize),
-    /// There is none before this address, from where on nobody looked.
+    /// There is none before this address. Continue there, unless it is the end of the range.
     Nothing(usize),
 }
 
 /// What to do with the pages of a walk.
 enum Visit<'a> {
+    /// Add them to a batch: [`fill`].
     Scan {
         batch: &'a mut Batch,
         max: usize,
         hasher: &'a Hasher,
         /// Whether only KSM pages matter.
         ksm_only: bool,
-        /// How far the walk came, if it ended for having gone through many page tables.
+        /// Where the walk ended, if its budget was used up.
         reached: &'a mut usize,
     },
+    /// Take a reference on the first one: [`page_at`].
     Get(Option<PageRef>),
+    /// Find a KSM page: [`next_ksm_page`].
     FindKsm(&'a mut Search, WalkBudget),
 }
 
 impl Visit<'_> {
-    /// What is left of what it may go through, if there is any limit but its range.
+    /// Returns what is left of the budget, if anything but its range bounds the walk.
     fn allowance(&mut self) -> Option<&mut WalkBudget> {
         match self {
             Visit::Scan { batch, .. } => Some(&mut batch.left),
@@ -314,7 +360,7 @@ impl Visit<'_> {
         }
     }
 
-    /// Notes that the walk ends at `addr`, for having used that up.
+    /// Notes that the budget was used up, and that the walk ends at `addr`.
     fn stop_at(&mut self, addr: usize) {
         match self {
             Visit::Scan { reached, .. } => **reached = addr,
@@ -329,15 +375,15 @@ impl Visit<'_> {
     ///
     /// `page` is mapped at `addr`, under a page-table lock that the caller holds.
     unsafe fn page(&mut self, addr: usize, page: NonNull<bindings::page>) -> bool {
-        // SAFETY: the page is kept by its mapping.
+        // SAFETY: By the caller's promise the mapping keeps the page.
         let folio = unsafe { ffi::rksm_page_folio(page.as_ptr()) };
-        // SAFETY: as above.
+        // SAFETY: The mapping keeps the folio of the page, too.
         let ksm = unsafe { ffi::rksm_folio_test_ksm(folio) };
-        // SAFETY: as above.
+        // SAFETY: The mapping keeps the folio.
         let anon = ksm || unsafe { ffi::rksm_folio_test_plain_anon(folio) };
-        // Broken memory must not be read. A KSM page is not read anyway, and must stay listed: whoever is
-        // about to unmap it finds it by that.
-        // SAFETY: as above.
+        // Broken memory must not be read. A KSM page is not read anyway, and must stay listed: by its rmap
+        // items, memory_failure() finds the processes to unmap it from.
+        // SAFETY: The mapping keeps the page.
         let sound = ksm || anon && !unsafe { ffi::rksm_page_test_hwpoison(page.as_ptr()) };
         match self {
             Visit::Scan {
@@ -348,20 +394,21 @@ impl Visit<'_> {
                 ..
             } if sound && (ksm || !*ksm_only) => {
                 batch.push(if ksm {
-                    // SAFETY: as above.
+                    // SAFETY: The folio is mapped under a page-table lock that the caller holds.
                     SeenPage::ksm(addr, unsafe { node_id_of(folio) })
                 } else {
-                    // SAFETY: the content is kept by the mapping of the page.
+                    // SAFETY: The mapping keeps the page and with it the content, under the caller's lock.
                     let content = unsafe { Content::new(ffi::rksm_page_content(page.as_ptr())) };
                     let sample = hasher.sample(|nth| content.word(nth));
-                    // SAFETY: as above.
+                    // SAFETY: The mapping keeps the page.
                     let node = || unsafe { ffi::rksm_page_nid(page.as_ptr()) };
                     SeenPage::anon(addr, hasher.on_node(sample, node))
                 });
                 batch.len >= *max
             }
             Visit::Get(slot) if sound => {
-                // SAFETY: the page is kept by its mapping, so its folio's count is not zero.
+                // SAFETY: The mapping keeps the page, so the count of its folio is not zero. `from_raw` takes
+                // over the reference that `rksm_folio_get` takes.
                 *slot = Some(unsafe {
                     ffi::rksm_folio_get(folio);
                     PageRef::from_raw(page)
@@ -387,19 +434,19 @@ impl Visit<'_> {
         addr: usize,
         entry: bindings::pte_t,
     ) -> bool {
-        // SAFETY: looks at a value.
+        // SAFETY: The callee looks at a value.
         if unsafe { ffi::rksm_pte_present(entry) } {
-            // SAFETY: the caller's promise.
+            // SAFETY: By the caller's promise the entry stands at `addr` in `vma`, under its lock.
             if let Some(page) = NonNull::new(unsafe { ffi::rksm_normal_page(vma, addr, entry) }) {
-                // SAFETY: the entry maps it.
+                // SAFETY: The entry maps the page at `addr`, under the caller's lock.
                 return unsafe { self.page(addr, page) };
             }
         }
         let Visit::FindKsm(search, _) = self else {
             return false;
         };
-        // SAFETY: looks at a value, and at the folio of a migration entry, which is locked by
-        // whoever migrates it and kept until the entry is replaced under the lock that we hold.
+        // SAFETY: The tests look at a value, or at the folio of a migration entry. The task that migrates the
+        // folio keeps it, locked, until it replaces the entry under the lock that the caller holds.
         let found = unsafe {
             if ffi::rksm_pte_present(entry) {
                 ffi::rksm_is_ksm_zero_pte(entry)
@@ -416,8 +463,10 @@ impl Visit<'_> {
         found
     }
 
-    /// Looks at the part `addr..end` of a page table, as far as that goes under one hold of its lock.
-    /// Returns whether the walk is over, and how far this came; or `None` if there is no page table.
+    /// Looks at the part `addr..end` of a page table, as far as one hold of its lock goes.
+    ///
+    /// Returns whether the walk is over, and the address behind the last entry; or `None` if there is no page
+    /// table.
     ///
     /// # Safety
     ///
@@ -430,8 +479,8 @@ impl Visit<'_> {
         end: usize,
     ) -> Option<(bool, usize)> {
         let mut ptl = ptr::null_mut();
-        // SAFETY: the VMA is valid; `pmd` is not freed while `mmap_lock` is held. That it still leads to
-        // a page table is checked by the callee, under RCU.
+        // SAFETY: By the caller's promise the VMA is valid, and `pmd` is not freed while `mmap_lock` is held.
+        // The callee checks under RCU that it still leads to a page table.
         let first = unsafe { ffi::rksm_pte_lock((*vma).vm_mm, pmd, addr, &mut ptl) };
         if first.is_null() {
             return None;
@@ -444,7 +493,7 @@ impl Visit<'_> {
             ..
         } = self
         {
-            // SAFETY: the entries of `addr..end` start at `first`, and their lock is held.
+            // SAFETY: The entries of `addr..end` start at `first`, and their lock is held.
             unsafe {
                 if *ksm_only {
                     scan_entries::<true>(first, addr, end, batch, *max, hasher)
@@ -458,17 +507,20 @@ impl Visit<'_> {
                 .step_by(PAGE_SIZE)
                 .enumerate()
                 .any(|(nth, addr)| {
-                    // SAFETY: `addr` lies in the range of the page table, which is mapped and locked.
+                    // SAFETY: `addr` lies in the range of the page table, which is mapped and locked. So the
+                    // pointer stays in the table, the entry can be read, and it stands at `addr` in `vma`.
                     unsafe { self.entry(vma, addr, ffi::rksm_ptep_get(first.add(nth))) }
                 });
             (over, end)
         };
-        // SAFETY: locked above.
+        // SAFETY: Locked above, and released here only.
         unsafe { ffi::rksm_pte_unlock(first, ptl) };
         Some(result)
     }
 
-    /// Looks at the part `addr..end` of a huge page. `None`: it is none, look at the page table.
+    /// Looks at the part `addr..end` of a huge page. Returns whether the walk is over.
+    ///
+    /// Returns `None` if `pmd` maps no huge page. Look at the page table then.
     ///
     /// # Safety
     ///
@@ -480,15 +532,16 @@ impl Visit<'_> {
         addr: usize,
         end: usize,
     ) -> Option<bool> {
-        // SAFETY: the entry can be read at any time while `mmap_lock` is held; the VMA is valid.
+        // SAFETY: The table of `pmd` is not freed while `mmap_lock` is held, so the entry can be read without
+        // its lock, and that lock exists. The test looks at a value. The VMA is valid.
         let ptl = unsafe {
             if !ffi::rksm_pmd_leaf(ffi::rksm_pmd_lockless(pmd)) {
                 return None;
             }
             ffi::rksm_pmd_lock((*vma).vm_mm, pmd)
         };
-        // SAFETY: the page-table lock is held, so the entry does not change, and what it maps is
-        // kept by the mapping.
+        // SAFETY: The page-table lock is held, so the entry does not change, and its mapping keeps the huge
+        // page. The tests look at values. `rksm_normal_page_pmd` returns the first page of the huge page.
         let result = unsafe {
             let entry = ffi::rksm_pmd_lockless(pmd);
             if !ffi::rksm_pmd_present(entry) {
@@ -500,11 +553,13 @@ impl Visit<'_> {
                 Some(!page.is_null() && self.huge_pages(page, addr, end))
             }
         };
-        // SAFETY: locked above.
+        // SAFETY: Locked above, and released here only.
         unsafe { ffi::rksm_ptl_unlock(ptl) };
         result
     }
 
+    /// Looks at the pages of a huge page that are mapped at `addr..end`. Returns whether the walk is over.
+    ///
     /// # Safety
     ///
     /// `page` is the first page of the huge page that is mapped around `addr..end`, under a
@@ -512,11 +567,11 @@ impl Visit<'_> {
     unsafe fn huge_pages(&mut self, page: *mut bindings::page, addr: usize, end: usize) -> bool {
         let first = (addr & (PMD_SIZE - 1)) / PAGE_SIZE;
         for (nth, addr) in (addr..end).step_by(PAGE_SIZE).enumerate() {
-            // SAFETY: `addr` lies in the huge page, so the page is part of it.
+            // SAFETY: `addr` lies in the huge page, so the page with this index is part of it.
             let Some(page) = NonNull::new(unsafe { ffi::rksm_nth_page(page, first + nth) }) else {
                 return false;
             };
-            // SAFETY: mapped, by the caller's promise.
+            // SAFETY: By the caller's promise the page is mapped at `addr`, and the lock is held.
             if unsafe { self.page(addr, page) } {
                 return true;
             }
@@ -525,14 +580,14 @@ impl Visit<'_> {
     }
 }
 
-/// Whether an entry is empty.
+/// Whether an entry is empty: it maps nothing, and no page is away from it.
 ///
 /// # Safety
 ///
-/// `entry` is mapped. (It is one word, which the MMU may change at any time.)
+/// `entry` is mapped. It is one word, which the MMU may change at any time.
 #[inline(always)]
 unsafe fn is_empty(entry: *const bindings::pte_t) -> bool {
-    // SAFETY: the caller's promise.
+    // SAFETY: By the caller's promise the entry can be read, and an entry is one aligned word.
     unsafe { entry.cast::<u64>().read_volatile() == 0 }
 }
 
@@ -543,17 +598,22 @@ unsafe fn is_empty(entry: *const bindings::pte_t) -> bool {
 /// All of them are mapped, and `first` is the first one.
 #[inline(always)]
 unsafe fn are_empty(first: *const bindings::pte_t) -> bool {
-    // SAFETY: the caller's promise.
+    // SAFETY: By the caller's promise the entries can be read, and each is one aligned word.
     let word = |nth| unsafe { first.cast::<u64>().add(nth).read_volatile() };
-    // Written out, since reads that are volatile are not combined by the compiler.
+    // Written out: the compiler does not combine the tests of volatile reads.
     const { assert!(FEW == 8) };
     let left = word(0) | word(1) | word(2) | word(3);
     let right = word(4) | word(5) | word(6) | word(7);
     left | right == 0
 }
 
-/// Puts the anonymous pages of `addr..end` into `batch`, or the KSM pages among them. Returns whether it is full, and how far this came
-/// when [`LOCK_ENTRIES`] were looked at, those that are empty left aside.
+/// Adds the anonymous pages of `addr..end` to `batch`, or with `KSM_ONLY` the KSM pages among them.
+///
+/// Stops when the batch has `max` pages, or after [`LOCK_ENTRIES`] entries; empty ones do not count. Returns
+/// whether the batch is full, and the address behind the last entry.
+///
+/// This is the inner loop of the scan. So it is generic over `KSM_ONLY`, has no [`Visit`] to match, and makes one
+/// call of C for each entry.
 ///
 /// # Safety
 ///
@@ -574,12 +634,12 @@ unsafe fn scan_entries<const KSM_ONLY: bool>(
     let mut left = LOCK_ENTRIES;
     while next.1 < end && left != 0 {
         let (entry, addr) = next;
-        // The address behind the last page may be no address any more, but is not used then.
+        // Behind the last page this may wrap, but is not used then.
         next = (entry.wrapping_add(1), addr.wrapping_add(PAGE_SIZE));
-        // SAFETY: by the caller's promise this is the entry of `addr`.
+        // SAFETY: By the caller's promise this is the entry of `addr`, and mapped.
         if unsafe { is_empty(entry) } {
             // Most entries of a sparse area are: look at several together.
-            // SAFETY: as above, for so many.
+            // SAFETY: `FEW` entries from this one on belong to addresses before `end`, so they are mapped.
             while end.wrapping_sub(next.1) >= FEW * PAGE_SIZE && unsafe { are_empty(next.0) } {
                 next = (
                     next.0.wrapping_add(FEW),
@@ -589,9 +649,9 @@ unsafe fn scan_entries<const KSM_ONLY: bool>(
             continue;
         }
         left = left.wrapping_sub(1);
-        // SAFETY: as above. What the entry maps is kept by that, under the lock.
+        // SAFETY: The entry is mapped and its lock held, which keeps what it maps. `mapped` can be written.
         if !unsafe { ffi::rksm_entry_anon(entry, &raw mut mapped) } {
-            // SAFETY: as above.
+            // SAFETY: The entry is mapped.
             if unsafe { ffi::rksm_entry_away(entry) } {
                 batch.push_away(addr);
             }
@@ -602,10 +662,11 @@ unsafe fn scan_entries<const KSM_ONLY: bool>(
         } else if KSM_ONLY {
             continue;
         } else {
-            // SAFETY: as above.
+            // SAFETY: `rksm_entry_anon` returned the content of the page that the entry maps. The mapping keeps
+            // it, under the lock.
             let content = unsafe { Content::new(mapped.content) };
             let sample = hasher.sample(|nth| content.word(nth));
-            // SAFETY: as above.
+            // SAFETY: The content is that of a page, which the mapping keeps.
             let node = || unsafe { ffi::rksm_content_nid(mapped.content) };
             SeenPage::anon(addr, hasher.on_node(sample, node))
         });
@@ -616,21 +677,26 @@ unsafe fn scan_entries<const KSM_ONLY: bool>(
     (false, next.1)
 }
 
-/// The size of what one entry of the second-lowest level of page tables maps.
+/// The size of what one entry of the second-lowest level of page tables maps, in bytes.
 pub(super) const PMD_SIZE: usize = 1 << 21;
 
+/// Walks the part of `start..end` that lies in `vma`, and calls `visit` for its pages.
+///
+/// The kernel's walker calls [`rksm_walk_pud`] and [`rksm_walk_pmd`]. Takes page-table locks, one at a time.
 fn walk(vma: &MergeableVma<'_>, start: usize, end: usize, visit: &mut Visit<'_>) {
     let start = start.max(vma.start());
     let end = end.min(vma.end());
     if start < end {
-        // SAFETY: `mmap_lock` is held by the type invariant of `vma`, the range lies in it, and
-        // `visit` is what `rksm_walk_pmd` expects, used by nobody else until this returns.
+        // SAFETY: By the type invariant of `vma`, `mmap_lock` is held, and the range lies in the VMA. `visit` is
+        // what the two callbacks expect, and is borrowed until this returns.
         unsafe { ffi::rksm_walk_vma(vma.as_ptr(), start, end, ptr::from_mut(visit).cast()) };
     }
 }
 
-/// Called by the kernel's page walker (through helpers/pgtable.c) for each populated entry of the second-lowest
-/// level. Returns 1 when the walk is over.
+/// Called by the kernel's page walker for each populated entry of the second-lowest level.
+///
+/// Such an entry leads to a page table, or maps a huge page. The call comes through helpers/pgtable.c. Returns 1
+/// if the walk is over.
 ///
 /// # Safety
 ///
@@ -644,15 +710,15 @@ unsafe extern "C" fn rksm_walk_pmd(
     addr: usize,
     end: usize,
 ) -> c_int {
-    // SAFETY: the caller's promise; the walker calls this from `walk` only, which lent us `visit`.
+    // SAFETY: By the caller's promise `ctx` is the `Visit` that `walk` has lent to the walker.
     let visit = unsafe { &mut *ctx.cast::<Visit<'_>>() };
     let mut from = addr;
     while from < end {
         let to = end.min(from.saturating_add(LOCK_ENTRIES * PAGE_SIZE));
         // A huge page may be split or made at any time between two holds of the lock.
-        // SAFETY: the caller's promise.
+        // SAFETY: By the caller's promise `pmd` is the entry for these addresses in `vma`.
         let result = match unsafe { visit.huge(vma, pmd, from, to) } {
-            // SAFETY: the caller's promise.
+            // SAFETY: By the caller's promise `pmd` is the entry for these addresses in `vma`.
             None => unsafe { visit.table(vma, pmd, from, end) },
             Some(over) => Some((over, to)),
         };
@@ -669,15 +735,17 @@ unsafe extern "C" fn rksm_walk_pmd(
     over.into()
 }
 
-/// Called by the kernel's page walker (through helpers/pgtable.c) for each table of page tables, which begins at
-/// `addr`, before its entries are gone through. Returns 1 when the walk is over.
+/// Called by the kernel's page walker for each table one level above page tables, before its entries.
+///
+/// The part of the table that is walked begins at `addr`. The call comes through helpers/pgtable.c. Returns 1 if
+/// the walk is over.
 ///
 /// # Safety
 ///
 /// `ctx` is the `Visit` of [`walk`].
 #[no_mangle]
 unsafe extern "C" fn rksm_walk_pud(ctx: *mut c_void, addr: usize) -> c_int {
-    // SAFETY: the caller's promise; the walker calls this from `walk` only, which lent us `visit`.
+    // SAFETY: By the caller's promise `ctx` is the `Visit` that `walk` has lent to the walker.
     let visit = unsafe { &mut *ctx.cast::<Visit<'_>>() };
     let over = visit.allowance().is_some_and(|left| !left.take_directory());
     if over {
