@@ -6,7 +6,7 @@ use super::{probation::Probation, Core};
 use crate::{
     hash::{Checksum, Sample},
     mm::{
-        stable_node::NodeId,
+        folio::NodeId,
         walk::{Batch, Seen, BATCH_PAGES},
     },
 };

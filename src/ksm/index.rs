@@ -8,7 +8,10 @@
 //! As long as no two pages with the same sample are known to differ, nobody computes the checksum: they
 //! are all entered under [`Checksum::unknown`].
 
-use crate::hash::{Checksum, Sample};
+use crate::{
+    hash::{Checksum, Sample},
+    mm::stable_key::StableKey,
+};
 use core::mem::size_of;
 use kernel::{
     alloc::Flags,
@@ -18,19 +21,6 @@ use kernel::{
 
 /// Numbers a registered address space; never used twice.
 pub(crate) type MmId = u64;
-
-/// The key of a stable node. Nodes with the same checksum (different content, or more sharers than
-/// one node takes) differ in `nth`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct StableKey {
-    /// The checksum of the page, or as much of it as is known, which was looked at once more when nobody could write
-    /// to the page any more. (A page that was moved to another memory node has another sample, until its node gets
-    /// another key; one in broken memory has any.)
-    pub(crate) sum: Checksum,
-    /// Numbers all nodes ever made, downwards: the newest is found first, as it is the one that most
-    /// likely takes another page.
-    pub(crate) nth: u64,
-}
 
 /// Where a page is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome},
-    index::{MmId, Nodes, NodesLike, PageAddr, StableKey},
+    index::{MmId, Nodes, NodesLike, PageAddr},
     metadata::gfp_inherited,
     page_map::{Moment, PageMap},
     probation::{Print, Probation, Verdict},
@@ -18,12 +18,13 @@ use crate::{
     hash::{Checksum, Hasher, Sample},
     mm::{
         entry::{PageEntry, PageState},
-        folio::{LockedPage, PageRef},
+        folio::{LockedPage, NodeId, PageRef},
         lru,
         mmap_lock::{MmapLock, NotLocked},
         replace::{Published, SplitPolicy},
         rmap_item::ItemBox,
-        stable_node::{NodeBox, NodeId, NodePage},
+        stable_key::StableKey,
+        stable_node::{NodeBox, NodePage},
         vma::{MergeableVma, Which},
     },
 };

@@ -31,16 +31,15 @@ use crate::{
     hash::{Hasher, Zeroes},
     intree,
     mm::{
-        entry::PageEntry,
-        rmap_item::ItemBox,
-        stable_node::{NodeBox, NodeId},
+        entry::PageEntry, folio::NodeId, rmap_item::ItemBox, stable_key::StableKey,
+        stable_node::NodeBox,
     },
     sys::module_pin,
 };
 use advisor::Advisor;
 use core::cell::Cell;
 use filter::Filter;
-use index::{Index, MmId, PageAddr, StableKey};
+use index::{Index, MmId, PageAddr};
 use kernel::{
     alloc::{flags, Flags},
     mm::{Mm, MmWithUser, MmWithUserAsync},

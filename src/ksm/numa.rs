@@ -2,8 +2,11 @@
 
 //! Merged pages that were moved to another memory node.
 
-use super::{index::StableKey, stable_tree::ORPHANS_SWEEP, Core};
-use crate::{hash::Hasher, mm::stable_node::NodeBox};
+use super::{stable_tree::ORPHANS_SWEEP, Core};
+use crate::{
+    hash::Hasher,
+    mm::{stable_key::StableKey, stable_node::NodeBox},
+};
 
 impl Core {
     /// Finds merged pages that were moved to another memory node, and gives them keys under which pages of

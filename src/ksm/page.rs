@@ -4,7 +4,7 @@
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
-    index::{MmId, NodesLike, PageAddr, StableKey},
+    index::{MmId, NodesLike, PageAddr},
     metadata::gfp_inherited,
     page_map::Found,
     probation::{self, Print, Probation, Strikes},
@@ -15,7 +15,9 @@ use crate::{
     hash::{Checksum, Sample},
     mm::{
         entry::{PageEntry, PageState},
-        rmap_item::{ItemBox, Unlinked},
+        rmap_item::ItemBox,
+        stable_key::StableKey,
+        stable_node::Unlinked,
         walk::Seen,
     },
 };

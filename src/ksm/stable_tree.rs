@@ -3,13 +3,10 @@
 //! The life of a stable node: noticing that its page is gone, freeing it, giving it another key.
 
 /// How far freeing the nodes whose pages are gone has come: in which tree, and behind which node.
-use super::{
-    index::{StableKey, MAX_COMPARES},
-    Core, GFP_SCAN,
-};
+use super::{index::MAX_COMPARES, Core, GFP_SCAN};
 use crate::{
     hash::{Checksum, Hasher, Sample},
-    mm::stable_node::NodePage,
+    mm::{stable_key::StableKey, stable_node::NodePage},
 };
 use kernel::{
     prelude::*,

@@ -11,12 +11,9 @@
 //! | 3 | unstable | checksum (57), strikes (4) |
 //! | 4 | merged | the address of the rmap item (61) |
 
-use super::{rmap_item::ItemBox, stable_node::NodeId};
+use super::{folio::NodeId, rmap_item::ItemBox, stable_key::StableKey};
 use crate::hash::{Checksum, Sample, SUM_BITS};
-use crate::ksm::{
-    index::StableKey,
-    probation::{Probation, Strikes},
-};
+use crate::ksm::probation::{Probation, Strikes};
 use core::ptr::NonNull;
 
 /// The low bits that tell the states apart. Rmap items are aligned to 8 bytes, so they leave these free.

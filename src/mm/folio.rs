@@ -6,17 +6,38 @@
 //! be outdated when it arrives. Under the folio lock, a page does not become a KSM page or stop being one, is
 //! not migrated, and is not added to the swap cache.
 
-use super::{ffi, lru, stable_node::NodeId};
-use crate::{
-    hash::{Checksum, Hasher, Sample, LINES, LINE_WORDS, PAGE_WORDS},
-    ksm::index::StableKey,
-};
-use core::{cell::Cell, marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
+use super::{ffi, lru};
+use crate::hash::{Checksum, Hasher, Sample, LINES, LINE_WORDS, PAGE_WORDS};
+use core::{cell::Cell, marker::PhantomData, mem::ManuallyDrop, num::NonZeroUsize, ptr::NonNull};
 use kernel::{bindings, error::to_result, prelude::*};
 
 /// The low bits of `folio->mapping` that say what the rest of it points at: `FOLIO_MAPPING_FLAGS`. Both are set
 /// for a KSM folio, whose mapping points at its stable node.
 pub(super) const MAPPING_FLAGS: usize = 3;
+
+/// The identity of a stable node: its address, which is what a KSM page shows.
+///
+/// It can only be compared. The node may be freed by the time its identity is looked at, and a new one may have
+/// the same address.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct NodeId(NonZeroUsize);
+
+impl NodeId {
+    /// The identity of the node at `addr`; `None` for zero.
+    pub(super) fn new(addr: usize) -> Option<Self> {
+        NonZeroUsize::new(addr).map(Self)
+    }
+
+    /// The identity that the `mapping` of a KSM folio shows; `None` if that folio has no node.
+    pub(super) fn of_mapping(mapping: usize) -> Option<Self> {
+        Self::new(mapping & !MAPPING_FLAGS)
+    }
+
+    /// Returns the identity as a number that is even, and not zero.
+    pub(super) fn get(self) -> usize {
+        self.0.get()
+    }
+}
 
 /// One page of an anonymous folio, with a reference on that folio.
 ///
@@ -357,15 +378,6 @@ impl LockedPage {
         // INVARIANT: This is the folio of `page` after the split.
         self.folio.set(folio);
         to_result(ret).map_err(|_| EBUSY)
-    }
-
-    /// Returns the key of the stable node that this page belongs to.
-    ///
-    /// This needs the folio lock: without it, the node could be freed before it is read.
-    pub(crate) fn node_key(&self) -> Option<StableKey> {
-        let id = self.node_id()?;
-        // SAFETY: The folio is locked and points at the node, so the node is not freed.
-        Some(unsafe { id.key() })
     }
 
     /// Takes the stable node off the page, which stays a KSM page, but one without a node.

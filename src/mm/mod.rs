@@ -52,6 +52,7 @@ mod pte;
 pub(crate) mod replace;
 mod rmap;
 pub(crate) mod rmap_item;
+pub(crate) mod stable_key;
 pub(crate) mod stable_node;
 pub(crate) mod trace;
 pub(crate) mod unshare;

@@ -15,10 +15,8 @@
 
 use super::{
     ffi,
-    folio::{node_id_of, PageRef},
-    stable_node::NodeId,
+    folio::{node_id_of, NodeId, PageRef},
     vma::MergeableVma,
-    walk::PMD_SIZE,
 };
 use core::{
     marker::PhantomData,
@@ -32,6 +30,9 @@ use kernel::{
     prelude::*,
     types::{NotThreadSafe, Opaque},
 };
+
+/// The size of what one entry of the second-lowest level of page tables maps, in bytes.
+pub(super) const PMD_SIZE: usize = 1 << 21;
 
 /// An open MMU notifier section over one page.
 ///
@@ -340,5 +341,21 @@ impl Drop for PteLock<'_> {
     fn drop(&mut self) {
         // SAFETY: By the type invariant the entry is mapped and this object holds its lock.
         unsafe { ffi::rksm_pte_unlock(self.pte, self.ptl) };
+    }
+}
+
+impl MergeableVma<'_> {
+    /// Whether the page at `addr` is a KSM page of `node`, also while it is being migrated.
+    ///
+    /// Takes the page-table lock for a moment, so the answer may be outdated when it arrives.
+    pub(crate) fn maps(&self, addr: usize, node: NodeId) -> bool {
+        PteLock::new(self, addr).is_some_and(|pte| pte.node_id() == Some(node))
+    }
+
+    /// Whether `page` is mapped at `addr`, without a userfaultfd mark that forbids merging it.
+    ///
+    /// The answer is a hint, see [`maps_unmarked`].
+    pub(crate) fn maps_unmarked(&self, addr: usize, page: &PageRef) -> bool {
+        maps_unmarked(self, addr, page)
     }
 }

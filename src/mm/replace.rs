@@ -125,7 +125,14 @@ impl MergeableVma<'_> {
     ) -> Result<Published> {
         let pfn = page.pfn();
         let result = self.try_make_ksm_page(addr, page, node, item, is_still, splits);
-        trace::merge_with_ksm_page(true, pfn, ptr::null_mut(), item, self.mm(), &result);
+        trace::merge_with_ksm_page(
+            true,
+            pfn,
+            ptr::null_mut(),
+            item.as_ptr(),
+            self.mm(),
+            &result,
+        );
         result
     }
 
@@ -189,7 +196,14 @@ impl MergeableVma<'_> {
         splits: &mut dyn SplitPolicy,
     ) -> Result {
         let result = self.try_replace_page(addr, page, kpage, node, item, splits);
-        trace::merge_with_ksm_page(false, kpage.pfn(), kpage.as_ptr(), item, self.mm(), &result);
+        trace::merge_with_ksm_page(
+            false,
+            kpage.pfn(),
+            kpage.as_ptr(),
+            item.as_ptr(),
+            self.mm(),
+            &result,
+        );
         result
     }
 

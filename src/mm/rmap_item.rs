@@ -5,22 +5,22 @@
 //! An rmap item stands for one mapping of a KSM page. It belongs to the engine's entry of that page, which has its
 //! address in place of a sample ([`ItemBox::into_word`]), and it is on the list of the stable node.
 
-use super::stable_node::{NodeId, NodePage, StableNode, WORD};
+use super::folio::NodeId;
 use crate::{
     abi::layout::*,
     hash::Sample,
-    ksm::{
-        index::StableKey,
-        probation::{Strikes, BEAT_BITS},
-    },
+    ksm::probation::{Strikes, BEAT_BITS},
 };
 use core::{
     cell::UnsafeCell,
+    ffi::c_void,
     mem::{size_of, ManuallyDrop},
-    ptr::{self, NonNull},
+    ptr::NonNull,
 };
 use kernel::{alloc::Flags, bindings, prelude::*};
 
+/// The size of a word of the two structures, in bytes.
+pub(super) const WORD: usize = size_of::<u64>();
 /// The size of `struct ksm_rmap_item`, in words.
 const ITEM_WORDS: usize = KSM_RMAP_ITEM_SIZE.div_ceil(WORD);
 
@@ -75,21 +75,18 @@ impl RmapItem {
         self.abi.get().cast::<u8>().wrapping_add(offset).cast()
     }
 
-    /// Returns the node on whose list this item is. The node is not freed before it took the item off.
-    pub(super) fn node(&self) -> Option<NonNull<StableNode>> {
+    /// Returns the identity of the node on whose list this item is. The node is not freed before it took the item
+    /// off.
+    pub(super) fn node_id(&self) -> Option<NodeId> {
         // SAFETY: The member is a word of its own (checked above), which is null or was written by `set_node`.
         // Both run under the engine's mutex.
-        NonNull::new(unsafe { self.member::<*mut StableNode>(KSM_RMAP_ITEM_HEAD).read() })
+        NodeId::new(unsafe { self.member::<*const c_void>(KSM_RMAP_ITEM_HEAD).read() } as usize)
     }
 
-    /// Notes the node on whose list the item was put, or `None` if it was taken off.
-    pub(super) fn set_node(&self, node: Option<NonNull<StableNode>>) {
-        let node = node.map_or(ptr::null_mut(), NonNull::as_ptr);
+    /// Notes the node on whose list the item was put, or null if it was taken off.
+    pub(super) fn set_node(&self, node: *const c_void) {
         // SAFETY: The member is a word of its own (checked above), which is only used under the engine's mutex.
-        unsafe {
-            self.member::<*mut StableNode>(KSM_RMAP_ITEM_HEAD)
-                .write(node)
-        };
+        unsafe { self.member::<*const c_void>(KSM_RMAP_ITEM_HEAD).write(node) };
     }
 
     /// What `set_merge_info` was given: beat, strikes and sample, from the highest bit down.
@@ -149,18 +146,6 @@ impl RmapItem {
     }
 }
 
-/// The result of [`ItemBox::detach`].
-pub(crate) enum Unlinked {
-    /// The item was on no list.
-    NotLinked,
-    /// The item was taken off the list of the node with this key, which has this many items left.
-    Done(StableKey, usize),
-    /// Nothing was done: the node with this key is stale. Release it, which takes off all its items.
-    StaleNode(StableKey),
-    /// Nothing was done: another task has the page locked. Try again later.
-    Busy,
-}
-
 /// An owned rmap item.
 ///
 /// The memory must not be freed while the item is on a list. A drop in that case leaks it, and says so in the
@@ -199,41 +184,8 @@ impl ItemBox {
             .set_merge_info(self.0.beat(), strikes, self.0.sample());
     }
 
-    /// Returns how many mappings of the page are listed with the item's node; 0 if it is on no list.
-    pub(crate) fn mappings(&self) -> usize {
-        let Some(node) = self.0.node() else {
-            return 0;
-        };
-        // SAFETY: By the type invariant the item is on the node's list, and a node is not freed before it took
-        // off all its items.
-        unsafe { node.as_ref() }.items.get()
-    }
-
-    /// Takes the item off the list of its node.
-    ///
-    /// That needs the lock of the node's folio, which this only tries. Does not sleep.
-    pub(crate) fn detach(&mut self) -> Unlinked {
-        let Some(node) = self.0.node() else {
-            return Unlinked::NotLinked;
-        };
-        // SAFETY: By the type invariant the item is on the node's list, and a node is not freed before it took
-        // off all its items.
-        let node = unsafe { node.as_ref() };
-        let key = node.key.get();
-        match node.locked_page() {
-            NodePage::Gone => Unlinked::StaleNode(key),
-            NodePage::Busy => Unlinked::Busy,
-            NodePage::Locked(_page) => {
-                // SAFETY: `_page` is the node's page, and locked until the end of this block. By the type
-                // invariant the item is on the node's list.
-                unsafe { node.unlink(&self.0) };
-                Unlinked::Done(key, node.items.get())
-            }
-        }
-    }
-
     /// Returns the address of the item, for trace events.
-    pub(super) fn as_ptr(&self) -> *const core::ffi::c_void {
+    pub(super) fn as_ptr(&self) -> *const c_void {
         (&raw const **self.0).cast()
     }
 
@@ -266,22 +218,7 @@ impl ItemBox {
     pub(super) unsafe fn node_id_in(word: NonNull<u8>) -> Option<NodeId> {
         // SAFETY: By the caller's promise the item is alive.
         let item = unsafe { word.cast::<RmapItem>().as_ref() };
-        item.node()
-            .and_then(|node| NodeId::new(node.as_ptr() as usize))
-    }
-
-    /// Returns the key of the node that the item in `word` is listed with, and how many items that node has.
-    ///
-    /// # Safety
-    ///
-    /// As for [`ItemBox::node_id_in`].
-    pub(super) unsafe fn node_in(word: NonNull<u8>) -> Option<(StableKey, usize)> {
-        // SAFETY: By the caller's promise the item is alive.
-        let node = unsafe { word.cast::<RmapItem>().as_ref() }.node()?;
-        // SAFETY: By the type invariant the item is on the node's list, and a node is not freed before it took
-        // off all its items.
-        let node = unsafe { node.as_ref() };
-        Some((node.key.get(), node.items.get()))
+        item.node_id()
     }
 
     /// Returns the sample of the page of the item in `word`.
@@ -317,7 +254,7 @@ impl ItemBox {
 
 impl Drop for ItemBox {
     fn drop(&mut self) {
-        if self.0.node().is_some() {
+        if self.0.node_id().is_some() {
             // The core kernel still finds the item on the list of its node, so leak it.
             pr_err!("an rmap item in use was dropped; its memory is lost\n");
             return;

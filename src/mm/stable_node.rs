@@ -27,59 +27,21 @@
 
 use super::{
     ffi,
-    folio::{LockedPage, PageRef, MAPPING_FLAGS},
-    rmap_item::{ItemBox, RmapItem},
+    folio::{node_id_of, LockedPage, NodeId, PageRef},
+    rmap_item::{ItemBox, RmapItem, WORD},
+    stable_key::StableKey,
     trace,
     vma::MergeableVma,
 };
-use crate::{abi::layout::*, hash::Sample, ksm::index::StableKey};
+use crate::{abi::layout::*, hash::Sample};
 use core::{
     cell::{Cell, UnsafeCell},
     mem::{align_of, size_of, ManuallyDrop},
-    num::NonZeroUsize,
     ptr::{self, NonNull},
     sync::atomic::{fence, Ordering},
 };
 use kernel::{alloc::Flags, bindings, prelude::*};
 
-/// The identity of a stable node: its address, which is what a KSM page shows.
-///
-/// It can only be compared. The node may be freed by the time its identity is looked at, and a new one may have
-/// the same address.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct NodeId(NonZeroUsize);
-
-impl NodeId {
-    /// The identity of the node at `addr`; `None` for zero.
-    pub(super) fn new(addr: usize) -> Option<Self> {
-        NonZeroUsize::new(addr).map(Self)
-    }
-
-    /// The identity that the `mapping` of a KSM folio shows; `None` if that folio has no node.
-    pub(super) fn of_mapping(mapping: usize) -> Option<Self> {
-        Self::new(mapping & !MAPPING_FLAGS)
-    }
-
-    /// Returns the identity as a number that is even, and not zero.
-    pub(super) fn get(self) -> usize {
-        self.0.get()
-    }
-
-    /// Returns the key of the node.
-    ///
-    /// # Safety
-    ///
-    /// A folio points at the node, and the caller holds its lock, so the node is not freed. The node is one of
-    /// this module: no in-tree node exists while the module is loaded, see [`crate::intree`].
-    pub(super) unsafe fn key(self) -> StableKey {
-        // SAFETY: By the caller's promise this is the address of a node of ours, which is not freed.
-        let node = unsafe { &*(self.0.get() as *const StableNode) };
-        node.key.get()
-    }
-}
-
-/// The size of a word of the two structures, in bytes.
-pub(super) const WORD: usize = size_of::<u64>();
 /// The size of `struct ksm_stable_node`, in words.
 const NODE_WORDS: usize = KSM_STABLE_NODE_SIZE.div_ceil(WORD);
 
@@ -176,7 +138,7 @@ impl StableNode {
     /// `folio` is in the memory map. It need not be referenced.
     unsafe fn is_node_of(&self, folio: *mut bindings::folio) -> bool {
         // SAFETY: The memory map can be read without a reference. The answer may be outdated.
-        unsafe { super::folio::node_id_of(folio) }.is_some_and(|id| id.0.get() == self.as_addr())
+        unsafe { node_id_of(folio) }.is_some_and(|id| id.get() == self.as_addr())
     }
 
     /// Returns the node's page with a reference, or `None` if the node is stale.
@@ -248,10 +210,7 @@ impl StableNode {
             let Ok(page) = page.try_lock() else {
                 return NodePage::Busy;
             };
-            if page
-                .node_id()
-                .is_some_and(|id| id.0.get() == self.as_addr())
-            {
+            if page.node_id().is_some_and(|id| id.get() == self.as_addr()) {
                 return NodePage::Locked(page);
             }
             // The folio was migrated before it was locked, or it is gone: look again.
@@ -273,7 +232,7 @@ impl StableNode {
             ffi::rksm_put_anon_vma(item.anon_vma());
             ffi::rksm_mm_add_merging(item.mm(), -1);
         }
-        item.set_node(None);
+        item.set_node(ptr::null());
         self.items.set(self.items.get().saturating_sub(1));
     }
 
@@ -305,8 +264,81 @@ impl StableNode {
             ffi::rksm_hlist_add_head(item.hlist(), self.hlist());
             ffi::rksm_mm_add_merging(vma.mm().as_raw(), 1);
         }
-        item.set_node(Some(NonNull::from(self)));
+        item.set_node(ptr::from_ref(self).cast());
         self.items.set(self.items.get().saturating_add(1));
+    }
+}
+
+impl LockedPage {
+    /// Returns the key of the stable node that this page belongs to.
+    ///
+    /// This needs the folio lock: without it, the node could be freed before it is read.
+    pub(crate) fn node_key(&self) -> Option<StableKey> {
+        let id = self.node_id()?;
+        // SAFETY: The folio is locked and points at the node, so the node is not freed. It is one of this module: no
+        // in-tree node exists while the module is loaded, see [`crate::intree`].
+        let node = unsafe { &*(id.get() as *const StableNode) };
+        Some(node.key.get())
+    }
+}
+
+impl RmapItem {
+    /// Returns the node that the item is listed with.
+    fn node(&self) -> Option<&StableNode> {
+        let id = self.node_id()?;
+        // SAFETY: `link` and `unlink` note the node while the item is on its list, and a node is not freed before it
+        // took off all its items.
+        Some(unsafe { &*(id.get() as *const StableNode) })
+    }
+}
+
+/// The result of [`ItemBox::detach`].
+pub(crate) enum Unlinked {
+    /// The item was on no list.
+    NotLinked,
+    /// The item was taken off the list of the node with this key, which has this many items left.
+    Done(StableKey, usize),
+    /// Nothing was done: the node with this key is stale. Release it, which takes off all its items.
+    StaleNode(StableKey),
+    /// Nothing was done: another task has the page locked. Try again later.
+    Busy,
+}
+
+impl ItemBox {
+    /// Returns how many mappings of the page are listed with the item's node; 0 if it is on no list.
+    pub(crate) fn mappings(&self) -> usize {
+        self.0.node().map_or(0, |node| node.items.get())
+    }
+
+    /// Takes the item off the list of its node.
+    ///
+    /// That needs the lock of the node's folio, which this only tries. Does not sleep.
+    pub(crate) fn detach(&mut self) -> Unlinked {
+        let Some(node) = self.0.node() else {
+            return Unlinked::NotLinked;
+        };
+        let key = node.key.get();
+        match node.locked_page() {
+            NodePage::Gone => Unlinked::StaleNode(key),
+            NodePage::Busy => Unlinked::Busy,
+            NodePage::Locked(_page) => {
+                // SAFETY: `_page` is the node's page, and locked until the end of this block. By the type
+                // invariant the item is on the node's list.
+                unsafe { node.unlink(&self.0) };
+                Unlinked::Done(key, node.items.get())
+            }
+        }
+    }
+
+    /// Returns the key of the node that the item in `word` is listed with, and how many items that node has.
+    ///
+    /// # Safety
+    ///
+    /// As for [`ItemBox::node_id_in`].
+    pub(super) unsafe fn node_in(word: NonNull<u8>) -> Option<(StableKey, usize)> {
+        // SAFETY: By the caller's promise the item is alive.
+        let node = unsafe { word.cast::<RmapItem>().as_ref() }.node()?;
+        Some((node.key.get(), node.items.get()))
     }
 }
 
@@ -493,7 +525,7 @@ impl NodeBox {
         vma: &MergeableVma<'_>,
         addr: usize,
     ) -> Result {
-        if page.node_id() != self.id() || item.0.node().is_some() {
+        if page.node_id() != self.id() || item.0.node_id().is_some() {
             return Err(EINVAL);
         }
         // SAFETY: By its type, `vma` is stable and has an anon_vma, on which the first call takes a reference

@@ -9,9 +9,13 @@
 //! An rmap item is shown as its address, as in-tree KSM does. Counts and numbers of passes wrap or saturate
 //! where the event has fewer bits.
 
-use super::{ffi, rmap_item::ItemBox};
+use super::ffi;
 use core::ptr;
-use kernel::{ffi::c_int, mm::Mm, prelude::*};
+use kernel::{
+    ffi::{c_int, c_void},
+    mm::Mm,
+    prelude::*,
+};
 
 /// The result as the events have it: 0, or a negative errno.
 fn errno<T>(result: &Result<T>) -> c_int {
@@ -46,7 +50,7 @@ pub(super) fn merge_with_ksm_page<T>(
     new: bool,
     pfn: usize,
     kpage: *mut kernel::bindings::page,
-    item: &ItemBox,
+    item: *const c_void,
     mm: &Mm,
     result: &Result<T>,
 ) {
@@ -56,7 +60,7 @@ pub(super) fn merge_with_ksm_page<T>(
         ffi::rksm_trace_merge_with_ksm_page(
             kpage.cast(),
             pfn,
-            item.as_ptr().cast_mut(),
+            item.cast_mut(),
             mm.as_raw(),
             errno(result),
         )

@@ -25,14 +25,7 @@
 //! }
 //! ```
 
-use super::{
-    ffi,
-    folio::PageRef,
-    mmap_lock::MmapLock,
-    pte::{self, PteLock},
-    stable_node::NodeId,
-    walk,
-};
+use super::{ffi, mmap_lock::MmapLock};
 use core::ptr::NonNull;
 use kernel::{
     bindings,
@@ -184,31 +177,5 @@ impl<'a> MergeableVma<'a> {
     pub(crate) fn end(&self) -> usize {
         // SAFETY: The VMA is valid, and its lock held, by the type invariants.
         unsafe { VmaRef::from_raw(self.as_ptr()) }.end()
-    }
-
-    /// Whether the page at `addr` is a KSM page of `node`, also while it is being migrated.
-    ///
-    /// Takes the page-table lock for a moment, so the answer may be outdated when it arrives.
-    pub(crate) fn maps(&self, addr: usize, node: NodeId) -> bool {
-        PteLock::new(self, addr).is_some_and(|pte| pte.node_id() == Some(node))
-    }
-
-    /// Returns the anonymous page at `addr`, with a reference. Finds parts of huge pages, too.
-    ///
-    /// Takes the page-table lock for a moment. The page may be unmapped as soon as this returns, so
-    /// operations on it check under that lock whether it is still mapped.
-    pub(crate) fn page_at(&self, addr: usize) -> Option<PageRef> {
-        match PteLock::new(self, addr) {
-            Some(pte) => pte.anon_page(),
-            // No page table: there may be a huge page.
-            None => walk::page_at(self, addr),
-        }
-    }
-
-    /// Whether `page` is mapped at `addr`, without a userfaultfd mark that forbids merging it.
-    ///
-    /// The answer is a hint, see [`pte::maps_unmarked`].
-    pub(crate) fn maps_unmarked(&self, addr: usize, page: &PageRef) -> bool {
-        pte::maps_unmarked(self, addr, page)
     }
 }

@@ -36,8 +36,8 @@
 use super::{
     entry::PageEntry,
     ffi,
-    folio::{is_ksm_mapping, node_id_of, Content, PageRef},
-    stable_node::NodeId,
+    folio::{is_ksm_mapping, node_id_of, Content, NodeId, PageRef},
+    pte::{PteLock, PMD_SIZE},
     vma::MergeableVma,
 };
 use crate::hash::{Hasher, Sample};
@@ -677,9 +677,6 @@ unsafe fn scan_entries<const KSM_ONLY: bool>(
     (false, next.1)
 }
 
-/// The size of what one entry of the second-lowest level of page tables maps, in bytes.
-pub(super) const PMD_SIZE: usize = 1 << 21;
-
 /// Walks the part of `start..end` that lies in `vma`, and calls `visit` for its pages.
 ///
 /// The kernel's walker calls [`rksm_walk_pud`] and [`rksm_walk_pmd`]. Takes page-table locks, one at a time.
@@ -752,4 +749,18 @@ unsafe extern "C" fn rksm_walk_pud(ctx: *mut c_void, addr: usize) -> c_int {
         visit.stop_at(addr);
     }
     over.into()
+}
+
+impl MergeableVma<'_> {
+    /// Returns the anonymous page at `addr`, with a reference. Finds parts of huge pages, too.
+    ///
+    /// Takes the page-table lock for a moment. The page may be unmapped as soon as this returns, so
+    /// operations on it check under that lock whether it is still mapped.
+    pub(crate) fn page_at(&self, addr: usize) -> Option<PageRef> {
+        match PteLock::new(self, addr) {
+            Some(pte) => pte.anon_page(),
+            // No page table: there may be a huge page.
+            None => page_at(self, addr),
+        }
+    }
 }

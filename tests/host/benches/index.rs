@@ -11,6 +11,8 @@
 mod hash;
 #[path = "../src/ksm.rs"]
 mod ksm;
+#[path = "../src/mm.rs"]
+mod mm;
 
 use criterion::{
     criterion_group, criterion_main, measurement::WallTime, BenchmarkGroup, BenchmarkId, Criterion,
@@ -19,9 +21,10 @@ use hash::{Checksum, Sample};
 use kernel::{alloc::flags::GFP_NOWAIT, page::PAGE_SIZE, testing::Random};
 use ksm::{
     filter::Filter,
-    index::{Index, PageAddr, StableKey},
+    index::{Index, PageAddr},
     page_map::{Found, PageMap},
 };
+use mm::stable_key::StableKey;
 use std::{
     hint::black_box,
     time::{Duration, Instant},

@@ -2,8 +2,8 @@
 
 //! Tests, on the host, of those parts of the module that are pure logic.
 //!
-//! [`ksm`] takes the module's own files as they are; the crate `kernel` beside this one stands
-//! in for the kernel's. To test another file: name it in `ksm.rs`, add a file of tests to
+//! [`ksm`] and [`mm`] take the module's own files as they are; the crate `kernel` beside this one stands
+//! in for the kernel's. To test another file: name it in `ksm.rs` or `mm.rs`, add a file of tests to
 //! `tests.rs`, and add to the stand-in what the compiler misses.
 
 /// The examples in the module's documentation: see `build.rs`.
@@ -17,6 +17,8 @@ mod examples {
 mod hash;
 #[cfg(test)]
 mod ksm;
+#[cfg(test)]
+mod mm;
 #[cfg(test)]
 mod model;
 #[cfg(test)]

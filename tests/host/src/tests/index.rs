@@ -4,7 +4,8 @@
 
 use super::counted::{Counted, Ledger};
 use crate::hash::{Checksum, Sample, SUM_BITS};
-use crate::ksm::index::{Index, Nodes, NodesLike, PageAddr, StableKey, MAX_COMPARES};
+use crate::ksm::index::{Index, Nodes, NodesLike, PageAddr, MAX_COMPARES};
+use crate::mm::stable_key::StableKey;
 use kernel::{
     alloc::flags::GFP_NOWAIT,
     error::code::{ENOENT, ENOMEM},
