@@ -46,7 +46,7 @@ pub struct Test {
     pub run: fn() -> Outcome,
 }
 
-/// What a theme finds when each of its tests begins.
+/// What a suite finds when each of its tests begins.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Module {
     Loaded,
@@ -55,31 +55,31 @@ pub enum Module {
 }
 
 /// A group of tests that can be run alone.
-pub struct Theme {
+pub struct Suite {
     pub name: &'static str,
     pub about: &'static str,
     pub module: Module,
     pub tests: &'static [Test],
 }
 
-/// Tests of one theme that are to be run.
+/// Tests of one suite that are to be run.
 pub struct Selection {
-    theme: &'static Theme,
+    suite: &'static Suite,
     tests: &'static [Test],
 }
 
 impl Selection {
     /// All of them.
-    pub fn all(theme: &'static Theme) -> Self {
-        let tests = theme.tests;
-        Self { theme, tests }
+    pub fn all(suite: &'static Suite) -> Self {
+        let tests = suite.tests;
+        Self { suite, tests }
     }
 
     /// The one with this name.
-    pub fn one(theme: &'static Theme, name: &str) -> Option<Self> {
-        let test = theme.tests.iter().find(|test| test.name == name)?;
+    pub fn one(suite: &'static Suite, name: &str) -> Option<Self> {
+        let test = suite.tests.iter().find(|test| test.name == name)?;
         let tests = std::slice::from_ref(test);
-        Some(Self { theme, tests })
+        Some(Self { suite, tests })
     }
 }
 
@@ -125,7 +125,7 @@ impl Tally {
 /// Runs what is `selected` and says whether all tests passed.
 pub fn run(selected: &[Selection]) -> Result<bool> {
     sys::become_subreaper().context("subreaper")?;
-    // Each theme ends with one more test, about the in-tree engine, and the
+    // Each suite ends with one more test, about the in-tree engine, and the
     // whole with one about unloading and one about what is left after it.
     let plan: usize = selected.iter().map(|s| s.tests.len() + 1).sum::<usize>()
         + 1
@@ -133,9 +133,9 @@ pub fn run(selected: &[Selection]) -> Result<bool> {
     println!("KTAP version 1");
     println!("1..{plan}");
     let mut tally = Tally::default();
-    for Selection { theme, tests } in selected {
-        println!("# {}: {}", theme.name, theme.about);
-        run_theme(theme, tests, &mut tally);
+    for Selection { suite, tests } in selected {
+        println!("# {}: {}", suite.name, suite.about);
+        run_suite(suite, tests, &mut tally);
     }
     tally.guard("unloads-after-all-tests", unloads);
     if kmemleak::present() {
@@ -144,21 +144,21 @@ pub fn run(selected: &[Selection]) -> Result<bool> {
     Ok(tally.failed == 0)
 }
 
-fn run_theme(theme: &Theme, tests: &[Test], tally: &mut Tally) {
-    let name = |test: &str| format!("{}.{test}", theme.name);
+fn run_suite(suite: &Suite, tests: &[Test], tally: &mut Tally) {
+    let name = |test: &str| format!("{}.{test}", suite.name);
     for test in tests {
         let begin = Instant::now();
-        let report = run_test(theme, test);
+        let report = run_test(suite, test);
         tally.report(&name(test.name), &report, begin.elapsed());
     }
     tally.guard(&name("in-tree-run-stays-0"), in_tree_stopped);
 }
 
-fn run_test(theme: &Theme, test: &Test) -> Report {
-    if theme.module == Module::Unloaded && engine::is_in_tree() {
+fn run_test(suite: &Suite, test: &Test) -> Report {
+    if suite.module == Module::Unloaded && engine::is_in_tree() {
         return Report::Skipped("the in-tree engine is not a module".into());
     }
-    let want = theme.module == Module::Loaded;
+    let want = suite.module == Module::Loaded;
     if let Report::Failed(why) = guarded(RESET_LIMIT, move || prepare(want)) {
         return Report::Failed(format!("cannot begin: {why}"));
     }

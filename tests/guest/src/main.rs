@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! `rksm-guest-tests run [THEME[.TEST]…]`: run the tests as root in a guest.
+//! `rksm-guest-tests run [SUITE[.TEST]…]`: run the tests as root in a guest.
 
 use std::process::ExitCode;
 
@@ -31,30 +31,30 @@ fn command(args: &[&str]) -> Result<u8> {
         ["run", names @ ..] => Ok(u8::from(!harness::run(&select(names)?)?)),
         // What a test's worker becomes when it execs itself.
         ["worker", fd] => Ok(worker::serve_inherited(fd.parse()?) as u8),
-        _ => bail!("usage: rksm-guest-tests list | run [THEME[.TEST]…]"),
+        _ => bail!("usage: rksm-guest-tests list | run [SUITE[.TEST]…]"),
     }
 }
 
-/// What the names say to run: themes, or `THEME.TEST` for a single test; everything without a name.
+/// What the names say to run: suites, or `SUITE.TEST` for a single test; everything without a name.
 fn select(names: &[&str]) -> Result<Vec<Selection>> {
     if names.is_empty() {
-        return Ok(ALL.iter().map(|theme| Selection::all(theme)).collect());
+        return Ok(ALL.iter().map(|suite| Selection::all(suite)).collect());
     }
     names.iter().map(|name| select_one(name)).collect()
 }
 
 fn select_one(name: &str) -> Result<Selection> {
-    let (theme, test) = match name.split_once('.') {
-        Some((theme, test)) => (theme, Some(test)),
+    let (suite, test) = match name.split_once('.') {
+        Some((suite, test)) => (suite, Some(test)),
         None => (name, None),
     };
-    let found = ALL.iter().find(|known| known.name == theme);
-    let Some(theme) = found else {
-        bail!("no theme {theme}; see rksm-guest-tests list");
+    let found = ALL.iter().find(|known| known.name == suite);
+    let Some(suite) = found else {
+        bail!("no suite {suite}; see rksm-guest-tests list");
     };
     match test {
-        None => Ok(Selection::all(theme)),
-        Some(test) => Selection::one(theme, test)
-            .with_context(|| format!("theme {} has no test {test}", theme.name)),
+        None => Ok(Selection::all(suite)),
+        Some(test) => Selection::one(suite, test)
+            .with_context(|| format!("suite {} has no test {test}", suite.name)),
     }
 }

@@ -9,11 +9,11 @@ use anyhow::{ensure, Result};
 use super::tests;
 use super::trace::{Recorder, NO_EVENTS};
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::scan;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "advisor",
     about: "the scan-time advisor decides on pages_to_scan, within its limits",
     module: Module::Loaded,

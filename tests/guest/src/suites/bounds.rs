@@ -10,13 +10,13 @@ use io_uring::IoUring;
 
 use super::tests;
 use super::trace;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::region::{Region, PAGE};
 use crate::scan::{self, Stepper};
 use crate::worker::Worker;
 use crate::{engine, proc};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "bounds",
     about: "no process can make the engine hold mmap_lock, or work on one page, for long",
     module: Module::Loaded,

@@ -8,12 +8,12 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine::{self, refused, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::pageflags::merged_frames;
 use crate::scan::{self, Stepper};
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "chains",
     about: "no merged page is mapped more often than it may be, and room is used again",
     module: Module::Loaded,

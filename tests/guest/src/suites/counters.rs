@@ -9,7 +9,7 @@ use anyhow::{ensure, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::pageflags::Census;
 use crate::prng::Prng;
 use crate::proc;
@@ -17,7 +17,7 @@ use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "counters",
     about: "counters agree with /proc/kpageflags and /proc/<pid>/ksm_stat",
     module: Module::Loaded,

@@ -10,14 +10,14 @@ use anyhow::{ensure, Context, Result};
 
 use super::{tests, ORDERS};
 use crate::engine;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::pageflags::Span;
 use crate::prng::Prng;
 use crate::region::PAGE;
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "cow",
     about: "a write to a merged page is seen by its writer alone",
     module: Module::Loaded,

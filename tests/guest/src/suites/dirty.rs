@@ -10,7 +10,7 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::cgroup::{self, Group};
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa;
 use crate::pageflags::{marked, merged, swapped, Mark, Span};
 use crate::patience::patient;
@@ -20,7 +20,7 @@ use crate::swap::Zram;
 use crate::uffd::Uffd;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "dirty",
     about: "soft-dirty bits, PAGEMAP_SCAN and userfaultfd write protection outlast merging",
     module: Module::Loaded,

@@ -5,11 +5,11 @@ use anyhow::{ensure, Result};
 
 use super::tests;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::scan::Stepper;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "eager",
     about: "merge_eagerly: one pass is enough, and pages that were soon written to are left alone",
     module: Module::Loaded,

@@ -7,11 +7,11 @@ use anyhow::{ensure, Result};
 
 use super::{tests, ORDERS};
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "exit",
     about: "sharers end in every order and by every means, the others keep their memory",
     module: Module::Loaded,

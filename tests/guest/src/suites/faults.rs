@@ -12,13 +12,13 @@ use anyhow::{bail, ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine::{self, wait_for, IN_TREE};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::inject::{Below, Injection, Nth, NO_INJECTION};
 use crate::kprobe::Calls;
 use crate::worker::{verify_all, Worker};
 use crate::{module, proc, scan, sys};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "faults",
     about: "allocations fail, one after the other and at random, and nothing is lost",
     module: Module::Loaded,

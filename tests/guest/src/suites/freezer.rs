@@ -10,12 +10,12 @@ use anyhow::{bail, ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::scan;
 use crate::sys::Ended;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "freezer",
     about: "all tasks are frozen, and the machine sleeps, while pages are merged and unmerged",
     module: Module::Loaded,

@@ -9,14 +9,14 @@ use anyhow::{ensure, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::proc;
 use crate::region::{Region, PAGE};
 use crate::scan::{self, Stepper};
 use crate::sys;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "hot",
     about: "pages that are written to soon after they were merged are left alone, and merge when they hold still",
     module: Module::Loaded,

@@ -12,7 +12,7 @@ use anyhow::{bail, ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::memblock::{Plugged, NO_DIMM};
 use crate::pageflags::{frames, merged_frames};
 use crate::patience::patient;
@@ -22,7 +22,7 @@ use crate::scan;
 use crate::sys;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "hotplug",
     about: "memory goes offline, and is unplugged, under merged pages and stale nodes",
     module: Module::Loaded,

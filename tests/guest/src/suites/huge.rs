@@ -7,14 +7,14 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::kprobe::Calls;
 use crate::pageflags::{merged, zeroes, Span};
 use crate::region::{Region, HUGE, PAGE};
 use crate::scan;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "huge",
     about: "a huge page is split where a part of it merges",
     module: Module::Loaded,

@@ -13,14 +13,14 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::pageflags::{frames, merged_frames, Span};
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys::{self, Ended};
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "hwpoison",
     about: "merged pages in broken memory: soft-offlined, poisoned, and those who map them killed",
     module: Module::Loaded,

@@ -10,12 +10,12 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine::{self, write_to, IN_TREE, READ_ONLY, WRITABLE};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::module;
 use crate::scan;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "knobs",
     about: "files, modes, defaults, formats and errors are those of the in-tree engine",
     module: Module::Loaded,

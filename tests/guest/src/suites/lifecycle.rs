@@ -11,13 +11,13 @@ use anyhow::{bail, ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine::{self, wait_for, write_to, IN_TREE};
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::kmsg::Log;
 use crate::region::Region;
 use crate::worker::{verify_all, Worker};
 use crate::{module, proc, scan};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "lifecycle",
     about: "loading and unloading, refused where they must be",
     module: Module::Unloaded,

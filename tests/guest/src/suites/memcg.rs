@@ -8,7 +8,7 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::cgroup::Group;
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::kmsg::Log;
 use crate::pageflags::swapped;
 use crate::proc;
@@ -17,7 +17,7 @@ use crate::scan;
 use crate::swap::Zram;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "memcg",
     about: "memory cgroups are charged for each page once, and for metadata by mapping",
     module: Module::Loaded,

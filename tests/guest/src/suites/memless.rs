@@ -13,14 +13,14 @@ use super::tests;
 use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys::Ended;
 use crate::worker::{verify_all, Worker};
 use crate::{module, proc};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "memless",
     about: "memory runs out while everything is unmerged: refused as in-tree, nothing lost",
     module: Module::Loaded,

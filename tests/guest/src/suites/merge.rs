@@ -11,7 +11,7 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::cgroup::Group;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa;
 use crate::pageflags::{merged, Span};
 use crate::prng::Prng;
@@ -20,7 +20,7 @@ use crate::region::{Region, HUGE, PAGE};
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "merge",
     about: "equal pages merge, unequal and foreign ones do not",
     module: Module::Loaded,

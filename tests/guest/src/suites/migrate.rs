@@ -8,7 +8,7 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::memblock::{Plugged, NO_DIMM};
 use crate::numa;
 use crate::pageflags::{merged_frames, Span};
@@ -17,7 +17,7 @@ use crate::region::{Region, PAGE};
 use crate::scan::{self, Stepper};
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "migrate",
     about: "merged pages move to another node or are compacted, with all their mappings",
     module: Module::Loaded,

@@ -11,11 +11,11 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine::{self, IN_TREE, RKSM};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::module;
 use crate::sys::{self, Ended, Forked};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "mounts",
     about: "/sys/kernel/mm/rksm bound over /sys/kernel/mm/ksm, over reloads and namespaces",
     module: Module::Loaded,

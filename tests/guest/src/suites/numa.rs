@@ -5,12 +5,12 @@ use anyhow::{ensure, Result};
 
 use super::tests;
 use crate::engine::{self, refused};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa::{ensure_on, move_all_to, two_nodes};
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "numa",
     about: "pages on different memory nodes merge only if they may",
     module: Module::Loaded,

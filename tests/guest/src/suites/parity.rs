@@ -10,10 +10,10 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine::{write_to, IN_TREE, RKSM};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::{engine, module};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "parity",
     about: "both directories have the same files: names, modes, content, and what they refuse",
     // What the in-tree files say is asked while rksm has its hands off them.

@@ -12,14 +12,14 @@ use io_uring::{opcode, types, IoUring};
 use super::tests;
 use crate::disk::Disk;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::pageflags::merged;
 use crate::patience::patient;
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "pin",
     about: "pages under O_DIRECT, registered buffers and in pipes are left alone until free",
     module: Module::Loaded,

@@ -4,12 +4,12 @@
 use anyhow::{ensure, Result};
 
 use super::tests;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::region::Region;
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "registration",
     about: "madvise, prctl, fork and exec bring processes in",
     module: Module::Loaded,

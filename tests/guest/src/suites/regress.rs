@@ -7,7 +7,7 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::pageflags::{merged, Span};
 use crate::proc;
 use crate::region::{Region, PAGE};
@@ -15,7 +15,7 @@ use crate::scan;
 use crate::sys::{self, Forked};
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "regress",
     about: "defects of KSM's past: processes that fork, exec and exit during a scan",
     module: Module::Loaded,

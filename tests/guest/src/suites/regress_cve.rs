@@ -10,7 +10,7 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::cgroup::Group;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa::{move_all_to, two_nodes};
 use crate::pageflags::{frames, in_swap_cache, large, merged, merged_frames, swapped};
 use crate::region::Region;
@@ -19,7 +19,7 @@ use crate::swap::Zram;
 use crate::sys;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "regress-cve",
     about: "defects of 2026: MADV_FREE, unstable trees, and swap-in of pages that were merged",
     module: Module::Loaded,

@@ -10,7 +10,7 @@ use super::tests;
 use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::inject::{Injection, NO_INJECTION};
 use crate::memblock::{Plugged, NO_DIMM};
 use crate::pageflags::{frames, merged, swapped, Span};
@@ -20,7 +20,7 @@ use crate::scan;
 use crate::swap::Zram;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "regress-memory",
     about: "defects of KSM's past: swap, hot-remove, huge pages, zero pages, failed allocations",
     module: Module::Loaded,

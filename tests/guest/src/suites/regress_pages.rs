@@ -10,7 +10,7 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa;
 use crate::pageflags::{merged, merged_frames};
 use crate::region::{Region, PAGE};
@@ -18,7 +18,7 @@ use crate::scan;
 use crate::sys::{self, Forked};
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "regress-pages",
     about: "defects of KSM's past: pages that move, userfaultfd, sharing limit, nodes",
     module: Module::Loaded,

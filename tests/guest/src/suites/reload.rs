@@ -12,12 +12,12 @@ use super::tests;
 use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine::{self, wait_for, IN_TREE};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::region::Region;
 use crate::worker::{verify_all, Worker};
 use crate::{module, proc, scan, sys};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "reload",
     about: "loading and unloading under load, many times; a thread that nothing kills",
     module: Module::Unloaded,

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 
 use super::tests;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa;
 use crate::pageflags::Span;
 use crate::region::Region;
 use crate::scan;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "rmap",
     about: "merged pages are found and moved among 20,480 areas of one anon_vma",
     module: Module::Loaded,

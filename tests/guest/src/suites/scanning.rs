@@ -9,13 +9,13 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::proc;
 use crate::scan::{self, Stepper};
 use crate::sys::{self, Ended};
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "scanning",
     about: "pace, patience with changing pages, and a thread that sleeps when idle",
     module: Module::Loaded,

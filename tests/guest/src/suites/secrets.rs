@@ -10,13 +10,13 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use super::trace::{self, Recorder};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::kmsg::Log;
 use crate::sys::{self, Forked};
 use crate::worker::Worker;
 use crate::{engine, scan};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "secrets",
     about: "files, log and trace events show no address of the kernel",
     module: Module::Loaded,

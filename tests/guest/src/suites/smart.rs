@@ -8,7 +8,7 @@ use anyhow::{ensure, Result};
 use super::tests;
 use crate::cgroup::Group;
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa;
 use crate::pageflags::{merged, swapped, Span};
 use crate::proc;
@@ -18,7 +18,7 @@ use crate::swap::Zram;
 use crate::sys;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "smart",
     about:
         "smart_scan: what does not merge is looked at less often, and nothing is missed for that",

@@ -7,13 +7,13 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::prng::Prng;
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys::{self, Ended, Forked};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "soak",
     about: "processes write, drop, move, protect and verify at random while pages merge",
     module: Module::Loaded,

@@ -8,7 +8,7 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::cgroup::Group;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa;
 use crate::pageflags::{merged, soft_dirty, swapped, zeroes, Span};
 use crate::region::{Region, PAGE};
@@ -16,7 +16,7 @@ use crate::scan;
 use crate::swap::Zram;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "softdirty",
     about: "a page is soft-dirty if it was written to, whatever became of it since",
     module: Module::Loaded,

@@ -10,7 +10,7 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::patience::patient;
 use crate::proc;
 use crate::region::Region;
@@ -18,7 +18,7 @@ use crate::scan;
 use crate::sys::{self, Ended};
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "stall",
     about: "neither scanning nor run waits for what a process holds, nor an exit for the scan",
     module: Module::Loaded,

@@ -9,7 +9,7 @@ use super::tests;
 use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::pageflags::{in_swap_cache, merged, swapped, Span};
 use crate::region::{Region, PAGE};
 use crate::scan;
@@ -17,7 +17,7 @@ use crate::swap::{SwapDisk, Zram};
 use crate::sys;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "swap",
     about: "merged pages are swapped out to zram and faulted in again",
     module: Module::Loaded,

@@ -12,7 +12,7 @@ use super::huge::{huge_kib, huge_region, part, NONE, PARTS};
 use super::regress_pages::{ioctl, userfaultfd, FEATURE_WP, MODE_WP, UFFDIO_WRITEPROTECT};
 use super::tests;
 use crate::engine::{self, wait_for};
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::pageflags::{merged, merged_frames, zeroes, Span};
 use crate::patience::patient;
 use crate::prng;
@@ -21,7 +21,7 @@ use crate::region::{Region, HUGE, PAGE};
 use crate::scan;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "thp",
     about: "a huge page is split only for a part that merges, and not again and again",
     module: Module::Loaded,

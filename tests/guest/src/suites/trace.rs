@@ -9,11 +9,11 @@ use anyhow::{ensure, Context, Result};
 
 use super::tests;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::scan;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "trace",
     about: "who records the events of the group ksm sees the engine",
     module: Module::Loaded,

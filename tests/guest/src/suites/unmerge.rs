@@ -5,11 +5,11 @@ use anyhow::{ensure, Result};
 
 use super::tests;
 use crate::engine;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "unmerge",
     about: "MADV_UNMERGEABLE, prctl and run=2 give everyone pages of their own",
     module: Module::Loaded,

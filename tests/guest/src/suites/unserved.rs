@@ -8,7 +8,7 @@ use anyhow::{ensure, Result};
 
 use super::tests;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, Verdict, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, Verdict, PASS};
 use crate::module;
 use crate::numa;
 use crate::pageflags::{merged, Span};
@@ -19,7 +19,7 @@ use crate::scan;
 use crate::sys;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "unserved",
     about: "merged pages that cannot be given back stay listed, and run=2 says so",
     module: Module::Loaded,

@@ -12,13 +12,13 @@ use anyhow::{ensure, Context, Result};
 use super::tests;
 use crate::background::Background;
 use crate::engine;
-use crate::harness::{skip, Module, Outcome, Theme, PASS};
+use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::pageflags::{merged_frames, Span};
 use crate::region::PAGE;
 use crate::scan;
 use crate::sys::Ended;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "uprobe",
     about: "uprobes come and go in merged private file pages",
     module: Module::Loaded,

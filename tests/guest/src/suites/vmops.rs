@@ -4,11 +4,11 @@
 use anyhow::{ensure, Result};
 
 use super::tests;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::scan;
 use crate::worker::{verify_all, Worker};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "vmops",
     about: "munmap, mremap, mprotect and MADV_DONTNEED on merged pages",
     module: Module::Loaded,

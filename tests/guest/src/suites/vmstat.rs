@@ -6,11 +6,11 @@ use std::fs;
 use anyhow::{ensure, Context, Result};
 
 use super::tests;
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::worker::{verify_all, Worker};
 use crate::{proc, scan};
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "vmstat",
     about: "vmstat, smaps and ksm_stat count merged pages",
     module: Module::Loaded,

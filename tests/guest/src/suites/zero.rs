@@ -7,14 +7,14 @@ use anyhow::{ensure, Result};
 
 use super::tests;
 use crate::engine::{self, refused, wait_for};
-use crate::harness::{Module, Outcome, Theme, PASS};
+use crate::harness::{Module, Outcome, Suite, PASS};
 use crate::pageflags::{merged, zeroes};
 use crate::proc::ksm_stat;
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::worker::Worker;
 
-pub const THEME: Theme = Theme {
+pub const SUITE: Suite = Suite {
     name: "zero",
     about: "pages of zeroes become the kernel's zero page, and are counted",
     module: Module::Loaded,
