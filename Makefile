@@ -11,7 +11,7 @@ help:
 	@echo 'make test         set up, build, and run every test'
 	@echo 'make quick        the checks and most guest tests: ten minutes, before each commit'
 	@echo 'make test-debug   the guest tests and the torture test in a kernel full of checks'
-	@echo 'make torture      everything at random to memory that merges (SECONDS=60 SEED= OPS= NOT= PLAYERS=10)'
+	@echo 'make torture      everything at random to memory that merges (SECONDS=60 SEED= OPS= NOT= WORKERS=10)'
 	@echo 'make conformance  the kernel'"'"'s own KSM selftests, with in-tree KSM and with rksm'
 	@echo 'make bench        both engines side by side, in all respects (under an hour)'
 	@echo 'make bench-quick  the two main workloads, in instructions (two minutes)'
@@ -53,7 +53,7 @@ test-debug:
 
 torture: module
 	@tests/torture/run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(if $(OPS),--ops $(OPS)) \
-		$(if $(NOT),--not $(NOT)) $(if $(PLAYERS),--players $(PLAYERS))
+		$(if $(NOT),--not $(NOT)) $(if $(or $(WORKERS),$(PLAYERS)),--workers $(or $(WORKERS),$(PLAYERS)))
 
 conformance: module
 	@scripts/conformance

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use anyhow::{ensure, Result};
 
-use crate::crew::{Crew, Facts};
 use crate::engine::{Engine, Pass, Stepper};
 use crate::memory::KernelMemory;
 use crate::phase;
 use crate::results::{mean, median, Record, Sheet};
+use crate::workers::{Facts, Workers};
 
 /// Passes until a workload that does not converge is given up.
 const MOST_PASSES: usize = 8;
@@ -24,9 +24,9 @@ pub const MODE: &str = "exact";
 
 /// Runs one workload on one engine and measures all but the lock holds.
 pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
-    let mut crew = Crew::start(name)?;
+    let mut workers = Workers::start(name)?;
     let mut sheet = Sheet::new(name, engine.name(), MODE);
-    let facts = crew.facts();
+    let facts = workers.facts();
     println!("#   {} {name}: {} pages", engine.name(), facts.pages);
     if !engine.prepare(name, facts.use_zero_pages)? {
         return Ok(Vec::new());
@@ -42,11 +42,11 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     run.put_sizes();
     let before = quiet_memory()?;
     let noise = quiet_memory()?.growth(&before);
-    run.converge(&mut stepper, &mut crew)?;
+    run.converge(&mut stepper, &mut workers)?;
     run.metadata(&before, noise)?;
     run.idle(&mut stepper)?;
-    crew.verify()?;
-    drop(crew);
+    workers.verify()?;
+    drop(workers);
     Ok(sheet.into_records())
 }
 
@@ -118,7 +118,7 @@ impl Run<'_> {
     }
 
     /// From the first look at the pages until merging has nothing left to do.
-    fn converge(&mut self, stepper: &mut Stepper, crew: &mut Crew) -> Result<()> {
+    fn converge(&mut self, stepper: &mut Stepper, workers: &mut Workers) -> Result<()> {
         let mut passes: Vec<Pass> = Vec::new();
         while passes.len() < MOST_PASSES {
             // No goal when it was reached before, or there is none.
@@ -131,7 +131,7 @@ impl Run<'_> {
                 break;
             }
             if self.facts.is_volatile {
-                crew.rewrite()?;
+                workers.rewrite()?;
             }
         }
         self.report_convergence(&passes);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The benchmark: both engines on the same workloads in the same boot.
 //!
-//! `content` and `workload` are the generator; `worker` and `crew` are the
+//! `content` and `workload` are the generator; `worker` and `workers` are the
 //! processes that hold what it makes; `engine` drives an engine pass by pass;
 //! `exact` and `wall` measure; `phase` tells QEMU's plugin (in plugin/) what is being
 //! measured, and `holds` is its bookkeeping of locks; `results`,
@@ -9,7 +9,6 @@
 
 pub mod bystander;
 pub mod content;
-pub mod crew;
 pub mod engine;
 pub mod exact;
 pub mod holds;
@@ -28,4 +27,5 @@ pub mod targets;
 pub mod trace;
 pub mod wall;
 pub mod worker;
+pub mod workers;
 pub mod workload;

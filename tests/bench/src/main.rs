@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use anyhow::{bail, ensure, Context, Result};
 use lexopt::prelude::*;
 
-use rksm_bench::crew::REAL;
 use rksm_bench::engine::Engine;
 use rksm_bench::machine::Machine;
 use rksm_bench::qmp::Guest;
 use rksm_bench::session::{Mode, Session};
+use rksm_bench::workers::REAL;
 use rksm_bench::{bystander, profile, report, results, table, trace, worker, workload};
 
 const USAGE: &str = "usage: rksm-bench COMMAND

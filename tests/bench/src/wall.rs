@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 
 use crate::bystander::Latencies;
-use crate::crew::Crew;
 use crate::engine::Engine;
 use crate::results::{Record, Sheet};
+use crate::workers::Workers;
 
 pub const MODE: &str = "wall";
 /// Faults of the bystander per run.
@@ -23,8 +23,8 @@ const PASSES: u64 = 3;
 
 /// One run of one workload on one engine.
 pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
-    let mut crew = Crew::start(name)?;
-    let facts = crew.facts();
+    let mut workers = Workers::start(name)?;
+    let facts = workers.facts();
     if !engine.prepare(name, facts.use_zero_pages)? {
         return Ok(Vec::new());
     }
@@ -32,7 +32,7 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     let smart = engine.has("smart_scan").then_some(1);
     sheet.put(smart, "pages", facts.pages as f64, "pages");
     sheet.put(smart, "expected_sharing", facts.expected as f64, "pages");
-    let race = Race::run(engine, &mut crew)?;
+    let race = Race::run(engine, &mut workers)?;
     if let Some(goal) = race.goal {
         sheet.put(smart, "passes_to_99", goal.passes as f64, "passes");
         sheet.put(smart, "cpu_to_99", goal.cpu as f64, "ns");
@@ -65,8 +65,8 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     );
     println!("#     fresh: {fresh:?}, merged before: {broken:?}");
     engine.write("run", 0)?;
-    crew.verify()?;
-    drop(crew);
+    workers.verify()?;
+    drop(workers);
     Ok(sheet.into_records())
 }
 
@@ -86,8 +86,8 @@ struct Race {
 impl Race {
     /// Starts the engine at full speed, waits for the goal and for some passes
     /// more, and leaves it running.
-    fn run(engine: Engine, crew: &mut Crew) -> Result<Self> {
-        let facts = crew.facts();
+    fn run(engine: Engine, workers: &mut Workers) -> Result<Self> {
+        let facts = workers.facts();
         let thread = engine.thread()?;
         let goal_pages = (facts.expected * 99).div_ceil(100);
         let scans = engine.read("full_scans")?;
@@ -112,7 +112,7 @@ impl Race {
                 until = now + PASSES;
             }
             if now > passes && facts.is_volatile {
-                crew.rewrite()?;
+                workers.rewrite()?;
             }
             passes = now;
             // More passes than any workload needs: it will not get there.

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::patience::patient;
 use crate::sys::{self, Ended, Forked};
+use crate::timeout::scaled;
 use crate::{engine, kmemleak, module};
 
 const STATUS_FAILED: i32 = 1;
@@ -223,7 +223,7 @@ fn guarded(limit: Duration, work: impl FnOnce() -> Outcome) -> Report {
 }
 
 fn try_guarded(limit: Duration, work: impl FnOnce() -> Outcome) -> Result<Report> {
-    let limit = patient(limit);
+    let limit = scaled(limit);
     let _ = std::io::stdout().flush();
     let (output, input) = sys::pipe().context("pipe")?;
     let pid = match sys::fork().context("fork")? {
@@ -235,7 +235,7 @@ fn try_guarded(limit: Duration, work: impl FnOnce() -> Outcome) -> Result<Report
     };
     drop(input);
     let mut output = Output::new(File::from(output));
-    let end = Instant::now() + limit + patient(Duration::from_secs(5));
+    let end = Instant::now() + limit + scaled(Duration::from_secs(5));
     let ended = loop {
         output.pump(Duration::from_millis(20))?;
         if let Some((_, ended)) = sys::try_wait(pid).context("wait")? {
@@ -302,7 +302,7 @@ fn end_group(pid: libc::pid_t, leader_runs: bool) -> bool {
     if leader_runs {
         let _ = sys::kill(pid, libc::SIGKILL);
     }
-    let end = Instant::now() + patient(Duration::from_secs(20));
+    let end = Instant::now() + scaled(Duration::from_secs(20));
     loop {
         match sys::try_wait(-pid) {
             // Nobody of the group is left.

@@ -7,8 +7,8 @@
 //! `RKSM_ENGINE=ksm` runs them against it.
 
 pub use rksm_test_lib::{
-    background, cgroup, disk, engine, memblock, module, numa, pageflags, patience, prng, proc,
-    region, swap, sys,
+    background, cgroup, disk, engine, memblock, module, numa, pageflags, prng, proc, region, swap,
+    sys, timeout,
 };
 
 pub mod harness;

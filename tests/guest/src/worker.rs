@@ -13,9 +13,9 @@ use anyhow::{bail, Context, Result};
 use crate::cgroup::Group;
 use crate::inject::Nth;
 use crate::pageflags::Span;
-use crate::patience::patient;
 use crate::region::{Region, HUGE, PAGE};
 use crate::sys::{self, Ended, Forked};
+use crate::timeout::scaled;
 
 /// No single command of a test takes longer, even on an emulated CPU.
 const REPLY_LIMIT: Duration = Duration::from_secs(40);
@@ -49,7 +49,7 @@ impl Worker {
             }
             Forked::Parent(pid) => {
                 drop(theirs);
-                ours.set_read_timeout(Some(patient(REPLY_LIMIT)))?;
+                ours.set_read_timeout(Some(scaled(REPLY_LIMIT)))?;
                 Ok(Self {
                     pid,
                     stream: BufReader::new(ours),
@@ -257,7 +257,7 @@ impl Worker {
     }
 
     fn reap(&mut self) -> Result<Ended> {
-        let end = Instant::now() + patient(REPLY_LIMIT);
+        let end = Instant::now() + scaled(REPLY_LIMIT);
         loop {
             if let Some((_, how)) = sys::try_wait(self.pid).context("wait")? {
                 self.gone = true;

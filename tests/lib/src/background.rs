@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
-use crate::patience::patient;
 use crate::sys::{self, Ended, Forked};
+use crate::timeout::scaled;
 
 /// The longest that one piece of the work takes to be killed.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -58,7 +58,7 @@ impl Background {
 
     /// Waits until it ends by itself.
     pub fn join(mut self, limit: Duration) -> Result<Ended> {
-        let end = Instant::now() + patient(limit);
+        let end = Instant::now() + scaled(limit);
         loop {
             if let Some(how) = self.ended()? {
                 return Ok(how);

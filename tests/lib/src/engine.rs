@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
-use crate::patience::patient;
+use crate::timeout::scaled;
 
 /// Where the in-tree engine's files live.
 pub const IN_TREE: &str = "/sys/kernel/mm/ksm";
@@ -163,7 +163,7 @@ pub fn wait_for(
     limit: Duration,
     mut probe: impl FnMut() -> Result<bool>,
 ) -> Result<()> {
-    let limit = patient(limit);
+    let limit = scaled(limit);
     let end = Instant::now() + limit;
     while !probe()? {
         if Instant::now() > end {

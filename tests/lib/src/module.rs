@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::patience::patient;
+use crate::timeout::scaled;
 use crate::{engine, proc, sys};
 
 const NAME: &str = "rksm";
@@ -55,7 +55,7 @@ pub fn ensure_loaded(want: bool) -> Result<()> {
 /// Unloads, and waits out a short-lived user of the module, such as a reader
 /// of one of its files.
 pub fn unload_soon(limit: Duration) -> Result<()> {
-    let end = Instant::now() + patient(limit);
+    let end = Instant::now() + scaled(limit);
     loop {
         match unload() {
             Err(e) if e.raw_os_error() == Some(libc::EWOULDBLOCK) && Instant::now() < end => {

@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::page::Desc;
 use crate::plan::{Allowed, Op, Step};
 
-/// Ledgers: the players' first, then those of children and victims.
+/// Ledgers: the workers' first, then those of children and victims.
 pub const BLOCKS: usize = 96;
-pub const PLAYERS_MAX: usize = 32;
+pub const WORKERS_MAX: usize = 32;
 /// Areas of a process, and the most pages of each.
 pub const SLOTS: usize = 6;
 pub const PAGES: usize = 1024;
-/// Pages of each player that others write to.
-pub const MAIL: usize = 16;
+/// Pages of each worker that others write to.
+pub const SHARED_PAGES: usize = 16;
 /// Results that are told apart: 0, and each errno.
 pub const ERRNOS: usize = 136;
 const OPS: usize = 64;
@@ -106,7 +106,7 @@ impl Entry {
 
 /// A page that others may write to.
 #[repr(C)]
-pub struct Mail {
+pub struct SharedPage {
     /// Who may touch it: a block's number and 1, or 0.
     claim: AtomicU32,
     desc: AtomicU64,
@@ -117,7 +117,7 @@ pub struct Mail {
 /// No descriptor looks like this.
 const NO_ALTERNATIVE: u64 = u64::MAX;
 
-impl Mail {
+impl SharedPage {
     pub fn claim(&self, block: u8) -> bool {
         let me = u32::from(block) + 1;
         self.claim
@@ -339,8 +339,8 @@ impl Stand {
 pub struct Arena {
     pub seed: AtomicU64,
     pub allowed: AtomicU64,
-    /// Players of this round.
-    pub players: AtomicU32,
+    /// Workers of this round.
+    pub workers: AtomicU32,
     /// Everybody is to come to an end.
     pub stop: AtomicU32,
     /// All are to stand still, see [`Stand`]; 0: they work.
@@ -351,15 +351,15 @@ pub struct Arena {
     pub has_rwp: AtomicU32,
     pub failures: AtomicU32,
     pub verified: AtomicU64,
-    /// Which optional things there are: see [`crate::player::Env`].
+    /// Which optional things there are: see [`crate::worker::Env`].
     pub disk_pages: AtomicU32,
     counts: [[AtomicU64; ERRNOS]; OPS],
     /// What control tasks did: time, and operation with errno.
     events: [[AtomicU64; 2]; EVENTS],
     next_event: AtomicU32,
-    pub mail_pid: [AtomicU32; PLAYERS_MAX],
-    pub mail_addr: [AtomicU64; PLAYERS_MAX],
-    pub mail: [[Mail; MAIL]; PLAYERS_MAX],
+    pub shared_pid: [AtomicU32; WORKERS_MAX],
+    pub shared_addr: [AtomicU64; WORKERS_MAX],
+    pub shared_pages: [[SharedPage; SHARED_PAGES]; WORKERS_MAX],
     pub blocks: [Block; BLOCKS],
 }
 
@@ -463,7 +463,7 @@ impl Arena {
 
     /// A ledger for a child or a victim.
     pub fn allocate(&self) -> Option<u8> {
-        let first = self.players.load(Ordering::Relaxed) as usize;
+        let first = self.workers.load(Ordering::Relaxed) as usize;
         (first..BLOCKS)
             .find(|&i| self.blocks[i].allocate())
             .map(|i| i as u8)
@@ -471,7 +471,10 @@ impl Arena {
 
     /// A process is gone and holds no page of others any more.
     pub fn bury(&self, block: u8) {
-        self.mail.iter().flatten().for_each(|m| m.release(block));
+        self.shared_pages
+            .iter()
+            .flatten()
+            .for_each(|m| m.release(block));
         self.blocks[block as usize].release();
     }
 

@@ -14,8 +14,8 @@ use rksm_test_lib::engine::wait_for;
 use crate::arena::Arena;
 use crate::ops::io::on_disk;
 use crate::page::{Bodies, PAGE, WORDS};
-use crate::player::DISK_ENV;
 use crate::raw;
+use crate::worker::DISK_ENV;
 
 const SERIAL: &str = "rksm-torture";
 const LIMIT: Duration = Duration::from_secs(10);

@@ -8,13 +8,13 @@ mod disk;
 mod ops;
 mod page;
 mod plan;
-mod player;
 mod raw;
 mod report;
 mod round;
 mod settle;
 mod still;
 mod watch;
+mod worker;
 
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
@@ -22,13 +22,13 @@ use std::process::ExitCode;
 use anyhow::{bail, ensure, Context, Result};
 use rksm_test_lib::sys;
 
-use arena::{Arena, PLAYERS_MAX};
+use arena::{Arena, WORKERS_MAX};
 use plan::{Allowed, Op};
 use report::Ktap;
 use round::Config;
 use still::Findings;
 
-const USAGE: &str = "usage: rksm-torture [--seconds N] [--seed N] [--players N] [--ops LIST] \
+const USAGE: &str = "usage: rksm-torture [--seconds N] [--seed N] [--workers N] [--ops LIST] \
     [--not LIST] [--slow N] [--list]";
 
 fn main() -> ExitCode {
@@ -65,7 +65,7 @@ fn options() -> Result<Options> {
     let mut config = Config {
         seed: raw::now() ^ (u64::from(std::process::id()) << 32),
         seconds: 60,
-        players: 10,
+        workers: 10,
         allowed: Allowed::ALL,
         slow: 1,
         warm: false,
@@ -76,7 +76,7 @@ fn options() -> Result<Options> {
         match arg {
             Long("seconds") => config.seconds = parser.value()?.parse()?,
             Long("seed") => config.seed = parser.value()?.parse()?,
-            Long("players") => config.players = parser.value()?.parse()?,
+            Long("workers" | "players") => config.workers = parser.value()?.parse()?,
             Long("slow") => config.slow = parser.value()?.parse()?,
             Long("ops") => only = parser.value()?.string()?,
             Long("not") => not = parser.value()?.string()?,
@@ -85,8 +85,8 @@ fn options() -> Result<Options> {
         }
     }
     config.allowed = Allowed::new(&only, &not).map_err(anyhow::Error::msg)?;
-    let players = 2..=PLAYERS_MAX as u32;
-    ensure!(players.contains(&config.players), "--players {players:?}");
+    let workers = 2..=WORKERS_MAX as u32;
+    ensure!(workers.contains(&config.workers), "--workers {workers:?}");
     ensure!(config.slow > 0 && config.seconds > 0, "{USAGE}");
     Ok(Options { config, list })
 }
@@ -105,8 +105,8 @@ fn torture() -> Result<i32> {
     sys::dup_onto(file.as_raw_fd(), ops::process::ARENA_FD).context("dup2")?;
     drop(file);
     raw::say(&format!(
-        "# rksm-torture: seed {} seconds {} players {}\n",
-        config.seed, config.seconds, config.players
+        "# rksm-torture: seed {} seconds {} workers {}\n",
+        config.seed, config.seconds, config.workers
     ));
     run(config, arena)
 }

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 macro_rules! ops {
     ($($op:ident $name:literal $weight:literal $child:literal,)*) => {
-        /// Everything that is counted. Those with a weight are done by players.
+        /// Everything that is counted. Those with a weight are done by workers.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u8)]
         pub enum Op { $($op,)* }
@@ -20,7 +20,7 @@ macro_rules! ops {
                 match self { $(Self::$op => $name,)* }
             }
 
-            /// How often a player does it, relative to the others.
+            /// How often a worker does it, relative to the others.
             pub fn weight(self) -> u32 {
                 match self { $(Self::$op => $weight,)* }
             }
@@ -141,11 +141,11 @@ impl Allowed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Who {
     pub seed: u64,
-    /// Number of the player or control task.
+    /// Number of the worker or control task.
     pub number: u32,
     /// How often it was started before.
     pub life: u32,
-    /// Number of the forked child, from 1; 0 for the player itself.
+    /// Number of the forked child, from 1; 0 for the worker itself.
     pub child: u32,
 }
 
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn every_operation_of_a_player_comes_up() {
+    fn every_operation_of_a_worker_comes_up() {
         let seen = steps(WHO, Allowed::ALL, 50_000);
         for &op in Op::ALL {
             let there = seen.iter().any(|s| s.op == op);

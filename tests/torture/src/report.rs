@@ -91,13 +91,13 @@ const EXPECTED: f64 = 10.0;
 /// One in so many forked children execs, at least; those that exit or are killed are more.
 const EXEC_OF_FORKS: f64 = 8.0;
 
-/// In so many steps of players everything must have been done; a minute has more, on an idle machine.
+/// In so many steps of workers everything must have been done; a minute has more, on an idle machine.
 const STEPS: u64 = 5_000;
 
-/// The steps of all players and children.
+/// The steps of all workers and children.
 fn steps(arena: &Arena) -> u64 {
-    let of_players = Op::ALL.iter().filter(|op| op.weight() > 0);
-    of_players.map(|&op| arena.tried(op)).sum()
+    let of_workers = Op::ALL.iter().filter(|op| op.weight() > 0);
+    of_workers.map(|&op| arena.tried(op)).sum()
 }
 
 /// Whether the run was too short, or the kernel too slow, for everything to have been done.
@@ -105,7 +105,7 @@ pub fn hurried(arena: &Arena) -> bool {
     steps(arena) < STEPS
 }
 
-/// How often a player's operation is to be expected in a run of so many steps; control tasks go by
+/// How often a worker's operation is to be expected in a run of so many steps; control tasks go by
 /// the clock.
 fn expected(arena: &Arena, op: Op) -> Option<f64> {
     match op {

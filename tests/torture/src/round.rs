@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A round: players and tasks run for a time, and all come to an end.
+//! A round: workers and tasks run for a time, and all come to an end.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -15,17 +15,17 @@ use rksm_test_lib::{module, proc};
 use crate::arena::{Arena, Phase, Stand};
 use crate::control::{self, knobs, pressure, Control, Task};
 use crate::plan::{Allowed, Op, Who};
-use crate::player::{self, STATUS_WRONG};
 use crate::raw;
 use crate::still::{self, Findings};
 use crate::watch::{self, Sums, Watch};
+use crate::worker::{self, STATUS_WRONG};
 
 /// What to run.
 #[derive(Clone, Copy)]
 pub struct Config {
     pub seed: u64,
     pub seconds: u64,
-    pub players: u32,
+    pub workers: u32,
     pub allowed: Allowed,
     /// How many times slower than a stock kernel: for finding what is stuck.
     pub slow: u64,
@@ -42,7 +42,7 @@ pub struct Outcome {
 
 #[derive(Clone, Copy)]
 enum Member {
-    Player { number: u32, life: u32 },
+    Worker { number: u32, life: u32 },
     Task { name: &'static str, number: u32 },
 }
 
@@ -54,7 +54,7 @@ struct Round {
     kill_at: u64,
     group: Option<Group>,
     findings: Findings,
-    /// Whether all are to stand still, and the players that are started again after that.
+    /// Whether all are to stand still, and the workers that are started again after that.
     standing: bool,
     waiting: Vec<(u32, u32)>,
 }
@@ -84,7 +84,7 @@ pub fn run(
     arena.stop.store(0, Ordering::Relaxed);
     arena.set_stand(None);
     arena.seed.store(config.seed, Ordering::Relaxed);
-    arena.players.store(config.players, Ordering::Relaxed);
+    arena.workers.store(config.workers, Ordering::Relaxed);
     arena.allowed.store(config.allowed.0, Ordering::Relaxed);
     arena.clear_counts();
     module::ensure_loaded(true)?;
@@ -104,13 +104,13 @@ pub fn run(
         members: BTreeMap::new(),
         rng: who.rng(),
         kill_at: raw::now() + 1000,
-        group: pressure::players_group()?,
+        group: pressure::workers_group()?,
         findings,
         standing: false,
         waiting: Vec::new(),
     };
-    for number in 0..config.players {
-        round.start_player(number, 0)?;
+    for number in 0..config.workers {
+        round.start_worker(number, 0)?;
     }
     for (i, task) in tasks.iter().enumerate() {
         round.start_task(task, control::FIRST + i as u32)?;
@@ -137,17 +137,17 @@ impl Round {
         }
     }
 
-    fn start_player(&mut self, number: u32, life: u32) -> Result<()> {
+    fn start_worker(&mut self, number: u32, life: u32) -> Result<()> {
         let who = self.who(number, life);
         // It is in use from now on, not only from when the process gets to it.
         self.arena.blocks[number as usize].start();
         match sys::fork()? {
-            Forked::Child => sys::exit_now(player::play(self.arena, who, self.config.allowed)),
+            Forked::Child => sys::exit_now(worker::main(self.arena, who, self.config.allowed)),
             Forked::Parent(pid) => {
                 if let Some(group) = &self.group {
                     group.enter(pid as u32)?;
                 }
-                self.members.insert(pid, Member::Player { number, life });
+                self.members.insert(pid, Member::Worker { number, life });
                 Ok(())
             }
         }
@@ -267,7 +267,7 @@ impl Round {
         arena.set_stand(None);
         self.standing = false;
         for (number, life) in std::mem::take(&mut self.waiting) {
-            self.start_player(number, life)?;
+            self.start_worker(number, life)?;
         }
         Ok(())
     }
@@ -345,9 +345,9 @@ impl Round {
     fn kill_one(&mut self) {
         let pause = self.rng.random_range(200..2500);
         self.kill_at = raw::now() + pause;
-        let number = self.rng.random_range(0..self.config.players);
+        let number = self.rng.random_range(0..self.config.workers);
         let pid = self.members.iter().find_map(|(&pid, m)| match m {
-            Member::Player { number: n, .. } if *n == number => Some(pid),
+            Member::Worker { number: n, .. } if *n == number => Some(pid),
             _ => None,
         });
         if let Some(pid) = pid.filter(|_| self.config.allowed.has(Op::Kill)) {
@@ -363,7 +363,7 @@ impl Round {
     fn reap(&mut self) -> Result<()> {
         while let Ok(Some((pid, ended))) = sys::try_wait(-1) {
             match self.members.remove(&pid) {
-                Some(Member::Player { number, life }) => self.player_ended(number, life, ended)?,
+                Some(Member::Worker { number, life }) => self.worker_ended(number, life, ended)?,
                 Some(Member::Task { name, .. }) => {
                     if !matches!(ended, Ended::Exit(0 | STATUS_WRONG)) {
                         self.fault(&format!("task {name} ended by {ended:?}"));
@@ -375,10 +375,10 @@ impl Round {
         Ok(())
     }
 
-    fn player_ended(&mut self, number: u32, life: u32, ended: Ended) -> Result<()> {
+    fn worker_ended(&mut self, number: u32, life: u32, ended: Ended) -> Result<()> {
         let block = &self.arena.blocks[number as usize];
         let doomed = block.doomed.load(Ordering::Relaxed) != 0;
-        self.arena.mail_pid[number as usize].store(0, Ordering::Release);
+        self.arena.shared_pid[number as usize].store(0, Ordering::Release);
         match ended {
             Ended::Exit(0 | STATUS_WRONG) => {}
             Ended::Signal(libc::SIGKILL) if doomed => {}
@@ -393,7 +393,7 @@ impl Round {
         if self.standing {
             self.waiting.push((number, life + 1));
         } else if !self.arena.stopping() {
-            self.start_player(number, life + 1)?;
+            self.start_worker(number, life + 1)?;
         }
         Ok(())
     }

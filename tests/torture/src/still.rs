@@ -82,7 +82,7 @@ struct Count {
     listed: u64,
 }
 
-/// Counts for all players and children that are there; by the number of the ledger and the pid.
+/// Counts for all workers and children that are there; by the number of the ledger and the pid.
 type Counts = BTreeMap<(u8, u32), Count>;
 
 fn count_all(arena: &Arena) -> Result<Counts> {

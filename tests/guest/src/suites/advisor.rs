@@ -25,7 +25,7 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn mode() -> Result<String> {
     Ok(fs::read_to_string(engine::path(
@@ -37,9 +37,11 @@ fn mode() -> Result<String> {
 /// Lets so many passes end. Unlike `scan::passes` it does not write to `pages_to_scan`.
 fn passes(count: u64) -> Result<()> {
     let goal = engine::read("full_scans")? + count;
-    wait_for("passes", PATIENCE, || {
-        Ok(engine::read("full_scans")? >= goal)
-    })
+    wait_for(
+        "passes",
+        TIMEOUT,
+        || Ok(engine::read("full_scans")? >= goal),
+    )
 }
 
 fn switching() -> Outcome {
@@ -76,7 +78,7 @@ fn limits() -> Outcome {
     ensure!((10..=40).contains(&pages), "{pages} pages");
     // With room above and nothing to do, the least share of a CPU decides.
     engine::write("advisor_max_pages_to_scan", 30_000)?;
-    wait_for("more pages", PATIENCE, || {
+    wait_for("more pages", TIMEOUT, || {
         Ok(engine::read("pages_to_scan")? > 40)
     })?;
     PASS

@@ -13,10 +13,10 @@ use crate::engine;
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::numa;
 use crate::pageflags::{marked, merged, swapped, Mark, Span};
-use crate::patience::patient;
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::swap::Zram;
+use crate::timeout::scaled;
 use crate::uffd::Uffd;
 use crate::worker::Worker;
 
@@ -393,7 +393,7 @@ fn frozen() -> Outcome {
     });
     let mut snapshot: Vec<Option<Vec<u8>>> = vec![None; N];
     while !writer.is_finished() {
-        let Some(i) = uffd.next_write(patient(Duration::from_millis(50)))? else {
+        let Some(i) = uffd.next_write(scaled(Duration::from_millis(50)))? else {
             continue;
         };
         snapshot[i] = Some(copy_of(&bench.region, i));

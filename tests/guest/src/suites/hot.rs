@@ -39,7 +39,7 @@ const ALL: u32 = 1_000_000;
 const NO_STRIKES: &str =
     "in-tree KSM compares checksums of whole pages, and forgets what came of merging";
 
-fn crew() -> Result<Vec<Worker>> {
+fn start_workers() -> Result<Vec<Worker>> {
     (0..PROCESSES)
         .map(|_| {
             let mut worker = Worker::with_pages(N)?;
@@ -64,7 +64,7 @@ struct Hot {
 impl Hot {
     fn new() -> Result<Self> {
         Ok(Self {
-            workers: crew()?,
+            workers: start_workers()?,
             stepper: Stepper::new(ALL)?,
             passes: 0,
         })
@@ -220,7 +220,7 @@ fn hold_still() -> Outcome {
 
 /// What programs do who test this: write, wait until it is merged, write something else.
 fn replaced() -> Outcome {
-    let mut workers = crew()?;
+    let mut workers = start_workers()?;
     let mut stepper = Stepper::new(ALL)?;
     let all = (N * (PROCESSES - 1)) as u64;
     for round in 0..5 {
@@ -243,7 +243,7 @@ fn replaced() -> Outcome {
 /// Pages that hold still merge as soon as they would without such neighbours.
 fn still() -> Outcome {
     const STILL: usize = 64;
-    let mut workers = crew()?;
+    let mut workers = start_workers()?;
     for worker in &mut workers {
         worker.dontneed(0, STILL)?;
     }

@@ -15,11 +15,11 @@ use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::memblock::{Plugged, NO_DIMM};
 use crate::pageflags::{frames, merged_frames};
-use crate::patience::patient;
 use crate::proc;
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys;
+use crate::timeout::scaled;
 use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
@@ -242,7 +242,7 @@ fn given_up() -> Outcome {
             break;
         }
         ensure!(
-            begin.elapsed() < patient(Duration::from_secs(20)),
+            begin.elapsed() < scaled(Duration::from_secs(20)),
             "scanning goes on"
         );
         last = now;

@@ -306,7 +306,7 @@ fn unload_resting() -> Outcome {
         };
         let sharers = [sharer()?, sharer()?];
         scan::until_merged(N as u64, N as u64)?;
-        std::thread::sleep(crate::patience::patient(Duration::from_secs(1)));
+        std::thread::sleep(crate::timeout::scaled(Duration::from_secs(1)));
         // It rests from the batch, and the pass, that this begins.
         engine::write(knob, 600_000)?;
         std::thread::sleep(Duration::from_secs(2));
@@ -352,7 +352,7 @@ fn unload_stopped() -> Outcome {
         engine::write("pages_to_scan", 1_000_000)?;
         let passes = engine::read("full_scans")?;
         engine::write("run", 1)?;
-        let limit = Instant::now() + crate::patience::patient(Duration::from_secs(20));
+        let limit = Instant::now() + crate::timeout::scaled(Duration::from_secs(20));
         let listed = |pid| proc::ksm_stat(pid, "ksm_merging_pages");
         while listed(other.pid())? != 0 || listed(std::process::id())? != 0 {
             ensure!(Instant::now() < limit, "nothing is taken off the list");

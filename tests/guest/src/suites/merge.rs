@@ -433,7 +433,7 @@ fn rewritten() -> Outcome {
 /// pages have been through, everything is merged three passes after the last write.
 fn three_passes() -> Outcome {
     const PAGES: usize = (32 << 20) / PAGE;
-    const CREWS: u64 = 6;
+    const TRIALS: u64 = 6;
     let Some(group) = Group::new("rewriters")? else {
         return skip("no memory cgroups");
     };
@@ -443,7 +443,7 @@ fn three_passes() -> Outcome {
     // One merged page for each content.
     engine::write("max_page_sharing", 1_000_000)?;
     let began = Instant::now();
-    for crew in 0..CREWS {
+    for trial in 0..TRIALS {
         // In the debug kernel one takes a minute.
         if began.elapsed() > Duration::from_secs(60) {
             break;
@@ -468,7 +468,7 @@ fn three_passes() -> Outcome {
             // One content in all; then one in each.
             for seeds in [[0, 0, 0], [1, 2, 3]] {
                 for (worker, seed) in workers.iter_mut().zip(seeds) {
-                    worker.fill(0, PAGES, 1000 * (crew * 10 + round) + seed, 0)?;
+                    worker.fill(0, PAGES, 1000 * (trial * 10 + round) + seed, 0)?;
                 }
                 scan::passes(3)?;
                 let c = engine::counters()?;
@@ -476,7 +476,7 @@ fn three_passes() -> Outcome {
                 let all = 3 * PAGES as u64;
                 ensure!(
                     c.shared == contents && c.sharing == all - contents && c.volatile == 0,
-                    "crew {crew}, round {round}: {all} pages, {c:?}"
+                    "trial {trial}, round {round}: {all} pages, {c:?}"
                 );
             }
         }

@@ -14,9 +14,9 @@ use crate::disk::Disk;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::pageflags::merged;
-use crate::patience::patient;
 use crate::region::{Region, PAGE};
 use crate::scan;
+use crate::timeout::scaled;
 use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
@@ -180,7 +180,7 @@ fn left_alone_during(read: &AsyncRead, region: &Region) -> Result<bool> {
     }
     let conclusive = result.is_none();
     if conclusive {
-        result = read.result(patient(Duration::from_secs(20)))?;
+        result = read.result(scaled(Duration::from_secs(20)))?;
     }
     ensure!(
         result == Some((N * PAGE) as i64),

@@ -121,7 +121,7 @@ fn use_files() -> Result<()> {
 /// Unloads, whatever is going on: writes 2 to `run` when pages are merged. Says how often that was
 /// refused.
 fn unload_busy(limit: Duration) -> Result<usize> {
-    let end = Instant::now() + crate::patience::patient(limit);
+    let end = Instant::now() + crate::timeout::scaled(limit);
     let mut refused = 0;
     loop {
         let Err(e) = module::unload() else {
@@ -186,7 +186,7 @@ fn load_of(seed: u64) -> Result<()> {
                 region.poke(k + 4, 1, k as u8);
                 region.verify()?;
                 std::thread::sleep(Duration::from_millis(10));
-                let end = Instant::now() + crate::patience::patient(Duration::from_secs(30));
+                let end = Instant::now() + crate::timeout::scaled(Duration::from_secs(30));
                 loop {
                     match sys::try_wait(pid).context("wait")? {
                         Some((_, sys::Ended::Exit(0))) => break,

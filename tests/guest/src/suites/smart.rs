@@ -39,7 +39,7 @@ pub const SUITE: Suite = Suite {
 /// A few page tables full.
 const MANY: usize = 1200;
 /// More passes than in-tree KSM or rksm skips in a row, twice.
-const PATIENCE: u64 = 20;
+const MANY_PASSES: u64 = 20;
 const IN_TREE_MISSES: &str =
     "in-tree KSM merges two unmerged pages only if one pass looks at both, which may not come to be for long";
 
@@ -48,7 +48,7 @@ fn old() -> Result<Worker> {
     engine::write("smart_scan", 1)?;
     let mut worker = Worker::mergeable(MANY, 0)?;
     worker.fill(0, MANY, 1000, 1)?;
-    scan::passes(2 * PATIENCE)?;
+    scan::passes(2 * MANY_PASSES)?;
     Ok(worker)
 }
 
@@ -64,7 +64,7 @@ fn skipped() -> Outcome {
         engine::read("pages_skipped")?,
     );
     let scans = engine::read("full_scans")?;
-    scan::passes(PATIENCE)?;
+    scan::passes(MANY_PASSES)?;
     scan::stop()?;
     let scans = engine::read("full_scans")? - scans;
     let scanned = engine::read("pages_scanned")? - scanned;
@@ -138,7 +138,7 @@ fn new_equals() -> Outcome {
     other.fill(0, MANY, 1000, 1)?;
     let mut workers = [worker, other];
     // Enough for the new ones to be tried, and for the old ones to have their turn.
-    scan::passes(PATIENCE)?;
+    scan::passes(MANY_PASSES)?;
     scan::until_merged(MANY as u64, MANY as u64)?;
     for worker in &workers {
         ensure!(merged(worker.span())? == MANY);
@@ -151,7 +151,7 @@ fn forgotten() -> Outcome {
     let mut worker = old()?;
     ensure!(engine::read("pages_unshared")? >= MANY as u64);
     worker.truncate(16)?;
-    scan::passes(PATIENCE)?;
+    scan::passes(MANY_PASSES)?;
     let c = engine::counters()?;
     // Besides these there may be the test's own few pages.
     ensure!(c.unshared + c.volatile < 64, "{c:?}");
@@ -170,7 +170,7 @@ fn changed() -> Outcome {
     // Equal to old pages that change while nobody looks.
     many.fill(MANY - 8, 8, 5000, 1)?;
     few.fill(0, 8, 5000, 1)?;
-    scan::passes(PATIENCE)?;
+    scan::passes(MANY_PASSES)?;
     scan::until_merged(8, 8)?;
     verify_all(&mut workers)?;
     PASS
@@ -194,7 +194,7 @@ fn behind() -> Outcome {
     worker.advise(old, OLD + NEW, libc::MADV_NOHUGEPAGE)?;
     worker.fill(old, OLD, 1000, 1)?;
     worker.advise(old, OLD + NEW, libc::MADV_MERGEABLE)?;
-    scan::passes(2 * PATIENCE)?;
+    scan::passes(2 * MANY_PASSES)?;
     // Each page is a batch.
     engine::write("pages_to_scan", 1)?;
     engine::write("sleep_millisecs", 0)?;
@@ -213,7 +213,7 @@ fn behind() -> Outcome {
         Ok(passes)
     };
     // The old ones' rest may have to be over first. Seen once, they count as volatile.
-    let seen = until("seen", PATIENCE, &|| {
+    let seen = until("seen", MANY_PASSES, &|| {
         let c = engine::counters()?;
         Ok(c.volatile >= NEW as u64 || c.sharing > NEW as u64)
     })?;

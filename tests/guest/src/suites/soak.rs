@@ -48,7 +48,7 @@ fn soak(forks: bool) -> Outcome {
     let mut pids = Vec::new();
     for i in 0..2 {
         match sys::fork()? {
-            Forked::Child => sys::exit_now(player(seed() + i, forks)),
+            Forked::Child => sys::exit_now(worker(seed() + i, forks)),
             Forked::Parent(pid) => pids.push(pid),
         }
     }
@@ -68,7 +68,7 @@ fn soak(forks: bool) -> Outcome {
     for (pid, how) in ended {
         ensure!(how == Ended::Exit(0), "process {pid} ended by {how:?}");
     }
-    // Without merging going on all the time the soak would prove nothing. (On a busy machine the players may
+    // Without merging going on all the time the soak would prove nothing. (On a busy machine the workers may
     // leave the thread little time.)
     ensure!(
         busy * 4 > samples,
@@ -78,8 +78,8 @@ fn soak(forks: bool) -> Outcome {
     PASS
 }
 
-fn player(seed: u64, forks: bool) -> i32 {
-    match play(seed, forks) {
+fn worker(seed: u64, forks: bool) -> i32 {
+    match work(seed, forks) {
         Ok(()) => 0,
         Err(e) => {
             println!("{e:#}");
@@ -88,7 +88,7 @@ fn player(seed: u64, forks: bool) -> i32 {
     }
 }
 
-fn play(seed: u64, forks: bool) -> Result<()> {
+fn work(seed: u64, forks: bool) -> Result<()> {
     sys::die_with_parent()?;
     let mut prng = Prng::new(seed);
     let mut region = Region::new(PAGES)?;

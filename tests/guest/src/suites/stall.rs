@@ -11,11 +11,11 @@ use super::tests;
 use crate::background::Background;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
-use crate::patience::patient;
 use crate::proc;
 use crate::region::Region;
 use crate::scan;
 use crate::sys::{self, Ended};
+use crate::timeout::scaled;
 use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
@@ -142,7 +142,7 @@ fn busy_cpu() -> Outcome {
     engine::write("run", 0)?;
     // All that was done while nobody else got that CPU.
     ensure!(spinner.ended()?.is_none(), "only when the CPU was free");
-    let ended = spinner.join(SPIN + patient(Duration::from_secs(5)))?;
+    let ended = spinner.join(SPIN + scaled(Duration::from_secs(5)))?;
     ensure!(ended == Ended::Exit(0), "{ended:?}");
     verify_all(&mut workers)?;
     PASS

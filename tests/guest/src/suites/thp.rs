@@ -14,11 +14,11 @@ use super::tests;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::pageflags::{merged, merged_frames, zeroes, Span};
-use crate::patience::patient;
 use crate::prng;
 use crate::proc::vmstat;
 use crate::region::{Region, HUGE, PAGE};
 use crate::scan;
+use crate::timeout::scaled;
 use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
@@ -432,7 +432,7 @@ fn touch(region: &Region) {
 /// When the huge page at `region` was split: `count` times, or as often as there was time for.
 fn splits(region: &Region, count: usize, limit: Duration) -> Result<Vec<Duration>> {
     let began = Instant::now();
-    let limit = patient(limit);
+    let limit = scaled(limit);
     let mut last = vmstat("thp_split_page")?;
     let mut times = Vec::new();
     while times.len() < count && began.elapsed() < limit {
@@ -449,7 +449,7 @@ fn splits(region: &Region, count: usize, limit: Duration) -> Result<Vec<Duration
 
 /// Whether khugepaged makes `region` a huge page again before `limit`. It may be split again already.
 fn is_put_together(region: &Region, limit: Duration) -> Result<bool> {
-    let end = Instant::now() + patient(limit);
+    let end = Instant::now() + scaled(limit);
     let before = vmstat("thp_collapse_alloc")?;
     // From here on the area is one that khugepaged looks at.
     region.advise(0, PARTS, libc::MADV_HUGEPAGE)?;

@@ -105,7 +105,7 @@ impl Pair {
     }
 }
 
-/// Samples of a small pool come often, and often with company in their counters.
+/// Samples of a small pool come often, and often share their counters with others.
 fn pool() -> impl Strategy<Value = Vec<u32>> {
     let close = (any::<u32>(), 1..200u32)
         .prop_map(|(from, count)| (0..count).map(|nth| from.wrapping_add(nth)).collect());

@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use rand::Rng;
 use rksm_test_lib::engine::write_to;
 use rksm_test_lib::memblock::{offline_blocks, NO_DIMM};
-use rksm_test_lib::patience::patient;
 use rksm_test_lib::sys;
+use rksm_test_lib::timeout::scaled;
 
 use super::Control;
 use crate::plan::Op;
@@ -86,7 +86,7 @@ pub fn memory(control: &mut Control) -> Result<()> {
     }
     // All others are about to end: what is in there goes with them.
     for block in (0..blocks.len()).filter(|&b| online[b]) {
-        let limit = patient(OFFLINE_LIMIT);
+        let limit = scaled(OFFLINE_LIMIT);
         let end = raw::now() + 10 * limit.as_millis() as u64;
         while let Err(e) = set(block, "offline", limit) {
             anyhow::ensure!(

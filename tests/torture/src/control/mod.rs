@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What goes on beside the players: each task is a process of its own, with a
+//! What goes on beside the workers: each task is a process of its own, with a
 //! sequence of its own.
 
 pub mod hotplug;
@@ -17,7 +17,7 @@ use crate::arena::Arena;
 use crate::plan::{Allowed, Op, Who};
 use crate::raw;
 
-/// The numbers of tasks follow those of the players.
+/// The numbers of tasks follow those of the workers.
 pub const FIRST: u32 = 1000;
 
 /// What a task works with.

@@ -16,12 +16,12 @@ use super::Control;
 use crate::arena::{PAGES, SLOTS};
 use crate::page::Desc;
 use crate::plan::{Allowed, Op, Plan, Who};
-use crate::player::{Player, Stop, Until, STATUS_WRONG};
 use crate::raw::{self, Mem};
+use crate::worker::{Stop, Until, Worker, STATUS_WRONG};
 
-/// The group of the players, and that of those that are to run out of memory;
+/// The group of the workers, and that of those that are to run out of memory;
 /// the kernel's report about the latter is expected by rksm-tools log-check.
-pub const PLAYERS: &str = "torture";
+pub const WORKERS: &str = "torture";
 const VICTIMS: &str = "oom";
 /// What a victim's group may have: less than a victim takes.
 const VICTIM_LIMIT: usize = 10 << 20;
@@ -33,13 +33,13 @@ pub fn no_groups() -> Option<&'static str> {
     (!there).then_some("the kernel has no memory controller")
 }
 
-/// Reclaims memory of the players.
+/// Reclaims memory of the workers.
 pub fn reclaim(control: &mut Control) -> Result<()> {
     while !control.stopping() {
         control.pause(100..1200);
         let mib = control.rng.random_range(1..12);
         control.attempt(Op::Reclaim, || {
-            let file = format!("/sys/fs/cgroup/rksm-{PLAYERS}/memory.reclaim");
+            let file = format!("/sys/fs/cgroup/rksm-{WORKERS}/memory.reclaim");
             fs::write(file, format!("{mib}M"))
         });
     }
@@ -90,7 +90,7 @@ pub fn swap(control: &mut Control) -> Result<()> {
 }
 
 /// Has processes run out of memory, one after the other, that share pages
-/// with players.
+/// with workers.
 pub fn oom(control: &mut Control) -> Result<()> {
     let Some(group) = Group::new(VICTIMS)? else {
         bail!("no memory controller");
@@ -138,29 +138,29 @@ pub fn oom(control: &mut Control) -> Result<()> {
 
 /// Plays for a while, then takes more memory than there is.
 fn victim(control: &Control, group: &Group, id: u8, who: Who) -> i32 {
-    let begin = || -> Result<Player> {
+    let begin = || -> Result<Worker> {
         sys::die_with_parent()?;
         group.enter(std::process::id())?;
-        Player::new(control.arena, id, who)
+        Worker::new(control.arena, id, who)
     };
-    let mut player = match begin() {
-        Ok(player) => player,
+    let mut worker = match begin() {
+        Ok(worker) => worker,
         Err(e) => {
             control.arena.fail();
             raw::say(&format!("# a victim cannot begin: {e:#}\n"));
             return STATUS_WRONG;
         }
     };
-    let status = player.run(
+    let status = worker.run(
         Plan::new(who, victims_do(control.allowed)),
         Until::Steps(20),
     );
     if status != 0 {
         return status;
     }
-    match devour(&mut player) {
+    match devour(&mut worker) {
         Ok(()) | Err(Stop::Refused(_)) => 0,
-        Err(Stop::Fault(what)) => player.complain(&what),
+        Err(Stop::Fault(what)) => worker.complain(&what),
     }
 }
 
@@ -178,33 +178,33 @@ fn victims_do(allowed: Allowed) -> Allowed {
     Allowed(allowed.0 & bits)
 }
 
-fn devour(player: &mut Player) -> Result<(), Stop> {
+fn devour(worker: &mut Worker) -> Result<(), Stop> {
     for _ in 0..4 {
         for slot in 0..SLOTS {
-            if player.arena.stopping() {
+            if worker.arena.stopping() {
                 return Ok(());
             }
             let mem = Mem::new(PAGES)?;
             mem.advise(0, PAGES, libc::MADV_MERGEABLE)?;
-            player.slots[slot] = Some(mem);
-            player.set_zero(slot, 0, PAGES, Op::Oom);
-            player.block.since.store(raw::now(), Ordering::Relaxed);
+            worker.slots[slot] = Some(mem);
+            worker.set_zero(slot, 0, PAGES, Op::Oom);
+            worker.block.since.store(raw::now(), Ordering::Relaxed);
             for k in 0..PAGES {
                 // Half of them are equal to pages of others.
-                let (place, version) = player.place(slot, k);
+                let (place, version) = worker.place(slot, k);
                 let desc = if k % 2 == 0 {
                     Desc::class(k as u8, 0)
                 } else {
                     Desc::own(0, place, version)
                 };
-                player.put(slot, k, desc, Op::Oom)?;
+                worker.put(slot, k, desc, Op::Oom)?;
             }
         }
-        player.verify_all()?;
+        worker.verify_all()?;
     }
     Ok(())
 }
 
-pub fn players_group() -> Result<Option<Group>> {
-    Group::new(PLAYERS)
+pub fn workers_group() -> Result<Option<Group>> {
+    Group::new(WORKERS)
 }

@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering;
 
 use rksm_test_lib::sys;
 
-use crate::arena::MAIL;
+use crate::arena::SHARED_PAGES;
 use crate::page::{Desc, Place, CLASSES, DISK, PAGE, WORDS};
 use crate::plan::{Op, Step};
-use crate::player::{Act, Player, Stop};
 use crate::raw;
+use crate::worker::{Act, Stop, Worker};
 
 /// Pages that fit in a pipe.
 const PIPE: usize = 16;
@@ -29,40 +29,40 @@ pub fn on_disk(at: usize) -> Desc {
 }
 
 /// Reads from the disk straight into pages.
-pub fn direct(player: &mut Player, step: &Step) -> Act {
-    let (slot, i, n) = player.range(step)?;
-    let pages = player.arena.disk_pages.load(Ordering::Relaxed) as usize;
-    let (Some(disk), true) = (&player.disk, pages > n) else {
+pub fn direct(worker: &mut Worker, step: &Step) -> Act {
+    let (slot, i, n) = worker.range(step)?;
+    let pages = worker.arena.disk_pages.load(Ordering::Relaxed) as usize;
+    let (Some(disk), true) = (&worker.disk, pages > n) else {
         return Err(Stop::Refused(libc::ENODEV));
     };
     let fd = disk.as_raw_fd();
     let at = step.arg as usize % (pages - n);
-    let got = player.mem(slot)?.direct_read(fd, i, n, at);
+    let got = worker.mem(slot)?.direct_read(fd, i, n, at);
     let whole = got.as_ref().map_or(0, |bytes| bytes / PAGE);
-    let number = player.block.steps.load(Ordering::Relaxed);
+    let number = worker.block.steps.load(Ordering::Relaxed);
     for k in 0..whole {
-        player.entry(slot, i + k).set(on_disk(at + k), 0);
-        player.entry(slot, i + k).note(step.op, number);
+        worker.entry(slot, i + k).set(on_disk(at + k), 0);
+        worker.entry(slot, i + k).note(step.op, number);
     }
     // What was not read may have been overwritten in part: write it anew.
     for k in i + whole..i + n {
-        player.put(slot, k, Desc::ZERO, step.op)?;
+        worker.put(slot, k, Desc::ZERO, step.op)?;
     }
     got?;
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
 /// Puts pages into a pipe and reads them from there, after writing to some.
-pub fn vmsplice(player: &mut Player, step: &Step) -> Act {
-    let (slot, i, n) = player.range(step)?;
+pub fn vmsplice(worker: &mut Worker, step: &Step) -> Act {
+    let (slot, i, n) = worker.range(step)?;
     let n = n.min(PIPE);
-    player.verify(slot, i, n)?;
+    worker.verify(slot, i, n)?;
     let (out, into) = sys::pipe()?;
-    let bytes = player.mem(slot)?.splice(into.as_raw_fd(), i, n)?;
+    let bytes = worker.mem(slot)?.splice(into.as_raw_fd(), i, n)?;
     let spliced = bytes / PAGE;
     let before: Vec<(Desc, bool)> = (i..i + spliced)
         .map(|k| {
-            let entry = player.entry(slot, k);
+            let entry = worker.entry(slot, k);
             (entry.desc(), entry.may_be_zero())
         })
         .collect();
@@ -74,19 +74,19 @@ pub fn vmsplice(player: &mut Player, step: &Step) -> Act {
     }
     if (step.arg >> 1) & 1 == 0 {
         for k in (i..i + spliced).step_by(2) {
-            let (place, version) = player.place(slot, k);
-            player.put(slot, k, Desc::own(1, place, version), step.op)?;
+            let (place, version) = worker.place(slot, k);
+            worker.put(slot, k, Desc::own(1, place, version), step.op)?;
         }
     }
     let (mut have, mut want) = ([0; WORDS], [0; WORDS]);
     for (k, (old, maybe)) in before.into_iter().enumerate() {
         let got = raw::read_page(out.as_raw_fd(), &mut have)?;
-        let now = player.entry(slot, i + k).desc();
+        let now = worker.entry(slot, i + k).desc();
         // It is the page itself, so it shows what was written meanwhile, or,
         // where that had to be copied, does not.
         let right = got == PAGE
             && [old, now].into_iter().any(|desc| {
-                player.bodies.render(desc, &mut want);
+                worker.bodies.render(desc, &mut want);
                 have == want
             });
         let given_up = maybe && have.iter().all(|&w| w == 0);
@@ -94,55 +94,55 @@ pub fn vmsplice(player: &mut Player, step: &Step) -> Act {
             return Err(Stop::Fault(format!(
                 "page {slot}:{} came out of a pipe wrong ({got} bytes): {}",
                 i + k,
-                player.bodies.diagnose(&have, now)
+                worker.bodies.diagnose(&have, now)
             )));
         }
     }
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
 /// Writes a page of its own, or one that many have, into another process.
-pub fn vm_write(player: &mut Player, step: &Step) -> Act {
-    let arena = player.arena;
-    let players = arena.players.load(Ordering::Relaxed) as usize;
-    let to = usize::from(step.other) % players.max(1);
-    let i = usize::from(step.at) % MAIL;
-    let pid = arena.mail_pid[to].load(Ordering::Acquire);
-    let addr = arena.mail_addr[to].load(Ordering::Relaxed) as usize;
+pub fn vm_write(worker: &mut Worker, step: &Step) -> Act {
+    let arena = worker.arena;
+    let workers = arena.workers.load(Ordering::Relaxed) as usize;
+    let to = usize::from(step.other) % workers.max(1);
+    let i = usize::from(step.at) % SHARED_PAGES;
+    let pid = arena.shared_pid[to].load(Ordering::Acquire);
+    let addr = arena.shared_addr[to].load(Ordering::Relaxed) as usize;
     if pid == 0 {
         return Err(Stop::Refused(libc::ESRCH));
     }
-    let mail = &arena.mail[to][i];
-    if !mail.claim(player.id) {
+    let shared = &arena.shared_pages[to][i];
+    if !shared.claim(worker.id) {
         return Err(Stop::Refused(libc::EBUSY));
     }
     // Only now is it certain that nobody begins anew at the other end.
-    if arena.mail_pid[to].load(Ordering::Acquire) != pid {
-        mail.release(player.id);
+    if arena.shared_pid[to].load(Ordering::Acquire) != pid {
+        shared.release(worker.id);
         return Err(Stop::Refused(libc::ESRCH));
     }
     let desc = if step.arg % 3 == 0 {
         let place = Place {
-            owner: player.id,
+            owner: worker.id,
             slot: 15,
             page: i as u16,
         };
-        Desc::own(2, place, player.block.next_version())
+        Desc::own(2, place, worker.block.next_version())
     } else {
         Desc::class((step.arg % CLASSES as u32) as u8, 0)
     };
     let mut page = [0; WORDS];
-    player.bodies.render(desc, &mut page);
-    mail.begin(desc);
+    worker.bodies.render(desc, &mut page);
+    shared.begin(desc);
     let written = raw::write_remote(pid, addr + i * PAGE, &page);
     // Refused, it wrote nothing: one page is written or not.
     let holds = if matches!(written, Ok(PAGE)) {
         desc
     } else {
-        mail.desc()
+        shared.desc()
     };
-    mail.reset(holds);
-    mail.release(player.id);
+    shared.reset(holds);
+    shared.release(worker.id);
     match written {
         Ok(PAGE) => Ok(()),
         Ok(bytes) => Err(Stop::Fault(format!(
@@ -152,10 +152,10 @@ pub fn vm_write(player: &mut Player, step: &Step) -> Act {
     }
 }
 
-pub fn act(player: &mut Player, step: &Step) -> Act {
+pub fn act(worker: &mut Worker, step: &Step) -> Act {
     match step.op {
-        Op::Direct => direct(player, step),
-        Op::Vmsplice => vmsplice(player, step),
-        _ => vm_write(player, step),
+        Op::Direct => direct(worker, step),
+        Op::Vmsplice => vmsplice(worker, step),
+        _ => vm_write(worker, step),
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 use crate::arena::{PAGES, SLOTS};
 use crate::page::{Desc, CLASSES, HEADER, WORDS};
 use crate::plan::{Op, Step};
-use crate::player::{Act, Player, Stop};
 use crate::raw::Mem;
+use crate::worker::{Act, Stop, Worker};
 
 /// Pages in a huge page.
 const HUGE: usize = 512;
@@ -40,41 +40,41 @@ pub fn does(op: Op) -> bool {
     )
 }
 
-pub fn act(player: &mut Player, step: &Step) -> Act {
+pub fn act(worker: &mut Worker, step: &Step) -> Act {
     if step.op == Op::Map {
-        return map(player, usize::from(step.slot) % SLOTS, step.arg);
+        return map(worker, usize::from(step.slot) % SLOTS, step.arg);
     }
-    let (slot, i, n) = player.range(step)?;
+    let (slot, i, n) = worker.range(step)?;
     match step.op {
-        Op::Unmap => return unmap(player, step, slot, i, n),
-        Op::Write => write(player, step, slot, i, n)?,
-        Op::Own => own(player, step, slot, i, n)?,
-        Op::Stamp => stamp(player, slot, i, n)?,
+        Op::Unmap => return unmap(worker, step, slot, i, n),
+        Op::Write => write(worker, step, slot, i, n)?,
+        Op::Own => own(worker, step, slot, i, n)?,
+        Op::Stamp => stamp(worker, slot, i, n)?,
         Op::Verify => {}
-        Op::Mergeable => advise_much(player, step, libc::MADV_MERGEABLE)?,
-        Op::Unmergeable => advise_much(player, step, libc::MADV_UNMERGEABLE)?,
-        Op::Huge => advise_much(player, step, libc::MADV_HUGEPAGE)?,
-        Op::NoHuge => advise_much(player, step, libc::MADV_NOHUGEPAGE)?,
-        Op::Collapse => collapse(player, step)?,
-        Op::PageOut => player.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT)?,
-        Op::Grow | Op::Shrink => return resize(player, step, slot),
-        Op::Move => return relocate(player, slot),
-        Op::MoveOver => return move_over(player, step),
-        Op::Protect => return protect(player, slot, i, n),
-        Op::NoAccess => return no_access(player, step, slot, i, n),
-        Op::DontNeed => drop_pages(player, step, slot, i, n, libc::MADV_DONTNEED)?,
-        Op::Free => drop_pages(player, step, slot, i, n, libc::MADV_FREE)?,
-        Op::Mlock => player.mem(slot)?.lock(i, n)?,
-        Op::Munlock => player.mem(slot)?.unlock(i, n)?,
+        Op::Mergeable => advise_much(worker, step, libc::MADV_MERGEABLE)?,
+        Op::Unmergeable => advise_much(worker, step, libc::MADV_UNMERGEABLE)?,
+        Op::Huge => advise_much(worker, step, libc::MADV_HUGEPAGE)?,
+        Op::NoHuge => advise_much(worker, step, libc::MADV_NOHUGEPAGE)?,
+        Op::Collapse => collapse(worker, step)?,
+        Op::PageOut => worker.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT)?,
+        Op::Grow | Op::Shrink => return resize(worker, step, slot),
+        Op::Move => return relocate(worker, slot),
+        Op::MoveOver => return move_over(worker, step),
+        Op::Protect => return protect(worker, slot, i, n),
+        Op::NoAccess => return no_access(worker, step, slot, i, n),
+        Op::DontNeed => drop_pages(worker, step, slot, i, n, libc::MADV_DONTNEED)?,
+        Op::Free => drop_pages(worker, step, slot, i, n, libc::MADV_FREE)?,
+        Op::Mlock => worker.mem(slot)?.lock(i, n)?,
+        Op::Munlock => worker.mem(slot)?.unlock(i, n)?,
         _ => {}
     }
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
 /// Maps a slot anew: 8 to 512 pages, or what huge pages fit in.
-pub fn map(player: &mut Player, slot: usize, arg: u32) -> Act {
-    player.verify(slot, 0, player.pages(slot))?;
-    player.slots[slot] = None;
+pub fn map(worker: &mut Worker, slot: usize, arg: u32) -> Act {
+    worker.verify(slot, 0, worker.pages(slot))?;
+    worker.slots[slot] = None;
     let size = (arg >> 8) as usize;
     let mem = match arg % 16 {
         0..2 => Mem::aligned(HUGE + size % (PAGES - HUGE)),
@@ -85,15 +85,15 @@ pub fn map(player: &mut Player, slot: usize, arg: u32) -> Act {
         mem.advise(0, mem.pages(), libc::MADV_MERGEABLE)?;
     }
     for k in 0..PAGES {
-        player.entry(slot, k).forget();
+        worker.entry(slot, k).forget();
     }
     let pages = mem.pages();
-    player.slots[slot] = Some(mem);
-    player.set_zero(slot, 0, pages, Op::Map);
+    worker.slots[slot] = Some(mem);
+    worker.set_zero(slot, 0, pages, Op::Map);
     // A good part of it is filled at once: little merges in empty memory.
     for k in 0..pages {
         if (k as u32).wrapping_mul(0x9e37_79b1) >> 28 > (arg >> 16) & 7 {
-            player.put(slot, k, class(arg.wrapping_add(k as u32)), Op::Map)?;
+            worker.put(slot, k, class(arg.wrapping_add(k as u32)), Op::Map)?;
         }
     }
     Ok(())
@@ -104,18 +104,18 @@ fn class(arg: u32) -> Desc {
     Desc::class((arg % CLASSES as u32) as u8, arg / 64 % 2)
 }
 
-fn unmap(player: &mut Player, step: &Step, slot: usize, i: usize, n: usize) -> Act {
+fn unmap(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act {
     if step.arg % 8 == 0 {
-        player.verify(slot, 0, player.pages(slot))?;
-        player.slots[slot] = None;
+        worker.verify(slot, 0, worker.pages(slot))?;
+        worker.slots[slot] = None;
         return Ok(());
     }
-    player.mem(slot)?.refresh(i, n)?;
-    player.set_zero(slot, i, n, step.op);
-    player.verify(slot, i, n)
+    worker.mem(slot)?.refresh(i, n)?;
+    worker.set_zero(slot, i, n, step.op);
+    worker.verify(slot, i, n)
 }
 
-fn write(player: &mut Player, step: &Step, slot: usize, i: usize, n: usize) -> Act {
+fn write(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act {
     for k in i..i + n {
         // One content for all, one for each, or zeroes.
         let desc = match step.arg >> 28 {
@@ -123,73 +123,73 @@ fn write(player: &mut Player, step: &Step, slot: usize, i: usize, n: usize) -> A
             1..8 => class(step.arg),
             _ => class(step.arg.wrapping_add(k as u32)),
         };
-        player.put(slot, k, desc, step.op)?;
+        worker.put(slot, k, desc, step.op)?;
     }
     Ok(())
 }
 
-fn own(player: &mut Player, step: &Step, slot: usize, i: usize, n: usize) -> Act {
+fn own(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act {
     for k in i..i + n {
-        let (place, version) = player.place(slot, k);
+        let (place, version) = worker.place(slot, k);
         let class = (step.arg % CLASSES as u32) as u8;
-        player.put(slot, k, Desc::own(class, place, version), step.op)?;
+        worker.put(slot, k, Desc::own(class, place, version), step.op)?;
     }
     Ok(())
 }
 
 /// Writes a few bytes at the beginning and the end; the rest has to be kept.
-fn stamp(player: &mut Player, slot: usize, i: usize, n: usize) -> Act {
+fn stamp(worker: &mut Worker, slot: usize, i: usize, n: usize) -> Act {
     let mut page = [0; WORDS];
     for k in i..i + n {
-        let Some(class) = player.class_at(slot, k) else {
+        let Some(class) = worker.class_at(slot, k) else {
             continue;
         };
-        player.verify(slot, k, 1)?;
-        let (place, version) = player.place(slot, k);
+        worker.verify(slot, k, 1)?;
+        let (place, version) = worker.place(slot, k);
         let desc = Desc::stamped(class, place, version);
-        player.bodies.render(desc, &mut page);
-        let mem = player.mem(slot)?;
+        worker.bodies.render(desc, &mut page);
+        let mem = worker.mem(slot)?;
         mem.poke(k, 0, &page[..HEADER]);
         mem.poke(k, WORDS - 1, &page[WORDS - 1..]);
-        let number = player
+        let number = worker
             .block
             .steps
             .load(std::sync::atomic::Ordering::Relaxed);
-        player.entry(slot, k).set(desc, 0);
-        player.entry(slot, k).note(Op::Stamp, number);
+        worker.entry(slot, k).set(desc, 0);
+        worker.entry(slot, k).note(Op::Stamp, number);
     }
     Ok(())
 }
 
 /// Gives advice for a range or, more often, for all of a slot.
-fn advise_much(player: &mut Player, step: &Step, advice: libc::c_int) -> Act {
-    let (slot, i, n) = player.range(step)?;
-    let pages = player.pages(slot);
+fn advise_much(worker: &mut Worker, step: &Step, advice: libc::c_int) -> Act {
+    let (slot, i, n) = worker.range(step)?;
+    let pages = worker.pages(slot);
     let (i, n) = if step.arg % 4 == 0 {
         (i, n)
     } else {
         (0, pages)
     };
-    player.mem(slot)?.advise(i, n, advice)?;
-    player.verify(slot, i, n)
+    worker.mem(slot)?.advise(i, n, advice)?;
+    worker.verify(slot, i, n)
 }
 
 /// Few slots have room for a huge page: one of those, if there is any.
-fn collapse(player: &mut Player, step: &Step) -> Act {
+fn collapse(worker: &mut Worker, step: &Step) -> Act {
     let first = usize::from(step.slot) % SLOTS;
     let slot = (first..first + SLOTS)
         .map(|slot| slot % SLOTS)
-        .find(|&slot| player.pages(slot) >= HUGE)
+        .find(|&slot| worker.pages(slot) >= HUGE)
         .unwrap_or(first);
     let step = Step {
         slot: slot as u8,
         ..*step
     };
-    advise_much(player, &step, libc::MADV_COLLAPSE)
+    advise_much(worker, &step, libc::MADV_COLLAPSE)
 }
 
-fn resize(player: &mut Player, step: &Step, slot: usize) -> Act {
-    let old = player.pages(slot);
+fn resize(worker: &mut Worker, step: &Step, slot: usize) -> Act {
+    let old = worker.pages(slot);
     let by = usize::from(step.len);
     let new = match step.op {
         Op::Grow => (old + by).min(PAGES),
@@ -198,109 +198,109 @@ fn resize(player: &mut Player, step: &Step, slot: usize) -> Act {
     if new == old {
         return Ok(());
     }
-    player.mem(slot)?.resize(new)?;
+    worker.mem(slot)?.resize(new)?;
     if new > old {
-        player.set_zero(slot, old, new - old, step.op);
+        worker.set_zero(slot, old, new - old, step.op);
     }
-    player.verify(slot, 0, new)
+    worker.verify(slot, 0, new)
 }
 
 /// A move of several mappings may fail half-way: then all of it is given up.
-fn relocate(player: &mut Player, slot: usize) -> Act {
-    let moved = player.mem(slot)?.relocate();
+fn relocate(worker: &mut Worker, slot: usize) -> Act {
+    let moved = worker.mem(slot)?.relocate();
     if let Err(e) = moved {
-        give_up(player, slot);
+        give_up(worker, slot);
         return Err(e.into());
     }
-    player.verify(slot, 0, player.pages(slot))
+    worker.verify(slot, 0, worker.pages(slot))
 }
 
-fn give_up(player: &mut Player, slot: usize) {
-    player.slots[slot] = None;
+fn give_up(worker: &mut Worker, slot: usize) {
+    worker.slots[slot] = None;
 }
 
 /// Moves pages of one slot onto those of another.
-fn move_over(player: &mut Player, step: &Step) -> Act {
-    let (from, i, n) = player.range(step)?;
+fn move_over(worker: &mut Worker, step: &Step) -> Act {
+    let (from, i, n) = worker.range(step)?;
     let shift = 1 + usize::from(step.other) % (SLOTS - 1);
-    let (to, j, m) = player.range_of((from + shift) % SLOTS, step.arg as u16, step.len)?;
+    let (to, j, m) = worker.range_of((from + shift) % SLOTS, step.arg as u16, step.len)?;
     let n = n.min(m);
-    let Some(mut source) = player.slots[from].take() else {
+    let Some(mut source) = worker.slots[from].take() else {
         return Ok(());
     };
-    let taken = player.mem(to)?.take(j, &mut source, i, n);
-    player.slots[from] = Some(source);
+    let taken = worker.mem(to)?.take(j, &mut source, i, n);
+    worker.slots[from] = Some(source);
     if let Err(e) = taken {
-        give_up(player, from);
-        give_up(player, to);
+        give_up(worker, from);
+        give_up(worker, to);
         return Err(e.into());
     }
-    let number = player
+    let number = worker
         .block
         .steps
         .load(std::sync::atomic::Ordering::Relaxed);
     for k in 0..n {
-        player.entry(to, j + k).copy(player.entry(from, i + k));
-        player.entry(to, j + k).note(step.op, number);
+        worker.entry(to, j + k).copy(worker.entry(from, i + k));
+        worker.entry(to, j + k).note(step.op, number);
     }
-    player.set_zero(from, i, n, step.op);
-    player.verify(from, i, n)?;
-    player.verify(to, j, n)
+    worker.set_zero(from, i, n, step.op);
+    worker.verify(from, i, n)?;
+    worker.verify(to, j, n)
 }
 
-fn protect(player: &mut Player, slot: usize, i: usize, n: usize) -> Act {
+fn protect(worker: &mut Worker, slot: usize, i: usize, n: usize) -> Act {
     let rw = libc::PROT_READ | libc::PROT_WRITE;
-    player.mem(slot)?.protect(i, n, libc::PROT_READ)?;
-    let read_only = player.verify(slot, i, n);
-    let none = player.mem(slot)?.protect(i, n, libc::PROT_NONE);
+    worker.mem(slot)?.protect(i, n, libc::PROT_READ)?;
+    let read_only = worker.verify(slot, i, n);
+    let none = worker.mem(slot)?.protect(i, n, libc::PROT_NONE);
     // Whatever came of it: nothing else expects pages that cannot be written.
-    let back = player.mem(slot)?.protect(i, n, rw);
+    let back = worker.mem(slot)?.protect(i, n, rw);
     if let Err(e) = back {
-        give_up(player, slot);
+        give_up(worker, slot);
         return Err(e.into());
     }
     read_only?;
     none?;
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
 /// Takes all access away for a while, in which the pages may be unmerged.
-fn no_access(player: &mut Player, step: &Step, slot: usize, i: usize, n: usize) -> Act {
-    player.verify(slot, i, n)?;
-    let none = player.mem(slot)?.protect(i, n, libc::PROT_NONE);
+fn no_access(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act {
+    worker.verify(slot, i, n)?;
+    let none = worker.mem(slot)?.protect(i, n, libc::PROT_NONE);
     let unmerged = match step.arg % 4 {
-        0 if none.is_ok() => player.mem(slot)?.advise(i, n, libc::MADV_UNMERGEABLE),
+        0 if none.is_ok() => worker.mem(slot)?.advise(i, n, libc::MADV_UNMERGEABLE),
         _ => Ok(()),
     };
     std::thread::sleep(Duration::from_millis(u64::from((step.arg >> 8) & 31)));
     let rw = libc::PROT_READ | libc::PROT_WRITE;
-    if let Err(e) = player.mem(slot)?.protect(i, n, rw) {
-        give_up(player, slot);
+    if let Err(e) = worker.mem(slot)?.protect(i, n, rw) {
+        give_up(worker, slot);
         return Err(e.into());
     }
     none?;
     unmerged?;
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
 fn drop_pages(
-    player: &mut Player,
+    worker: &mut Worker,
     step: &Step,
     slot: usize,
     i: usize,
     n: usize,
     advice: libc::c_int,
 ) -> Act {
-    if advice == libc::MADV_FREE && (player.forks > 0 || player.who.child != 0) {
+    if advice == libc::MADV_FREE && (worker.forks > 0 || worker.who.child != 0) {
         // A page that was unmerged is clean. Shared over a fork, the kernel (7.3) takes it from
         // both when one of them gives it up: Documentation/testing.md. Only written ones are safe.
-        write(player, step, slot, i, n)?;
+        write(worker, step, slot, i, n)?;
     }
-    let done = player.mem(slot)?.advise(i, n, advice);
+    let done = worker.mem(slot)?.advise(i, n, advice);
     match (&done, advice) {
-        (Ok(()), libc::MADV_DONTNEED) => player.set_zero(slot, i, n, step.op),
+        (Ok(()), libc::MADV_DONTNEED) => worker.set_zero(slot, i, n, step.op),
         // Refused for one of several mappings, it was done to those before.
-        _ => player.set_maybe_zero(slot, i, n, step.op),
+        _ => worker.set_maybe_zero(slot, i, n, step.op),
     }
     match done {
         Ok(()) => Ok(()),

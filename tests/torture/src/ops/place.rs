@@ -10,72 +10,72 @@ use rksm_test_lib::sys::{self, Ended, Forked};
 
 use crate::page::{Desc, PAGE};
 use crate::plan::{Op, Step};
-use crate::player::{Act, Player, Stop};
 use crate::raw::uffd::Uffd;
+use crate::worker::{Act, Stop, Worker};
 
 /// Moves pages to another node, whoever else has them.
-pub fn move_pages(player: &mut Player, step: &Step) -> Act {
-    let (slot, i, n) = player.range(step)?;
-    let Some(&node) = player
+pub fn move_pages(worker: &mut Worker, step: &Step) -> Act {
+    let (slot, i, n) = worker.range(step)?;
+    let Some(&node) = worker
         .nodes
-        .get(step.arg as usize % player.nodes.len().max(1))
+        .get(step.arg as usize % worker.nodes.len().max(1))
     else {
         return Err(Stop::Refused(libc::ENODEV));
     };
-    let addr = player.mem(slot)?.addr() + i * PAGE;
+    let addr = worker.mem(slot)?.addr() + i * PAGE;
     let span = Span {
         pid: std::process::id(),
         addr,
         pages: n,
     };
     let moved = numa::move_to(span, node);
-    player.verify(slot, i, n)?;
+    worker.verify(slot, i, n)?;
     moved?;
     Ok(())
 }
 
 /// Moves all pages of this process from one node to another.
-pub fn migrate(player: &mut Player, step: &Step) -> Act {
-    let [a, b, ..] = player.nodes[..] else {
+pub fn migrate(worker: &mut Worker, step: &Step) -> Act {
+    let [a, b, ..] = worker.nodes[..] else {
         return Err(Stop::Refused(libc::ENODEV));
     };
     let (from, to) = if step.arg % 2 == 0 { (a, b) } else { (b, a) };
     let moved = numa::migrate_process(std::process::id(), from, to);
-    player.verify_all()?;
+    worker.verify_all()?;
     moved?;
     Ok(())
 }
 
 /// Write-protects pages, has some of them written, paged out or looked at, and
 /// gives them free again.
-pub fn uffd(player: &mut Player, step: &Step, served: bool) -> Act {
-    let (slot, i, n) = player.range(step)?;
+pub fn uffd(worker: &mut Worker, step: &Step, served: bool) -> Act {
+    let (slot, i, n) = worker.range(step)?;
     let n = n.min(64);
-    let addr = player.mem(slot)?.addr() + i * PAGE;
+    let addr = worker.mem(slot)?.addr() + i * PAGE;
     let uffd = Uffd::new(!served)?;
     uffd.register(addr, n * PAGE)?;
     // Registered, and dropped with `uffd` whatever comes now.
     uffd.protect(addr, n * PAGE, true)?;
-    player.verify(slot, i, n)?;
+    worker.verify(slot, i, n)?;
     if step.arg % 2 == 0 {
-        let paged = player.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT);
-        player.verify(slot, i, n)?;
+        let paged = worker.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT);
+        worker.verify(slot, i, n)?;
         // Locked pages cannot be.
         drop(paged);
     }
     std::thread::sleep(Duration::from_millis(u64::from((step.arg >> 8) & 15)));
     let server = if served { Some(serve(&uffd)?) } else { None };
     for k in (i..i + n).step_by(3) {
-        let (place, version) = player.place(slot, k);
-        player.put(slot, k, Desc::own(3, place, version), step.op)?;
+        let (place, version) = worker.place(slot, k);
+        worker.put(slot, k, Desc::own(3, place, version), step.op)?;
     }
-    player.verify(slot, i, n)?;
+    worker.verify(slot, i, n)?;
     if let Some(pid) = server {
         end_server(pid)?;
     }
     uffd.protect(addr, n * PAGE, false)?;
     drop(uffd);
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
 /// A child that lets every write through, one by one.
@@ -114,11 +114,11 @@ fn end_server(pid: libc::pid_t) -> Act {
     }
 }
 
-pub fn act(player: &mut Player, step: &Step) -> Act {
+pub fn act(worker: &mut Worker, step: &Step) -> Act {
     match step.op {
-        Op::MovePages => move_pages(player, step),
-        Op::MigratePages => migrate(player, step),
-        Op::Uffd => uffd(player, step, false),
-        _ => uffd(player, step, true),
+        Op::MovePages => move_pages(worker, step),
+        Op::MigratePages => migrate(worker, step),
+        Op::Uffd => uffd(worker, step, false),
+        _ => uffd(worker, step, true),
     }
 }

@@ -13,8 +13,8 @@ use rksm_test_lib::sys::{self, Ended, Forked};
 use crate::arena::{Block, SLOTS};
 use crate::page::{mix, Desc, WORDS};
 use crate::plan::{Allowed, Op, Plan, Step, Who};
-use crate::player::{Act, Player, Stop, Until, STATUS_WRONG};
 use crate::raw::{self, Mem};
+use crate::worker::{Act, Stop, Until, Worker, STATUS_WRONG};
 
 /// Children of one process at a time.
 const CHILDREN: usize = 2;
@@ -44,55 +44,55 @@ fn end_of(arg: u32) -> End {
     }
 }
 
-pub fn fork(player: &mut Player, step: &Step) -> Act {
-    while player.children.len() >= CHILDREN {
-        reap(player, true)?;
+pub fn fork(worker: &mut Worker, step: &Step) -> Act {
+    while worker.children.len() >= CHILDREN {
+        reap(worker, true)?;
     }
-    let Some(id) = player.arena.allocate() else {
+    let Some(id) = worker.arena.allocate() else {
         return Err(Stop::Refused(libc::EAGAIN));
     };
-    player.forks += 1;
-    let block = &player.arena.blocks[id as usize];
-    inherit(player, block);
+    worker.forks += 1;
+    let block = &worker.arena.blocks[id as usize];
+    inherit(worker, block);
     let (end, me) = (end_of(step.arg), std::process::id());
     let pid = match sys::fork() {
         Ok(Forked::Parent(pid)) => pid,
-        Ok(Forked::Child) => become_child(player, me, id, step, end),
+        Ok(Forked::Child) => become_child(worker, me, id, step, end),
         Err(e) => {
-            player.arena.bury(id);
+            worker.arena.bury(id);
             return Err(e.into());
         }
     };
     block.pid.store(pid as u32, Ordering::Relaxed);
-    player.children.push(Child {
+    worker.children.push(Child {
         pid,
         block: id,
         end,
-        kill_after: player.block.steps.load(Ordering::Relaxed) + step.arg % 24,
+        kill_after: worker.block.steps.load(Ordering::Relaxed) + step.arg % 24,
     });
     // What either writes is not seen by the other: write at once.
-    let (slot, i, n) = player.range(step)?;
+    let (slot, i, n) = worker.range(step)?;
     for k in i..i + n {
-        let (place, version) = player.place(slot, k);
-        player.put(slot, k, Desc::own(0, place, version), step.op)?;
+        let (place, version) = worker.place(slot, k);
+        worker.put(slot, k, Desc::own(0, place, version), step.op)?;
     }
-    player.verify_all()
+    worker.verify_all()
 }
 
 /// The child's ledger is that of its parent as of now.
-fn inherit(player: &Player, block: &Block) {
+fn inherit(worker: &Worker, block: &Block) {
     for slot in 0..SLOTS {
-        for k in 0..player.pages(slot) {
-            block.entries[slot][k].copy(player.entry(slot, k));
+        for k in 0..worker.pages(slot) {
+            block.entries[slot][k].copy(worker.entry(slot, k));
         }
     }
 }
 
-fn become_child(player: &mut Player, parent: u32, id: u8, step: &Step, end: End) -> ! {
-    player.who.child = player.forks;
-    player.id = id;
-    player.block = &player.arena.blocks[id as usize];
-    let (who, block) = (player.who, player.block);
+fn become_child(worker: &mut Worker, parent: u32, id: u8, step: &Step, end: End) -> ! {
+    worker.who.child = worker.forks;
+    worker.id = id;
+    worker.block = &worker.arena.blocks[id as usize];
+    let (who, block) = (worker.who, worker.block);
     if !block.take(parent) {
         // The parent was killed. Nothing was found wrong.
         sys::exit_now(0);
@@ -101,12 +101,12 @@ fn become_child(player: &mut Player, parent: u32, id: u8, step: &Step, end: End)
     block.life.store(who.life, Ordering::Relaxed);
     block.child.store(who.child, Ordering::Relaxed);
     block.pid.store(std::process::id(), Ordering::Relaxed);
-    player.children.clear();
-    // Others go on writing to the mail of the parent only.
-    player.mail = None;
-    let allowed = Allowed(player.arena.allowed.load(Ordering::Relaxed));
+    worker.children.clear();
+    // Others go on writing to the shared pages of the parent only.
+    worker.shared_pages = None;
+    let allowed = Allowed(worker.arena.allowed.load(Ordering::Relaxed));
     let steps = 4 + step.arg % 48;
-    let status = player.run(Plan::new(who, allowed), Until::Steps(steps));
+    let status = worker.run(Plan::new(who, allowed), Until::Steps(steps));
     if status != 0 {
         sys::exit_now(status);
     }
@@ -114,11 +114,11 @@ fn become_child(player: &mut Player, parent: u32, id: u8, step: &Step, end: End)
         End::Exit => {}
         // An orphan is killed by nobody.
         End::Killed => {
-            while raw::parent() == parent && !player.arena.stopping() {
+            while raw::parent() == parent && !worker.arena.stopping() {
                 std::thread::sleep(Duration::from_millis(5));
-                let stood = player.stand_still();
-                if let Err(Stop::Fault(what)) = stood.and_then(|()| player.verify_all()) {
-                    player.complain(&what);
+                let stood = worker.stand_still();
+                if let Err(Stop::Fault(what)) = stood.and_then(|()| worker.verify_all()) {
+                    worker.complain(&what);
                     sys::exit_now(STATUS_WRONG);
                 }
             }
@@ -128,7 +128,7 @@ fn become_child(player: &mut Player, parent: u32, id: u8, step: &Step, end: End)
                 .arg("exec")
                 .args([u32::from(id), who.number, who.life, who.child].map(|n| n.to_string()))
                 .exec();
-            player.complain(&format!("exec: {error}"));
+            worker.complain(&format!("exec: {error}"));
             sys::exit_now(STATUS_WRONG);
         }
     }
@@ -146,17 +146,17 @@ pub fn executed(id: u8, number: u32, life: u32, child: u32) -> anyhow::Result<i3
         child,
     };
     let allowed = Allowed(arena.allowed.load(Ordering::Relaxed));
-    let mut player = Player::new(arena, id, who)?;
-    Ok(player.run(Plan::new(who, allowed), Until::Steps(12)))
+    let mut worker = Worker::new(arena, id, who)?;
+    Ok(worker.run(Plan::new(who, allowed), Until::Steps(12)))
 }
 
 /// A child that takes much memory, half of which is equal to that of others, and ends while it is scanned.
-pub fn big_exit(player: &mut Player, step: &Step) -> Act {
+pub fn big_exit(worker: &mut Worker, step: &Step) -> Act {
     let killed = step.arg & 1 != 0;
     let me = std::process::id();
     let pid = match sys::fork()? {
         Forked::Parent(pid) => pid,
-        Forked::Child => sys::exit_now(big_child(player, step, killed.then_some(me))),
+        Forked::Child => sys::exit_now(big_child(worker, step, killed.then_some(me))),
     };
     let linger = Duration::from_millis(u64::from((step.arg >> 8) & 511));
     let end = std::time::Instant::now() + linger;
@@ -176,7 +176,7 @@ pub fn big_exit(player: &mut Player, step: &Step) -> Act {
 }
 
 /// With `killed_by`, it waits for that.
-fn big_child(player: &Player, step: &Step, killed_by: Option<u32>) -> i32 {
+fn big_child(worker: &Worker, step: &Step, killed_by: Option<u32>) -> i32 {
     const MANY: usize = 4096;
     let fill = || -> std::io::Result<Mem> {
         sys::die_with_parent()?;
@@ -184,7 +184,7 @@ fn big_child(player: &Player, step: &Step, killed_by: Option<u32>) -> i32 {
         mem.advise(0, MANY, libc::MADV_MERGEABLE)?;
         let mut page = [0; WORDS];
         for k in 0..MANY {
-            player.bodies.render(Desc::class(k as u8, 0), &mut page);
+            worker.bodies.render(Desc::class(k as u8, 0), &mut page);
             if k % 2 == 0 {
                 page[0] ^= (u64::from(step.arg) << 32) ^ k as u64;
             }
@@ -203,36 +203,36 @@ fn big_child(player: &Player, step: &Step, killed_by: Option<u32>) -> i32 {
 }
 
 /// Kills children whose time has come, and reaps those that are gone.
-pub fn look_after(player: &mut Player) -> Act {
-    reap(player, false)
+pub fn look_after(worker: &mut Worker) -> Act {
+    reap(worker, false)
 }
 
-pub fn wait_for_all(player: &mut Player) -> Act {
-    while !player.children.is_empty() {
-        reap(player, true)?;
+pub fn wait_for_all(worker: &mut Worker) -> Act {
+    while !worker.children.is_empty() {
+        reap(worker, true)?;
     }
     Ok(())
 }
 
 /// Reaps what can be reaped; with `wait`, at least one.
-fn reap(player: &mut Player, wait: bool) -> Act {
+fn reap(worker: &mut Worker, wait: bool) -> Act {
     loop {
-        let now = player.block.steps.load(Ordering::Relaxed);
+        let now = worker.block.steps.load(Ordering::Relaxed);
         let mut reaped = false;
         let mut i = 0;
-        while let Some(child) = player.children.get(i) {
+        while let Some(child) = worker.children.get(i) {
             if child.end == End::Killed && (wait || now >= child.kill_after) {
-                player.arena.blocks[child.block as usize]
+                worker.arena.blocks[child.block as usize]
                     .doomed
                     .store(1, Ordering::Relaxed);
                 sys::kill(child.pid, libc::SIGKILL)?;
             }
-            // We may be killed at any time: with a child that was reaped, but not buried, its ledger and the mailbox
+            // We may be killed at any time: with a child that was reaped, but not buried, its ledger and the shared page
             // that it may hold would be lost. One that was not reaped is left to the supervisor.
             match sys::has_ended(child.pid as u32)? {
                 Some(ended) => {
-                    let child = player.children.swap_remove(i);
-                    let buried = bury(player, &child, ended);
+                    let child = worker.children.swap_remove(i);
+                    let buried = bury(worker, &child, ended);
                     sys::try_wait(child.pid)?;
                     buried?;
                     reaped = true;
@@ -244,15 +244,15 @@ fn reap(player: &mut Player, wait: bool) -> Act {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(2));
-        player.stand_still()?;
+        worker.stand_still()?;
     }
 }
 
-fn bury(player: &Player, child: &Child, ended: Ended) -> Act {
-    let block = &player.arena.blocks[child.block as usize];
+fn bury(worker: &Worker, child: &Child, ended: Ended) -> Act {
+    let block = &worker.arena.blocks[child.block as usize];
     let doomed = block.doomed.load(Ordering::Relaxed) != 0;
     let last = block.last_steps(24);
-    player.arena.bury(child.block);
+    worker.arena.bury(child.block);
     let op = match (child.end, ended) {
         (End::Exit | End::Killed, Ended::Exit(0)) => Op::ChildExit,
         (End::Exec, Ended::Exit(0)) => Op::ChildExec,
@@ -266,6 +266,6 @@ fn bury(player: &Player, child: &Child, ended: Ended) -> Act {
             )))
         }
     };
-    player.arena.count(op, 0);
+    worker.arena.count(op, 0);
     Ok(())
 }

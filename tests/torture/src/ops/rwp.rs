@@ -10,21 +10,21 @@ use rksm_test_lib::engine::{write_to, RKSM};
 use crate::arena::SLOTS;
 use crate::page::{mix, PAGE};
 use crate::plan::{Op, Step, Who};
-use crate::player::{Act, Player, Stop};
 use crate::raw::uffd::NoAccess;
+use crate::worker::{Act, Stop, Worker};
 
 /// Protects pages, and has them unmerged, paged out or left alone meanwhile.
-pub fn rwp(player: &mut Player, step: &Step) -> Act {
-    let (slot, i, n) = player.range(step)?;
+pub fn rwp(worker: &mut Worker, step: &Step) -> Act {
+    let (slot, i, n) = worker.range(step)?;
     let n = n.min(64);
-    player.verify(slot, i, n)?;
-    let addr = player.mem(slot)?.addr() + i * PAGE;
+    worker.verify(slot, i, n)?;
+    let addr = worker.mem(slot)?.addr() + i * PAGE;
     let held = NoAccess::new(addr, n * PAGE, step.arg % 4 == 0)?;
     match (step.arg >> 2) % 16 {
-        0 => run_two(player),
-        1..5 => unmerge(player, step, slot, i, n),
+        0 => run_two(worker),
+        1..5 => unmerge(worker, step, slot, i, n),
         5..8 => {
-            let paged = player.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT);
+            let paged = worker.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT);
             // Locked pages cannot be.
             drop(paged);
         }
@@ -32,12 +32,12 @@ pub fn rwp(player: &mut Player, step: &Step) -> Act {
     }
     std::thread::sleep(Duration::from_millis(u64::from((step.arg >> 8) & 31)));
     drop(held);
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
 /// The kernel may refuse, or do it for some pages, or for none and say nothing.
-fn unmerge(player: &Player, step: &Step, slot: usize, i: usize, n: usize) {
-    let Some(mem) = &player.slots[slot] else {
+fn unmerge(worker: &Worker, step: &Step, slot: usize, i: usize, n: usize) {
+    let Some(mem) = &worker.slots[slot] else {
         return;
     };
     let (i, n) = if step.arg >> 31 == 0 {
@@ -49,29 +49,29 @@ fn unmerge(player: &Player, step: &Step, slot: usize, i: usize, n: usize) {
         Ok(()) => 0,
         Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
     };
-    player.arena.count(Op::Unmergeable, errno);
+    worker.arena.count(Op::Unmergeable, errno);
 }
 
 /// Asks for everything to be unmerged, which cannot be done, and has merging go on.
-fn run_two(player: &Player) {
-    if !player.arena.may(Op::Run2) {
+fn run_two(worker: &Worker) {
+    if !worker.arena.may(Op::Run2) {
         return;
     }
     let errno = match write_to(Path::new(RKSM), "run", b"2") {
         Ok(()) => 0,
         Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
     };
-    player.arena.count(Op::Run2, errno);
+    worker.arena.count(Op::Run2, errno);
     // The module may be unloaded just now.
     let _ = write_to(Path::new(RKSM), "run", b"1");
 }
 
 /// Protects some pages for the time in which all stand still, as the seed says. The caller touches none of its
 /// pages until it drops what this returns.
-pub fn hold(player: &Player, number: u32) -> Result<Option<NoAccess>, Stop> {
+pub fn hold(worker: &Worker, number: u32) -> Result<Option<NoAccess>, Stop> {
     let mut rng = Who {
-        seed: mix(player.who.seed ^ u64::from(number)),
-        ..player.who
+        seed: mix(worker.who.seed ^ u64::from(number)),
+        ..worker.who
     }
     .rng();
     let (slot, at, len) = (
@@ -84,23 +84,23 @@ pub fn hold(player: &Player, number: u32) -> Result<Option<NoAccess>, Stop> {
         rng.random_range(0..4) == 0,
         rng.random::<u32>(),
     );
-    let there = player.arena.has_rwp() && player.arena.may(Op::Rwp);
-    if !wanted || !there || player.pages(slot) == 0 {
+    let there = worker.arena.has_rwp() && worker.arena.may(Op::Rwp);
+    if !wanted || !there || worker.pages(slot) == 0 {
         return Ok(None);
     }
-    let (slot, i, n) = player.range_of(slot, at, len)?;
-    let Some(mem) = &player.slots[slot] else {
+    let (slot, i, n) = worker.range_of(slot, at, len)?;
+    let Some(mem) = &worker.slots[slot] else {
         return Ok(None);
     };
     let held = match NoAccess::new(mem.addr() + i * PAGE, n * PAGE, by_itself) {
         Ok(held) => held,
         Err(e) => {
             let errno = e.raw_os_error().unwrap_or(libc::EIO);
-            player.arena.count(Op::Rwp, errno);
+            worker.arena.count(Op::Rwp, errno);
             return Ok(None);
         }
     };
-    player.arena.count(Op::Rwp, 0);
+    worker.arena.count(Op::Rwp, 0);
     if arg % 3 == 0 {
         let step = Step {
             op: Op::Rwp,
@@ -110,7 +110,7 @@ pub fn hold(player: &Player, number: u32) -> Result<Option<NoAccess>, Stop> {
             len,
             arg,
         };
-        unmerge(player, &step, slot, i, n);
+        unmerge(worker, &step, slot, i, n);
     }
     Ok(Some(held))
 }

@@ -10,21 +10,21 @@ use rksm_test_lib::proc;
 
 use crate::page::{Desc, PAGE};
 use crate::plan::{Op, Step};
-use crate::player::{Act, Player, Stop};
 use crate::raw::pagemap;
 use crate::raw::uffd::Uffd;
 use crate::raw::Mem;
+use crate::worker::{Act, Stop, Worker};
 
 /// Writes every third page, anew or as many others have it, and gives the engine time to merge them.
-fn write_some(player: &mut Player, step: &Step, slot: usize, i: usize, n: usize) -> Act {
+fn write_some(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act {
     for k in (i..i + n).step_by(3) {
-        let (place, version) = player.place(slot, k);
+        let (place, version) = worker.place(slot, k);
         let desc = match (step.arg >> 4) % 4 {
             0 => Desc::own(5, place, version),
             1 => Desc::ZERO,
             _ => Desc::class((step.arg >> 8) as u8, 0),
         };
-        player.put(slot, k, desc, step.op)?;
+        worker.put(slot, k, desc, step.op)?;
     }
     std::thread::sleep(Duration::from_millis(u64::from((step.arg >> 16) & 63)));
     Ok(())
@@ -59,12 +59,12 @@ fn has_moved_since(before: i64) -> bool {
 /// The kernel itself loses writes to a page that it moves while `clear_refs` comes by, with no KSM at all: the
 /// migration entry loses its soft-dirty bit, but remembers that the page may be written to
 /// (`clear_soft_dirty()` in fs/proc/task_mmu.c). So nothing is known about writes from then on.
-fn soft_dirty(player: &mut Player, step: &Step) -> Act {
-    let (slot, i, n) = player.range(step)?;
+fn soft_dirty(worker: &mut Worker, step: &Step) -> Act {
+    let (slot, i, n) = worker.range(step)?;
     let before = moves()?;
     pagemap::clear_soft_dirty()?;
-    write_some(player, step, slot, i, n)?;
-    let addr = player.mem(slot)?.addr() + i * PAGE;
+    write_some(worker, step, slot, i, n)?;
+    let addr = worker.mem(slot)?.addr() + i * PAGE;
     let dirty = pagemap::soft_dirty(addr, n)?;
     if let Err(fault) = check(&dirty, slot, i) {
         return Err(if has_moved_since(before) {
@@ -73,27 +73,27 @@ fn soft_dirty(player: &mut Player, step: &Step) -> Act {
             fault
         });
     }
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
-fn scan(player: &mut Player, step: &Step) -> Act {
-    let (slot, i, n) = player.range(step)?;
-    let addr = player.mem(slot)?.addr() + i * PAGE;
+fn scan(worker: &mut Worker, step: &Step) -> Act {
+    let (slot, i, n) = worker.range(step)?;
+    let addr = worker.mem(slot)?.addr() + i * PAGE;
     let uffd = Uffd::new(true)?;
     uffd.register(addr, n * PAGE)?;
     pagemap::written(addr, n, true)?;
-    player.verify(slot, i, n)?;
-    write_some(player, step, slot, i, n)?;
+    worker.verify(slot, i, n)?;
+    write_some(worker, step, slot, i, n)?;
     let dirty = pagemap::written(addr, n, step.arg % 2 == 0)?;
     check(&dirty, slot, i)?;
     drop(uffd);
-    player.verify(slot, i, n)
+    worker.verify(slot, i, n)
 }
 
-pub fn act(player: &mut Player, step: &Step) -> Act {
+pub fn act(worker: &mut Worker, step: &Step) -> Act {
     match step.op {
-        Op::SoftDirty => soft_dirty(player, step),
-        _ => scan(player, step),
+        Op::SoftDirty => soft_dirty(worker, step),
+        _ => scan(worker, step),
     }
 }
 

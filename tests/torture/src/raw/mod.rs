@@ -201,7 +201,7 @@ pub fn write_remote(pid: u32, addr: usize, page: &Words) -> io::Result<usize> {
         iov_base: addr as *mut c_void,
         iov_len: PAGE,
     };
-    // SAFETY: the kernel reads `page`, and writes only where the other process published a page of its mail.
+    // SAFETY: the kernel reads `page`, and writes only where the other process has a shared page.
     check(unsafe { libc::process_vm_writev(pid as i32, &local, 1, &remote, 1, 0) } as libc::c_long)
 }
 

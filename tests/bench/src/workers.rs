@@ -91,7 +91,7 @@ pub struct Facts {
 }
 
 /// The processes of a workload. They end when this is dropped.
-pub struct Crew {
+pub struct Workers {
     workers: Vec<Worker>,
     guests: Vec<Guest>,
     pids: Vec<u32>,
@@ -101,7 +101,7 @@ pub struct Crew {
     digest: Option<u64>,
 }
 
-impl Crew {
+impl Workers {
     /// Starts the processes of workload `name`; returns when all pages are
     /// filled and registered, and everybody sleeps.
     pub fn start(name: &str) -> Result<Self> {
@@ -114,7 +114,7 @@ impl Crew {
 
     fn generated(name: &str) -> Result<Self> {
         let plan = plan(name, 1).with_context(|| format!("there is no workload {name}"))?;
-        let mut crew = Self {
+        let mut this = Self {
             workers: Vec::new(),
             guests: Vec::new(),
             pids: Vec::new(),
@@ -132,11 +132,11 @@ impl Crew {
             command.args(["worker", name, &index.to_string(), &SEED.to_string()]);
             let mut worker = Worker::start(&mut command)?;
             for _ in 0..=process.children.len() {
-                crew.pids.push(worker.expect("ready")?.parse()?);
+                this.pids.push(worker.expect("ready")?.parse()?);
             }
-            crew.workers.push(worker);
+            this.workers.push(worker);
         }
-        Ok(crew)
+        Ok(this)
     }
 
     /// Python processes that hold their library's text, and saved guests.
@@ -162,7 +162,7 @@ impl Crew {
         let mut pids: Vec<u32> = workers.iter().map(|w| w.child.id()).collect();
         pids.extend(guests.iter().map(Guest::pid));
         let survey = Survey::take(&pids)?;
-        let mut crew = Self {
+        let mut this = Self {
             workers,
             guests,
             pids,
@@ -175,8 +175,8 @@ impl Crew {
             round: 0,
             digest: None,
         };
-        crew.digest = Some(crew.guests_digest()?);
-        Ok(crew)
+        this.digest = Some(this.guests_digest()?);
+        Ok(this)
     }
 
     fn guests_digest(&self) -> Result<u64> {
@@ -219,7 +219,7 @@ fn restore_all(dir: &Path) -> Result<Vec<Guest>> {
     (1..=GUESTS).map(|n| Guest::restore(dir, n)).collect()
 }
 
-impl Drop for Crew {
+impl Drop for Workers {
     fn drop(&mut self) {
         self.workers.clear();
         self.guests.clear();

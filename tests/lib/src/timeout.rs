@@ -13,6 +13,6 @@ static SLOW: LazyLock<u32> = LazyLock::new(|| {
 });
 
 /// What waiting for `limit` on the stock kernel becomes on this one.
-pub fn patient(limit: Duration) -> Duration {
+pub fn scaled(limit: Duration) -> Duration {
     limit.saturating_mul(*SLOW)
 }

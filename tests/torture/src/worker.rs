@@ -13,7 +13,9 @@ use rand::Rng;
 use rksm_test_lib::pageflags::{merged_frames, Span};
 use rksm_test_lib::sys;
 
-use crate::arena::{Arena, Block, Entry, Phase, MAIL, MAY_BE_ZERO, PAGES, PLAYERS_MAX, SLOTS};
+use crate::arena::{
+    Arena, Block, Entry, Phase, MAY_BE_ZERO, PAGES, SHARED_PAGES, SLOTS, WORKERS_MAX,
+};
 use crate::ops;
 use crate::ops::process::Child;
 use crate::page::{Bodies, Desc, Kind, Place, Words, PAGE, WORDS};
@@ -63,14 +65,14 @@ pub enum Until {
     Steps(u32),
 }
 
-pub struct Player {
+pub struct Worker {
     pub arena: &'static Arena,
     pub block: &'static Block,
     /// Number of its block: the owner in its pages.
     pub id: u8,
     pub who: Who,
     pub slots: [Option<Mem>; SLOTS],
-    pub mail: Option<Mem>,
+    pub shared_pages: Option<Mem>,
     pub children: Vec<Child>,
     /// Children forked so far.
     pub forks: u32,
@@ -84,7 +86,7 @@ pub struct Player {
 /// The disk that can be read from directly, if the controller found one.
 pub const DISK_ENV: &str = "RKSM_TORTURE_DISK";
 
-impl Player {
+impl Worker {
     /// A process that begins with untouched memory and the ledger `id`.
     pub fn new(arena: &'static Arena, id: u8, who: Who) -> Result<Self> {
         let block = &arena.blocks[id as usize];
@@ -106,7 +108,7 @@ impl Player {
             id,
             who,
             slots: Default::default(),
-            mail: None,
+            shared_pages: None,
             children: Vec::new(),
             forks: 0,
             disk: disk.transpose()?,
@@ -127,23 +129,23 @@ impl Player {
     }
 
     /// Publishes pages that others may write to.
-    pub fn open_mail(&mut self) -> Act {
-        let mem = Mem::new(MAIL)?;
-        mem.advise(0, MAIL, libc::MADV_MERGEABLE)?;
+    pub fn open_shared_pages(&mut self) -> Act {
+        let mem = Mem::new(SHARED_PAGES)?;
+        mem.advise(0, SHARED_PAGES, libc::MADV_MERGEABLE)?;
         let number = self.id as usize;
-        for mail in &self.arena.mail[number] {
+        for page in &self.arena.shared_pages[number] {
             // Somebody may be about to find that the one before us is gone; or was killed while at it, and is reaped
             // by a parent that stands still meanwhile.
-            while !mail.claim(self.id) {
+            while !page.claim(self.id) {
                 self.stand_still()?;
                 std::thread::sleep(Duration::from_millis(1));
             }
-            mail.reset(Desc::ZERO);
-            mail.release(self.id);
+            page.reset(Desc::ZERO);
+            page.release(self.id);
         }
-        self.arena.mail_addr[number].store(mem.addr() as u64, Ordering::Relaxed);
-        self.arena.mail_pid[number].store(std::process::id(), Ordering::Release);
-        self.mail = Some(mem);
+        self.arena.shared_addr[number].store(mem.addr() as u64, Ordering::Relaxed);
+        self.arena.shared_pid[number].store(std::process::id(), Ordering::Release);
+        self.shared_pages = Some(mem);
         Ok(())
     }
 
@@ -370,30 +372,30 @@ impl Player {
         for slot in 0..SLOTS {
             self.verify(slot, 0, self.pages(slot))?;
         }
-        self.verify_mail()
+        self.verify_shared_pages()
     }
 
     /// Looks at the pages that others write to, those at least that nobody is at.
-    fn verify_mail(&self) -> Act {
-        let Some(mem) = &self.mail else {
+    fn verify_shared_pages(&self) -> Act {
+        let Some(mem) = &self.shared_pages else {
             return Ok(());
         };
         let (mut have, mut want) = ([0; WORDS], [0; WORDS]);
-        for (i, mail) in self.arena.mail[self.id as usize].iter().enumerate() {
-            if !mail.claim(self.id) {
+        for (i, page) in self.arena.shared_pages[self.id as usize].iter().enumerate() {
+            if !page.claim(self.id) {
                 continue;
             }
             mem.read(i, &mut have);
-            let expected = [Some(mail.desc()), mail.alternative()];
+            let expected = [Some(page.desc()), page.alternative()];
             let right = expected.into_iter().flatten().any(|desc| {
                 self.bodies.render(desc, &mut want);
                 have == want
             });
-            let desc = mail.desc();
-            mail.release(self.id);
+            let desc = page.desc();
+            page.release(self.id);
             if !right {
                 return Err(Stop::Fault(format!(
-                    "page {i} of the mail, to which others write: {} (or {:?})",
+                    "shared page {i}: {} (or {:?})",
                     self.bodies.diagnose(&have, desc),
                     expected[1].map(|d| d.to_string())
                 )));
@@ -464,21 +466,21 @@ fn vma(addr: usize) -> String {
     String::new()
 }
 
-/// What a forked player becomes; returns the exit status.
-pub fn play(arena: &'static Arena, who: Who, allowed: Allowed) -> i32 {
-    let begin = || -> Result<Player> {
+/// What a forked worker becomes; returns the exit status.
+pub fn main(arena: &'static Arena, who: Who, allowed: Allowed) -> i32 {
+    let begin = || -> Result<Worker> {
         sys::die_with_parent()?;
         // The scanning thread has nice 5, and is to get somewhere.
         raw::be_nice(10)?;
-        let mut player = Player::new(arena, who.number as u8, who)?;
-        anyhow::ensure!((who.number as usize) < PLAYERS_MAX, "too many players");
-        player
-            .open_mail()
-            .map_err(|stop| anyhow::anyhow!("mail: {stop:?}"))?;
-        Ok(player)
+        let mut worker = Worker::new(arena, who.number as u8, who)?;
+        anyhow::ensure!((who.number as usize) < WORKERS_MAX, "too many workers");
+        worker
+            .open_shared_pages()
+            .map_err(|stop| anyhow::anyhow!("shared pages: {stop:?}"))?;
+        Ok(worker)
     };
     match begin() {
-        Ok(mut player) => player.run(Plan::new(who, allowed), Until::Stopped),
+        Ok(mut worker) => worker.run(Plan::new(who, allowed), Until::Stopped),
         Err(e) => {
             arena.fail();
             raw::say(&format!("# process {} cannot begin: {e:#}\n", who.number));
