@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Something done again and again beside a test, by a process of its own.
+//! A process that repeats an operation beside a test.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use anyhow::{bail, Context, Result};
 use crate::sys::{self, Ended, Forked};
 use crate::timeout::scaled;
 
-/// The longest that one piece of the work takes to be killed.
+/// How long a background process may take to exit after SIGKILL.
 const END_LIMIT: Duration = Duration::from_secs(30);
 
 /// A process that works until it is stopped.
@@ -25,7 +25,7 @@ impl Background {
         })
     }
 
-    /// Does `work` once.
+    /// Run `work` once in a background process.
     pub fn once(work: impl FnOnce() -> Result<()>) -> Result<Self> {
         match sys::fork().context("fork")? {
             Forked::Child => {
@@ -49,14 +49,14 @@ impl Background {
         self.pid as u32
     }
 
-    /// How it ended, if it did.
+    /// Return how the process ended; `None` while it runs.
     pub fn ended(&mut self) -> Result<Option<Ended>> {
         let ended = sys::try_wait(self.pid).context("wait")?;
         self.gone |= ended.is_some();
         Ok(ended.map(|(_, how)| how))
     }
 
-    /// Waits until it ends by itself.
+    /// Wait until the process ends by itself.
     pub fn join(mut self, limit: Duration) -> Result<Ended> {
         let end = Instant::now() + scaled(limit);
         loop {
@@ -70,13 +70,13 @@ impl Background {
         }
     }
 
-    /// Kills it.
+    /// Kill the process.
     pub fn kill(self) -> Result<()> {
         drop(self);
         Ok(())
     }
 
-    /// Ends it. That it had failed before is an error.
+    /// End the process. Fail if it had already failed by itself.
     pub fn stop(mut self) -> Result<()> {
         if let Some(how) = self.ended()? {
             bail!("the work in the background ended by {how:?}");

@@ -17,11 +17,11 @@ pub fn enter_root(pid: u32) -> Result<()> {
     fs::write(format!("{ROOT}/cgroup.procs"), pid.to_string()).context("cgroup.procs")
 }
 
-/// A group; removed when dropped, if nobody is in it any more.
+/// A memory cgroup. Dropping it removes the group, provided that it is empty.
 pub struct Group(PathBuf);
 
 impl Group {
-    /// An empty group. `None` if the kernel has no memory controller.
+    /// Create an empty group. `None` if the kernel has no memory controller.
     pub fn new(name: &str) -> Result<Option<Self>> {
         let controllers = fs::read_to_string(format!("{ROOT}/cgroup.controllers"));
         if !controllers.is_ok_and(|c| c.split_whitespace().any(|c| c == "memory")) {
@@ -39,23 +39,23 @@ impl Group {
         Ok(Some(Self(path)))
     }
 
-    /// Another handle on the same group.
+    /// Return another handle on the same group.
     pub fn again(&self) -> std::mem::ManuallyDrop<Self> {
         std::mem::ManuallyDrop::new(Self(self.0.clone()))
     }
 
-    /// Moves a process into the group. What it has in memory stays where it is charged.
+    /// Move a process into the group. Memory that it already has stays charged to its old group.
     pub fn enter(&self, pid: u32) -> Result<()> {
         fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
     }
 
-    /// Who is in it.
+    /// Return the pids of the group's processes.
     pub fn members(&self) -> Result<Vec<u32>> {
         let text = fs::read_to_string(self.0.join("cgroup.procs")).context("cgroup.procs")?;
         text.lines().map(|pid| Ok(pid.parse()?)).collect()
     }
 
-    /// Writes one of its files, such as `memory.max`.
+    /// Write one of the group's files, such as `memory.max`.
     pub fn set(&self, file: &str, value: &str) -> Result<()> {
         fs::write(self.0.join(file), value).with_context(|| file.to_string())
     }
@@ -66,14 +66,14 @@ impl Group {
         text.trim().parse().context("memory.current")
     }
 
-    /// A value of `memory.stat`.
+    /// Return a value of `memory.stat`.
     pub fn stat(&self, key: &str) -> Result<u64> {
-        // Each CPU counts for itself and hands in its sum now and then: now.
+        // Each CPU counts on its own and adds its sum to the total now and then. Force that now.
         fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
         self.value("memory.stat", key)
     }
 
-    /// How often something happened, of what `memory.events` counts.
+    /// Return how often event `key` of `memory.events` occurred.
     pub fn event(&self, key: &str) -> Result<u64> {
         self.value("memory.events", key)
     }
@@ -87,7 +87,7 @@ impl Group {
         value.with_context(|| format!("{key} in {file}"))
     }
 
-    /// Asks for `bytes` of the group's memory to be reclaimed; false if less was.
+    /// Reclaim `bytes` of the group's memory. Return false if the kernel reclaimed less.
     pub fn reclaim(&self, bytes: usize) -> Result<bool> {
         match fs::write(self.0.join("memory.reclaim"), bytes.to_string()) {
             Ok(()) => Ok(true),
@@ -96,7 +96,7 @@ impl Group {
         }
     }
 
-    /// Removes the group, from which everybody has gone.
+    /// Remove the group. Its last processes may still be exiting.
     pub fn remove(self) -> Result<()> {
         wait_for("end of a cgroup", Duration::from_secs(20), || {
             Ok(fs::remove_dir(&self.0).is_ok())

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A disk in memory, of the driver null_blk.
+//! A disk in memory, by the driver null_blk.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
@@ -8,13 +8,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-/// A disk, of zeroes at first, whose every request takes a while. There is one at a time.
+/// A disk of zeroes that completes each request late. Only one can exist at a time.
 pub struct Disk(());
 
 impl Disk {
     pub const PATH: &'static str = "/dev/nullb0";
 
-    /// `None` when the kernel has no such driver.
+    /// Create the disk. `None` if the kernel has no such driver.
     pub fn new(seconds: u64) -> Result<Option<Self>> {
         let status = Command::new("modprobe")
             .args(["null_blk", "nr_devices=1", "gb=1", "memory_backed=1"])
@@ -25,7 +25,7 @@ impl Disk {
         Ok(there.then_some(Self(())))
     }
 
-    /// The disk as a file that is read past the page cache.
+    /// Open the disk with O_DIRECT, bypassing the page cache.
     pub fn open(&self) -> Result<File> {
         File::options()
             .read(true)

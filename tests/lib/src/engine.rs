@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The knobs and counters of the engine under test.
+//! The files and counters of the engine under test.
 
 use std::fs;
 use std::io::{self, Write};
@@ -10,12 +10,12 @@ use anyhow::{bail, Context, Result};
 
 use crate::timeout::scaled;
 
-/// Where the in-tree engine's files live.
+/// The directory of the in-tree engine's files.
 pub const IN_TREE: &str = "/sys/kernel/mm/ksm";
-/// Where rksm's files live.
+/// The directory of rksm's files.
 pub const RKSM: &str = "/sys/kernel/mm/rksm";
 
-/// The files both engines have, writable ones first.
+/// The files that both engines have, writable ones first.
 pub const WRITABLE: [&str; 3] = ["run", "pages_to_scan", "sleep_millisecs"];
 pub const READ_ONLY: [&str; 6] = [
     "pages_shared",
@@ -45,16 +45,15 @@ pub fn thread_name() -> &'static str {
     }
 }
 
-/// One knob of one engine.
+/// The path of one file of an engine.
 pub fn path(dir: &Path, knob: &str) -> PathBuf {
     dir.join(knob)
 }
 
-/// Writes `value` with a single write(2), so that errors come through as
-/// the kernel gave them.
+/// Write `value` with a single write(2), so that the caller gets the kernel's error unchanged.
 pub fn write_to(dir: &Path, knob: &str, value: &[u8]) -> io::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).open(path(dir, knob))?;
-    // An empty value has to reach the kernel as well, hence write().
+    // `write_all()` skips an empty value, which must reach the kernel as well.
     let n = file.write(value)?;
     if n != value.len() {
         return Err(io::Error::from(io::ErrorKind::WriteZero));
@@ -67,7 +66,7 @@ pub fn write(knob: &str, value: impl ToString) -> Result<()> {
     write_to(dir(), knob, value.as_bytes()).with_context(|| format!("writing {value} to {knob}"))
 }
 
-/// The error number with which writing `value` is refused; `None` if it is not.
+/// Return the errno with which the kernel refuses `value`; `None` if it accepts it.
 pub fn refused(knob: &str, value: &str) -> Result<Option<i32>> {
     match write_to(dir(), knob, value.as_bytes()) {
         Ok(()) => Ok(None),
@@ -111,15 +110,14 @@ pub fn counters() -> Result<Counters> {
     })
 }
 
-/// Brings the engine back to where it was after loading: nothing merged,
-/// stopped, default pace.
+/// Reset the engine to its state after loading: nothing merged, stopped, default pace.
 pub fn reset() -> Result<()> {
-    // Writing the value that `run` already has does nothing, hence both.
+    // Writing the value that `run` already has does nothing, so write both.
     write("run", 0)?;
     write("run", 2)?;
     write("run", 0)?;
     if path(dir(), "advisor_mode").exists() {
-        // While it is on, nobody else may write to `pages_to_scan`.
+        // With an advisor, other writes to `pages_to_scan` fail.
         write("advisor_mode", "none")?;
         write("advisor_max_cpu", 70)?;
         write("advisor_min_pages_to_scan", 500)?;
@@ -128,7 +126,7 @@ pub fn reset() -> Result<()> {
     }
     write("pages_to_scan", 100)?;
     write("sleep_millisecs", 20)?;
-    // The last two take other values only while nothing is merged.
+    // The kernel refuses to change the last two while anything is merged.
     for (knob, value) in [
         ("use_zero_pages", 0),
         ("stable_node_chains_prune_millisecs", 2000),
@@ -138,8 +136,8 @@ pub fn reset() -> Result<()> {
         write(knob, value)?;
     }
     if !is_in_tree() {
-        // The only knob that is not as it ships: thousands of passes a second apart would take hours, and nothing
-        // but the test writes to its memory meanwhile.
+        // The only setting that differs from the default. Passes a second apart would take hours, and only
+        // the test writes to its memory meanwhile.
         write("pass_millisecs", 0)?;
     }
     if path(dir(), "smart_scan").exists() {
@@ -148,7 +146,7 @@ pub fn reset() -> Result<()> {
     Ok(())
 }
 
-/// Checks that nothing is merged and the engine is stopped.
+/// Check that nothing is merged and that the engine is stopped.
 pub fn check_clean() -> Result<()> {
     let (run, c) = (read("run")?, counters()?);
     if run != 0 || c.shared != 0 || c.sharing != 0 {
@@ -157,7 +155,7 @@ pub fn check_clean() -> Result<()> {
     Ok(())
 }
 
-/// Repeats `probe` until it is true or `limit` has passed.
+/// Repeat `probe` until it returns true. Fail after `limit`.
 pub fn wait_for(
     what: &str,
     limit: Duration,

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What the guest tests, the torture test and the benchmark share: the engine's
-//! knobs, memory whose content is known byte for byte, the kernel's own view of
-//! pages, and what surrounds them.
+//! What the guest tests, the torture test and the benchmark share: access to the engine's files, memory with
+//! known content, the kernel's own view of pages, and helpers around them.
 
 pub mod background;
 pub mod cgroup;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Memory blocks, and memory that can be taken away.
+//! Memory blocks, and memory that can be unplugged.
 //!
-//! tests/run gives the guest a DIMM that is offline at first, so that nothing is
-//! in it. A test brings it online as movable, binds its processes to its
-//! node, so that their pages are in it, and takes it offline again.
+//! tests/run gives the guest a DIMM that is offline at first, so it is empty. A test brings it online as
+//! movable and binds its processes to its node, so that they allocate there. Then it takes the DIMM offline
+//! again.
 
 use std::fs;
 use std::mem::ManuallyDrop;
@@ -18,7 +18,7 @@ use crate::region::PAGE;
 
 const MEMORY: &str = "/sys/devices/system/memory";
 
-/// A memory block: what goes online and offline as a whole.
+/// A memory block: the unit that goes online and offline.
 #[derive(Clone, Debug)]
 pub struct Block {
     pub dir: PathBuf,
@@ -61,13 +61,13 @@ impl Block {
             .with_context(|| format!("{}: {state}", self.dir.display()))
     }
 
-    /// Whether frame `pfn` is in it.
+    /// Return whether frame `pfn` is in the block.
     pub fn holds(&self, pfn: u64) -> bool {
         (self.first..self.first + self.frames).contains(&pfn)
     }
 }
 
-/// Memory that is plugged in and offline.
+/// Return the memory blocks that are plugged in and offline.
 pub fn offline_blocks() -> Result<Vec<Block>> {
     let mut blocks = Vec::new();
     for block in Block::all()? {
@@ -86,13 +86,13 @@ fn number_in(path: &Path, prefix: &str) -> Option<u64> {
         .ok()
 }
 
-/// The memory that tests take away: online and movable until dropped.
+/// Memory that a test takes offline. It is online and movable until dropped.
 pub struct Plugged {
     pub blocks: Vec<Block>,
 }
 
 impl Plugged {
-    /// `None` if there is none.
+    /// Bring the memory online. `None` if the guest has none.
     pub fn new() -> Result<Option<Self>> {
         let mut blocks = offline_blocks()?;
         let Some(node) = blocks.first().map(|block| block.node) else {
@@ -118,20 +118,20 @@ impl Plugged {
         self.blocks.iter().try_for_each(|b| b.set("offline"))
     }
 
-    /// Compacts its node.
+    /// Compact the node once.
     pub fn compact(&self) -> Result<()> {
         let node = self.blocks.first().context("a block")?.node;
         let file = format!("/sys/devices/system/node/node{node}/compact");
         fs::write(&file, "1").context(file)
     }
 
-    /// Compacts its node again and again.
+    /// Compact the node again and again in the background.
     pub fn compacting(&self) -> Result<Background> {
         let memory = self.again();
         Background::repeat(move || memory.compact())
     }
 
-    /// Another handle on it, which does not take it offline when dropped.
+    /// Return another handle, which does not take the memory offline when dropped.
     pub fn again(&self) -> ManuallyDrop<Self> {
         ManuallyDrop::new(Self {
             blocks: self.blocks.clone(),
@@ -142,7 +142,7 @@ impl Plugged {
         self.blocks.iter().any(|block| block.holds(pfn))
     }
 
-    /// How many of the pages of `spans` are in it.
+    /// Count the pages of `spans` that lie in this memory.
     pub fn pages_of(&self, spans: &[Span]) -> Result<usize> {
         let mut count = 0;
         for &span in spans {
@@ -169,5 +169,5 @@ impl Drop for Plugged {
     }
 }
 
-/// Why a test that needs it is skipped.
-pub const NO_DIMM: &str = "no memory that is plugged in and offline";
+/// Why a test that needs such memory is skipped.
+pub const NO_DIMM: &str = "the machine has no memory block that is offline";

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Loading and unloading rksm, with the error as the kernel gave it.
+//! Load and unload rksm, with the kernel's error unchanged.
 
 use std::fs::File;
 use std::io;
@@ -24,7 +24,7 @@ pub fn loaded() -> bool {
     proc::module_loaded(NAME)
 }
 
-/// Loads `file` as the kernel's loader sees it.
+/// Load the module in `file` with finit_module(2).
 pub fn load_file(file: &Path) -> io::Result<()> {
     sys::finit_module(&File::open(file)?, "")
 }
@@ -37,13 +37,13 @@ pub fn unload() -> io::Result<()> {
     sys::delete_module(NAME)
 }
 
-/// Unmerges everything and unloads.
+/// Unmerge everything, then unload.
 pub fn unload_clean() -> Result<()> {
     engine::reset()?;
     unload().context("unloading rksm")
 }
 
-/// Loads or unloads, whichever it takes to reach `want`.
+/// Load or unload the module, as `want` says. Do nothing if that is its state already.
 pub fn ensure_loaded(want: bool) -> Result<()> {
     match (loaded(), want) {
         (false, true) => load(),
@@ -52,8 +52,8 @@ pub fn ensure_loaded(want: bool) -> Result<()> {
     }
 }
 
-/// Unloads, and waits out a short-lived user of the module, such as a reader
-/// of one of its files.
+/// Unload. Retry until `limit` while a short-lived user holds the module, such as a reader of one of its
+/// files.
 pub fn unload_soon(limit: Duration) -> Result<()> {
     let end = Instant::now() + scaled(limit);
     loop {

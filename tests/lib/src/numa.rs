@@ -12,7 +12,7 @@ use crate::region::PAGE;
 const MPOL_DEFAULT: libc::c_int = 0;
 const MPOL_BIND: libc::c_int = 2;
 const MPOL_MF_MOVE_ALL: libc::c_int = 4;
-/// Bits of a node mask, and one more, as the kernel counts them.
+/// The number of bits in a node mask, plus one: the kernel subtracts it.
 const MASK_BITS: libc::c_ulong = 65;
 
 /// The nodes that have memory.
@@ -21,7 +21,7 @@ pub fn nodes() -> Result<Vec<u32>> {
     parse_list(&text).with_context(|| format!("has_memory reads {text:?}"))
 }
 
-/// A list such as `0-1,3`.
+/// Parse a list such as `0-1,3`.
 fn parse_list(text: &str) -> Option<Vec<u32>> {
     let mut all = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
@@ -38,8 +38,7 @@ fn check(what: &'static str, ret: libc::c_long) -> Result<libc::c_long> {
     Ok(ret)
 }
 
-/// Has this process and its children-to-be allocate on `node` only, or
-/// anywhere again.
+/// Restrict allocations of this process and of its future children to `node`. `None` lifts the restriction.
 pub fn bind(node: Option<u32>) -> Result<()> {
     let (mode, mask) = match node {
         Some(node) => (MPOL_BIND, 1u64 << node),
@@ -49,7 +48,7 @@ pub fn bind(node: Option<u32>) -> Result<()> {
         Some(_) => (&raw const mask, MASK_BITS),
         None => (std::ptr::null(), 0),
     };
-    // SAFETY: the mask has as many bits as are said, and outlives the call.
+    // SAFETY: The mask has the stated number of bits and outlives the call.
     check("set_mempolicy", unsafe {
         libc::syscall(libc::SYS_set_mempolicy, mode, mask, bits)
     })
@@ -62,8 +61,8 @@ fn addresses(span: Span) -> Vec<*mut libc::c_void> {
         .collect()
 }
 
-/// Asks for the pages of `span` to be moved to `node`, whoever else maps them.
-/// Returns for each the node it is on then, or a negative errno.
+/// Move the pages of `span` to `node`, also those that other processes map. Return for each page its node
+/// afterwards, or a negative errno.
 pub fn move_to(span: Span, node: u32) -> Result<Vec<i32>> {
     let wanted = vec![node as i32; span.pages];
     move_pages(span, Some(&wanted))
@@ -74,7 +73,7 @@ pub fn nodes_of(span: Span) -> Result<Vec<i32>> {
     move_pages(span, None)
 }
 
-/// Checks that all pages are on `node`.
+/// Check that all pages are on `node`.
 pub fn ensure_on(span: Span, node: u32) -> Result<()> {
     let nodes = nodes_of(span)?;
     ensure!(
@@ -84,7 +83,7 @@ pub fn ensure_on(span: Span, node: u32) -> Result<()> {
     Ok(())
 }
 
-/// Moves all pages to `node`, however often that takes: somebody may hold one for a moment.
+/// Move all pages to `node`. Retry, as a transient reference may block a page for a moment.
 pub fn move_all_to(span: Span, node: u32) -> Result<()> {
     for _ in 0..50 {
         move_to(span, node)?;
@@ -99,7 +98,7 @@ pub fn move_all_to(span: Span, node: u32) -> Result<()> {
 fn move_pages(span: Span, wanted: Option<&[i32]>) -> Result<Vec<i32>> {
     let addresses = addresses(span);
     let mut status = vec![i32::MIN; span.pages];
-    // SAFETY: all three arrays have as many entries as are said, and outlive the call.
+    // SAFETY: All three arrays have the stated number of entries and outlive the call.
     check("move_pages", unsafe {
         libc::syscall(
             libc::SYS_move_pages,
@@ -114,11 +113,10 @@ fn move_pages(span: Span, wanted: Option<&[i32]>) -> Result<Vec<i32>> {
     Ok(status)
 }
 
-/// Moves all pages of a process from one node to another; returns how many
-/// could not be moved.
+/// Move all pages of a process from one node to another. Return how many the kernel could not move.
 pub fn migrate_process(pid: u32, from: u32, to: u32) -> Result<u64> {
     let (from, to) = (1u64 << from, 1u64 << to);
-    // SAFETY: the masks have as many bits as are said, and outlive the call.
+    // SAFETY: The masks have the stated number of bits and outlive the call.
     let left = check("migrate_pages", unsafe {
         libc::syscall(
             libc::SYS_migrate_pages,
@@ -131,7 +129,7 @@ pub fn migrate_process(pid: u32, from: u32, to: u32) -> Result<u64> {
     Ok(left as u64)
 }
 
-/// Two nodes with memory; `None` on a machine that has not got two.
+/// Return two nodes with memory; `None` if the machine has fewer.
 pub fn two_nodes() -> Result<Option<(u32, u32)>> {
     let nodes = nodes()?;
     ensure!(!nodes.is_empty(), "no node has memory");

@@ -28,12 +28,12 @@ pub struct Span {
 }
 
 impl Span {
-    /// How many bytes it has.
+    /// The length in bytes.
     pub fn len(self) -> usize {
         self.pages * PAGE
     }
 
-    /// Whether it has none.
+    /// Return whether the span has no pages.
     pub fn is_empty(self) -> bool {
         self.pages == 0
     }
@@ -72,7 +72,7 @@ pub fn soft_dirty(span: Span) -> Result<Vec<bool>> {
     marked(span, Mark::SoftDirty)
 }
 
-/// What an entry says besides where the page is.
+/// A mark in a pagemap entry.
 #[derive(Clone, Copy)]
 pub enum Mark {
     /// Written to since the marks were cleared.
@@ -81,7 +81,7 @@ pub enum Mark {
     Protected,
 }
 
-/// Which entries of `span` have the mark, whether the page is in memory or swapped out.
+/// For each page of `span`, return whether it has the mark, in memory or swapped out.
 pub fn marked(span: Span, mark: Mark) -> Result<Vec<bool>> {
     let bit = match mark {
         Mark::SoftDirty => PM_SOFT_DIRTY,
@@ -90,7 +90,7 @@ pub fn marked(span: Span, mark: Mark) -> Result<Vec<bool>> {
     Ok(entries(span)?.into_iter().map(|e| e & bit != 0).collect())
 }
 
-/// For each page of `span`: the page behind it, if that has the flag.
+/// For each page of `span`, return its frame if that has the flag.
 fn flagged_frames(span: Span, flag: u64) -> Result<Vec<Option<u64>>> {
     let flags = File::open("/proc/kpageflags").context("kpageflags")?;
     frames(span)?
@@ -106,12 +106,12 @@ fn flagged_frames(span: Span, flag: u64) -> Result<Vec<Option<u64>>> {
         .collect()
 }
 
-/// For each page of `span`: the merged page behind it, if there is one.
+/// For each page of `span`, return its frame if that is merged.
 pub fn merged_frames(span: Span) -> Result<Vec<Option<u64>>> {
     flagged_frames(span, KPF_KSM)
 }
 
-/// How many pages of `span` are the kernel's zero page.
+/// Count the pages of `span` that map the kernel's zero page.
 pub fn zeroes(span: Span) -> Result<usize> {
     Ok(flagged_frames(span, KPF_ZERO_PAGE)?
         .iter()
@@ -119,7 +119,7 @@ pub fn zeroes(span: Span) -> Result<usize> {
         .count())
 }
 
-/// How many pages of `span` are in memory and in the swap cache.
+/// Count the pages of `span` that are in memory and in the swap cache.
 pub fn in_swap_cache(span: Span) -> Result<usize> {
     Ok(flagged_frames(span, KPF_SWAPCACHE)?
         .iter()
@@ -127,17 +127,17 @@ pub fn in_swap_cache(span: Span) -> Result<usize> {
         .count())
 }
 
-/// How many pages of `span` are part of a large folio.
+/// Count the pages of `span` that are part of a large folio.
 pub fn large(span: Span) -> Result<usize> {
     Ok(flagged_frames(span, KPF_COMPOUND)?.iter().flatten().count())
 }
 
-/// How many pages of `span` are merged.
+/// Count the pages of `span` that are merged.
 pub fn merged(span: Span) -> Result<usize> {
     Ok(merged_frames(span)?.iter().flatten().count())
 }
 
-/// Merged pages as seen over several ranges.
+/// Merged pages of several ranges.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Census {
     pub frames: BTreeSet<u64>,

@@ -17,13 +17,13 @@ impl Prng {
         z ^ (z >> 31)
     }
 
-    /// A number below `n`, which must not be 0.
+    /// Return a number below `n`, which must not be 0.
     pub fn below(&mut self, n: usize) -> usize {
         (self.next_u64() % n as u64) as usize
     }
 }
 
-/// Fills `page` with the content that `seed` stands for; seed 0 is all zeroes.
+/// Fill `page` with the content of `seed`. Seed 0 is all zeroes.
 pub fn fill(seed: u64, page: &mut [u8]) {
     if seed == 0 {
         page.fill(0);

@@ -40,16 +40,15 @@ pub fn vmstat_sum(keys: &[&str]) -> Result<i64> {
     keys.iter().map(value).sum()
 }
 
-/// Free memory in KiB, with what each CPU keeps for itself, which can be
-/// much and which MemFree leaves out.
+/// Free memory in KiB, including the per-CPU lists. These can be large, and MemFree leaves them out.
 pub fn free_kib() -> Result<i64> {
-    // Each CPU counts for itself and hands in its sum now and then: now.
+    // Each CPU counts on its own and adds its sum to the total now and then. Force that now.
     fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
     let text = fs::read_to_string("/proc/zoneinfo").context("zoneinfo")?;
     Ok(free_pages(&text) * 4)
 }
 
-/// Sums up the free pages of /proc/zoneinfo.
+/// Sum up the free pages of /proc/zoneinfo.
 fn free_pages(zoneinfo: &str) -> i64 {
     let mut words = zoneinfo.split_whitespace();
     let mut sum = 0;
@@ -90,7 +89,7 @@ pub fn kernel_thread(name: &str) -> Result<Option<u32>> {
     Ok(None)
 }
 
-/// What /proc/<pid>/stat says of a task.
+/// What /proc/<pid>/stat shows of a task.
 pub struct Stat {
     pub state: char,
     pub nice: i64,
@@ -102,7 +101,7 @@ pub fn stat(pid: u32) -> Result<Stat> {
 }
 
 fn parse_stat(text: &str) -> Option<Stat> {
-    // The name may hold blanks and brackets; the last bracket ends it.
+    // The name may contain spaces and parentheses; the last parenthesis ends it.
     let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
     Some(Stat {
         state: fields.first()?.chars().next()?,
@@ -110,31 +109,31 @@ fn parse_stat(text: &str) -> Option<Stat> {
     })
 }
 
-/// The CPU time that a task has used.
+/// Return the CPU time that a task has used.
 pub fn cpu_time(pid: u32) -> Result<Duration> {
     let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).context("schedstat")?;
     let nanos = text.split_whitespace().next().context("schedstat")?;
     Ok(Duration::from_nanos(nanos.parse().context("schedstat")?))
 }
 
-/// Whether a module is loaded.
+/// Return whether a module is loaded.
 pub fn module_loaded(name: &str) -> bool {
     Path::new("/sys/module").join(name).exists()
 }
 
-/// Objects in use of a slab cache, after the cache gave back its spares.
+/// Count the objects in use of a slab cache. Let the cache free its spares first.
 pub fn slab_objects(cache: &str) -> Result<i64> {
-    // Not every kernel has the file; the figure is then less exact.
+    // Without this file, the count includes some spares.
     let _ = fs::write(format!("/sys/kernel/slab/{cache}/shrink"), "1");
     let text = fs::read_to_string("/proc/slabinfo").context("slabinfo")?;
     number_after(&text, cache).with_context(|| format!("{cache} in slabinfo"))
 }
 
-/// Everything /proc/slabinfo (objects) and /proc/meminfo (KiB) count, to tell what grew.
+/// All values of /proc/slabinfo (objects) and /proc/meminfo (KiB), to find out which grew.
 pub struct Figures(BTreeMap<String, i64>);
 
 impl Figures {
-    /// As they are now, after every slab cache gave back its spares.
+    /// Take the values now, after every slab cache freed its spares.
     pub fn now() -> Result<Self> {
         for cache in fs::read_dir("/sys/kernel/slab")
             .into_iter()
@@ -155,7 +154,7 @@ impl Figures {
         Ok(Self(all))
     }
 
-    /// One of them.
+    /// Return one value.
     pub fn get(&self, name: &str) -> Result<i64> {
         self.0
             .get(name)
@@ -163,7 +162,7 @@ impl Figures {
             .with_context(|| format!("{name} is not counted"))
     }
 
-    /// What differs from `before`, and by how much.
+    /// Return the values that differ from `before`, with the difference.
     pub fn grown<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = (&'a str, i64)> {
         self.0.iter().filter_map(|(name, now)| {
             let more = now - before.0.get(name).copied().unwrap_or(0);
@@ -172,7 +171,7 @@ impl Figures {
     }
 }
 
-/// Names of slab caches that contain `part`.
+/// Return the names of slab caches that contain `part`.
 pub fn slab_caches(part: &str) -> Result<Vec<String>> {
     let text = fs::read_to_string("/proc/slabinfo").context("slabinfo")?;
     Ok(text
@@ -183,7 +182,7 @@ pub fn slab_caches(part: &str) -> Result<Vec<String>> {
         .collect())
 }
 
-/// KiB of huge pages in the mapping of `pid` that starts at or holds `addr`.
+/// KiB of huge pages in the mapping of `pid` that contains `addr`.
 pub fn anon_huge_kib(pid: u32, addr: usize) -> Result<i64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).context("smaps")?;
     let mut here = false;
@@ -194,7 +193,7 @@ pub fn anon_huge_kib(pid: u32, addr: usize) -> Result<i64> {
             return number_after(line, "AnonHugePages:");
         }
     }
-    Err(anyhow!("no mapping holds {addr:#x}"))
+    Err(anyhow!("no mapping contains {addr:#x}"))
 }
 
 fn mapping_range(line: &str) -> Option<(usize, usize)> {

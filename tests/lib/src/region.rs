@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Anonymous memory whose every byte is known.
+//! Anonymous memory with known content, byte for byte.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,7 +13,7 @@ use crate::prng;
 pub const PAGE: usize = 4096;
 pub const HUGE: usize = 2 << 20;
 
-/// What a page must hold: the content of a seed, and single bytes written since.
+/// The expected content of a page: that of a seed, and single bytes written since.
 #[derive(Clone, Default)]
 struct Content {
     seed: u64,
@@ -29,18 +29,17 @@ impl Content {
     }
 }
 
-/// A private mapping between two inaccessible pages, so that the kernel never
-/// joins it with a neighbour.
+/// A private mapping between two inaccessible pages, so that the kernel never merges it with a neighbouring
+/// VMA.
 ///
-/// A forked child finds a `Region` of its parent at the same place, with the
-/// same record of what it holds.
+/// A forked child finds a `Region` of its parent at the same address, with the same record of its content.
 pub struct Region {
     addr: usize,
     content: Vec<Content>,
 }
 
 fn mmap(len: usize, prot: libc::c_int) -> Result<usize> {
-    // SAFETY: a new anonymous mapping at an address that the kernel chooses.
+    // SAFETY: This is a new anonymous mapping at an address that the kernel chooses.
     let addr = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -57,7 +56,7 @@ fn mmap(len: usize, prot: libc::c_int) -> Result<usize> {
     Ok(addr as usize)
 }
 
-/// Where the word of page `i` is that is written to when each page has another one.
+/// The offset of the word in page `i` that [`Region::poke_scattered`] writes. It differs from page to page.
 fn scattered(i: usize) -> usize {
     (i * 37 + 11) % 511 * 8
 }
@@ -70,12 +69,12 @@ fn check(what: &str, ret: libc::c_int) -> Result<()> {
 }
 
 impl Region {
-    /// `pages` pages, readable and writable, not yet populated.
+    /// Map `pages` pages, readable and writable, not yet populated.
     pub fn new(pages: usize) -> Result<Self> {
         Self::aligned(pages, PAGE)
     }
 
-    /// As `new`, and starting at a multiple of `align`.
+    /// Map pages as `new` does, starting at a multiple of `align`.
     pub fn aligned(pages: usize, align: usize) -> Result<Self> {
         let hole = mmap(pages * PAGE + align + PAGE, libc::PROT_NONE)?;
         let addr = (hole + PAGE).next_multiple_of(align);
@@ -87,8 +86,7 @@ impl Region {
         Ok(region)
     }
 
-    /// Takes over a mapping that already exists and whose first bytes read as
-    /// zeroes as far as `verify` is concerned until they are filled.
+    /// Take over an existing mapping. `verify` expects zeroes in its recorded bytes until they are filled.
     pub fn adopt(addr: usize, pages: usize) -> Self {
         Self {
             addr,
@@ -100,7 +98,7 @@ impl Region {
         self.addr
     }
 
-    /// Where it lies, in this process.
+    /// The span of the region in this process.
     pub fn span(&self) -> Span {
         Span {
             pid: std::process::id(),
@@ -124,7 +122,7 @@ impl Region {
         self.at(i) as *mut libc::c_void
     }
 
-    /// Fills pages `i..i + n`: page `i + k` gets the content of `seed + k * step`.
+    /// Fill pages `i..i + n`: page `i + k` gets the content of `seed + k * step`.
     pub fn fill(&mut self, i: usize, n: usize, seed: u64, step: u64) {
         for k in 0..n {
             let content = Content {
@@ -133,7 +131,7 @@ impl Region {
             };
             let mut page = [0u8; PAGE];
             content.render(&mut page);
-            // SAFETY: the page lies in our own mapping, and no reference into it exists.
+            // SAFETY: The page lies in our own mapping, and no reference into it exists.
             unsafe {
                 std::ptr::copy_nonoverlapping(page.as_ptr(), self.ptr(i + k, 1).cast(), PAGE);
             }
@@ -141,39 +139,39 @@ impl Region {
         }
     }
 
-    /// Writes one byte of page `i`.
+    /// Write one byte of page `i`.
     pub fn poke(&mut self, i: usize, offset: usize, value: u8) {
         assert!(offset < PAGE);
-        // SAFETY: the byte lies in our own mapping, and no reference into it exists.
+        // SAFETY: The byte lies in our own mapping, and no reference into it exists.
         unsafe { (self.at(i) as *mut u8).add(offset).write_volatile(value) };
         self.note_poke(i, offset, value);
     }
 
-    /// Writes one byte of each page, at an offset that is another one in each.
+    /// Write one byte of each page, at an offset that differs from page to page.
     pub fn poke_scattered(&mut self, value: u8) {
         for i in 0..self.pages() {
             self.poke(i, scattered(i), value);
         }
     }
 
-    /// Counts up the word of each page that [`Self::poke_scattered`] writes to. What the pages hold is no longer
-    /// known.
+    /// Increment the word of each page that [`Self::poke_scattered`] writes. After that the content is no
+    /// longer known.
     pub fn bump_scattered(&mut self) {
         for i in 0..self.pages() {
             let word = (self.at(i) + scattered(i)) as *mut u64;
-            // SAFETY: the word lies in our own mapping and is aligned, and no reference into it exists.
+            // SAFETY: The word lies in our own mapping and is aligned, and no reference into it exists.
             unsafe { word.write_volatile(word.read_volatile().wrapping_add(1)) };
         }
     }
 
-    /// Records that someone else wrote a byte of page `i`.
+    /// Record that another process wrote a byte of page `i`.
     pub fn note_poke(&mut self, i: usize, offset: usize, value: u8) {
         let pokes = &mut self.content[i].pokes;
         pokes.retain(|&(other, _)| other != offset);
         pokes.push((offset, value));
     }
 
-    /// Records that someone else filled page `i`.
+    /// Record that another process filled page `i`.
     pub fn note_fill(&mut self, i: usize, seed: u64) {
         self.content[i] = Content {
             seed,
@@ -181,30 +179,31 @@ impl Region {
         };
     }
 
-    /// Puts the first `n` pages into a pipe, which holds them until they are read or it is closed.
+    /// Splice the first `n` pages into a pipe. It holds references to them until they are read or it is
+    /// closed.
     pub fn splice(&self, n: usize, pipe: &impl AsRawFd) -> Result<()> {
         let range = libc::iovec {
             iov_base: self.addr() as *mut libc::c_void,
             iov_len: n * PAGE,
         };
-        // SAFETY: the range is our own mapping; the kernel only takes references.
+        // SAFETY: The range is our own mapping; the kernel only takes references.
         let bytes = unsafe { libc::vmsplice(pipe.as_raw_fd(), &range, 1, 0) };
         ensure!(bytes == (n * PAGE) as isize, "vmsplice gave {bytes}");
         Ok(())
     }
 
-    /// Compares every byte of pages `i..i + n` with what it must be.
+    /// Compare every byte of pages `i..i + n` with the expected content.
     pub fn verify_range(&self, i: usize, n: usize) -> Result<()> {
         let (mut want, mut have) = ([0u8; PAGE], [0u8; PAGE]);
         for k in i..i + n {
             self.content[k].render(&mut want);
-            // SAFETY: the page lies in our own mapping and is readable.
+            // SAFETY: The page lies in our own mapping and is readable.
             unsafe {
                 std::ptr::copy_nonoverlapping(self.ptr(k, 1).cast(), have.as_mut_ptr(), PAGE);
             }
             if let Some(at) = (0..PAGE).find(|&at| want[at] != have[at]) {
                 bail!(
-                    "page {k} byte {at}: {:#04x}, must be {:#04x} (seed {}, pid {})",
+                    "page {k} byte {at}: {:#04x}, expected {:#04x} (seed {}, pid {})",
                     have[at],
                     want[at],
                     self.content[k].seed,
@@ -220,24 +219,24 @@ impl Region {
     }
 
     pub fn advise(&self, i: usize, n: usize, advice: libc::c_int) -> Result<()> {
-        // SAFETY: the range lies in our own mapping; of the advice that changes
-        // content only MADV_DONTNEED is used, through `dontneed`.
+        // SAFETY: The range lies in our own mapping. Of the advice that changes content, only MADV_DONTNEED
+        // is used, through `dontneed`.
         let ret = unsafe { libc::madvise(self.ptr(i, n), n * PAGE, advice) };
         check(&format!("madvise({advice})"), ret)
     }
 
-    /// Pins all pages: they become the one registered buffer of `ring`.
+    /// Pin all pages, as the one registered buffer of `ring`.
     pub fn register(&self, ring: &IoUring) -> Result<()> {
         let all = libc::iovec {
             iov_base: self.ptr(0, self.pages()).cast(),
             iov_len: self.pages() * PAGE,
         };
-        // SAFETY: the kernel takes references to the pages, and writes to them only in a read that
-        // somebody submits to the ring.
+        // SAFETY: The kernel takes references to the pages. It writes to them only in a read that the caller
+        // submits to the ring.
         unsafe { ring.submitter().register_buffers(&[all]) }.context("register_buffers")
     }
 
-    /// Drops pages `i..i + n`: they read as zeroes from now on.
+    /// Drop pages `i..i + n`. They read as zeroes from now on.
     pub fn dontneed(&mut self, i: usize, n: usize) -> Result<()> {
         self.advise(i, n, libc::MADV_DONTNEED)?;
         self.content[i..i + n].fill(Content::default());
@@ -245,17 +244,17 @@ impl Region {
     }
 
     pub fn protect(&self, i: usize, n: usize, prot: libc::c_int) -> Result<()> {
-        // SAFETY: the range lies in our own mapping, and no reference into it exists.
+        // SAFETY: The range lies in our own mapping, and no reference into it exists.
         check("mprotect", unsafe {
             libc::mprotect(self.ptr(i, n), n * PAGE, prot)
         })
     }
 
-    /// Moves the whole region to another address.
+    /// Move the whole region to another address.
     pub fn relocate(&mut self) -> Result<()> {
         let pages = self.pages();
         let target = mmap((pages + 2) * PAGE, libc::PROT_NONE)? + PAGE;
-        // SAFETY: the source is our own mapping, the target a hole that we just made.
+        // SAFETY: The source is our own mapping; the target is a hole that we just made.
         let moved = unsafe {
             libc::mremap(
                 self.ptr(0, pages),
@@ -272,10 +271,10 @@ impl Region {
         Ok(())
     }
 
-    /// Unmaps the last pages, and keeps the first `keep`.
+    /// Unmap all but the first `keep` pages.
     pub fn truncate(&mut self, keep: usize) -> Result<()> {
         let n = self.pages() - keep;
-        // SAFETY: the range lies in our own mapping and is forgotten below.
+        // SAFETY: The range lies in our own mapping and is forgotten below.
         check("munmap", unsafe {
             libc::munmap(self.ptr(keep, n), n * PAGE)
         })?;
@@ -283,7 +282,7 @@ impl Region {
         Ok(())
     }
 
-    /// Unmaps all pages. A region that is only dropped stays mapped until the process exits.
+    /// Unmap all pages. A region that is only dropped stays mapped until the process exits.
     pub fn unmap(mut self) -> Result<()> {
         self.truncate(0)
     }
@@ -299,7 +298,7 @@ mod tests {
         region.fill(0, 4, 5, 1);
         region.poke(2, 17, 9);
         region.verify().unwrap();
-        // SAFETY: the byte lies in the region, and no reference into it exists.
+        // SAFETY: The byte lies in the region, and no reference into it exists.
         unsafe { (region.at(3) as *mut u8).write_volatile(0) };
         let error = region.verify().unwrap_err().to_string();
         assert!(error.starts_with("page 3 byte 0"), "{error}");

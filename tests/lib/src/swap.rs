@@ -15,19 +15,19 @@ use crate::engine::wait_for;
 const DEVICE: &str = "/dev/zram0";
 const SYS: &str = "/sys/block/zram0";
 
-/// A zram disk that is swapped to; taken away when dropped.
+/// A zram disk used as swap space; removed when dropped.
 pub struct Zram(());
 
 impl Zram {
-    /// `None` if the kernel has no zram, or cannot swap.
+    /// Create the disk and swap to it. `None` if the kernel has no zram, or cannot swap.
     pub fn new(mib: usize) -> Result<Option<Self>> {
-        // What a test that was killed left behind.
+        // Remove what a killed test may have left behind.
         drop(Self(()));
         let loaded = Command::new("modprobe")
             .args(["zram", "num_devices=1"])
             .stderr(Stdio::null())
             .status();
-        // Built in, it is there without being loaded.
+        // A built-in driver is there without being loaded.
         let there = loaded.is_ok_and(|s| s.success()) || fs::metadata(SYS).is_ok();
         if !there || fs::metadata("/proc/swaps").is_err() {
             return Ok(None);
@@ -46,24 +46,24 @@ impl Zram {
         swap_on().context("swapon")
     }
 
-    /// Reads everything back into memory, and swaps no more.
+    /// Read everything back into memory, and stop swapping.
     pub fn off(&self) -> Result<()> {
         swap_off().context("swapoff")
     }
 
-    /// Swaps again.
+    /// Swap to the disk again.
     pub fn on_again(&self) -> Result<()> {
         self.on()
     }
 }
 
-/// A disk that is swapped to. Other than [`Zram`], it leaves what it read in the swap cache.
+/// A disk used as swap space. Unlike [`Zram`], it leaves the pages that it read in the swap cache.
 pub struct SwapDisk {
     _disk: Disk,
 }
 
 impl SwapDisk {
-    /// `None` if the kernel has no such disk, or cannot swap.
+    /// Create the disk and swap to it. `None` if the kernel has no such disk, or cannot swap.
     pub fn new() -> Result<Option<Self>> {
         if fs::metadata("/proc/swaps").is_err() {
             return Ok(None);
@@ -93,19 +93,19 @@ fn make_swap(device: &str) -> Result<()> {
     Ok(())
 }
 
-/// Swaps to the disk of a [`Zram`] (again).
+/// Swap to the disk of a [`Zram`], also after [`swap_off`].
 pub fn swap_on() -> io::Result<()> {
     set_swap(DEVICE, true)
 }
 
-/// Swaps to it no more.
+/// Stop swapping to the disk of a [`Zram`].
 pub fn swap_off() -> io::Result<()> {
     set_swap(DEVICE, false)
 }
 
 fn set_swap(device: &str, on: bool) -> io::Result<()> {
     let path = CString::new(device)?;
-    // SAFETY: the path is a C string that outlives the call.
+    // SAFETY: The path is a C string that outlives the call.
     let ret = unsafe {
         match on {
             true => libc::swapon(path.as_ptr(), 0),

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
-/// Not in every libc crate yet; the values are kernel ABI.
+/// Not in every version of the libc crate; the values are kernel ABI.
 const PR_SET_MEMORY_MERGE: libc::c_int = 67;
 const PR_GET_MEMORY_MERGE: libc::c_int = 68;
 
@@ -18,10 +18,10 @@ fn check(ret: libc::c_long) -> io::Result<libc::c_long> {
     Ok(ret)
 }
 
-/// Opens (or closes) all memory of this process to merging.
+/// Open (or close) all memory of this process to merging.
 pub fn set_memory_merge(on: bool) -> io::Result<()> {
     let zero: libc::c_ulong = 0;
-    // SAFETY: this prctl takes integers only.
+    // SAFETY: This prctl takes integers only.
     let ret = unsafe {
         libc::prctl(
             PR_SET_MEMORY_MERGE,
@@ -34,26 +34,25 @@ pub fn set_memory_merge(on: bool) -> io::Result<()> {
     check(ret.into()).map(drop)
 }
 
-/// Whether all memory of this process is open to merging.
+/// Return whether all memory of this process is open to merging.
 pub fn memory_merge() -> io::Result<bool> {
     let zero: libc::c_ulong = 0;
-    // SAFETY: this prctl takes integers only.
+    // SAFETY: This prctl takes integers only.
     let ret = unsafe { libc::prctl(PR_GET_MEMORY_MERGE, zero, zero, zero, zero) };
     Ok(check(ret.into())? != 0)
 }
 
-/// Which side of a fork this is.
+/// The side of a fork.
 pub enum Forked {
     Child,
     Parent(libc::pid_t),
 }
 
-/// Forks. The test programs have one thread only, so the child may use
-/// everything the parent could.
+/// Fork. The test programs have a single thread, so the child may use all that the parent could.
 pub fn fork() -> io::Result<Forked> {
-    // SAFETY: takes nothing.
+    // SAFETY: getpid takes no arguments.
     let me = unsafe { libc::getpid() };
-    // SAFETY: the process has a single thread (see above).
+    // SAFETY: The process has a single thread (see the function's documentation).
     match check(unsafe { libc::fork() }.into())? {
         0 => {
             PARENT.store(me, Ordering::Relaxed);
@@ -63,13 +62,13 @@ pub fn fork() -> io::Result<Forked> {
     }
 }
 
-/// Leaves at once: no destructor of what was inherited over a fork runs.
+/// Exit at once, without running destructors of values that were inherited over a fork.
 pub fn exit_now(status: i32) -> ! {
     // SAFETY: _exit takes an integer and does not return.
     unsafe { libc::_exit(status) }
 }
 
-/// Sends `signal` to `pid`, or to the process group `-pid`.
+/// Send `signal` to `pid`, or to the process group `-pid`.
 pub fn kill(pid: libc::pid_t, signal: libc::c_int) -> io::Result<()> {
     // SAFETY: kill takes integers only.
     check(unsafe { libc::kill(pid, signal) }.into()).map(drop)
@@ -82,7 +81,7 @@ pub enum Ended {
     Signal(i32),
 }
 
-/// Asks after child `pid`, or any child in the group `-pid`; `None` while it runs.
+/// Reap child `pid`, or any child in the group `-pid`. `None` while it runs.
 pub fn try_wait(pid: libc::pid_t) -> io::Result<Option<(libc::pid_t, Ended)>> {
     let mut status = 0;
     // SAFETY: `status` outlives the call.
@@ -98,14 +97,14 @@ pub fn try_wait(pid: libc::pid_t) -> io::Result<Option<(libc::pid_t, Ended)>> {
     Ok(Some((got as libc::pid_t, ended)))
 }
 
-/// Asks after child `pid` as [`try_wait`] does, but leaves it to be reaped.
+/// Return how child `pid` ended, without reaping it. `None` while it runs.
 pub fn has_ended(pid: u32) -> io::Result<Option<Ended>> {
-    // SAFETY: all zeroes are a value of this type.
+    // SAFETY: All zeroes are a valid value of this type.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
     // SAFETY: `info` outlives the call.
     check(unsafe { libc::waitid(libc::P_PID, pid, &mut info, options) }.into())?;
-    // SAFETY: waitid() has filled these in, or left them zero.
+    // SAFETY: waitid() has filled in these fields, or left them zero.
     let (found, status) = unsafe { (info.si_pid(), info.si_status()) };
     Ok((found != 0).then_some(match info.si_code {
         libc::CLD_EXITED => Ended::Exit(status),
@@ -113,75 +112,75 @@ pub fn has_ended(pid: u32) -> io::Result<Option<Ended>> {
     }))
 }
 
-/// Who forked this process; 0 if not [`fork`].
+/// The pid of the process that forked this one; 0 if [`fork`] did not create it.
 static PARENT: AtomicI32 = AtomicI32::new(0);
 
-/// Makes this process die with its parent, which may have died before the kernel was told.
+/// Make this process die with its parent. Die at once if the parent is gone already.
 pub fn die_with_parent() -> io::Result<()> {
-    // SAFETY: this prctl takes integers only.
+    // SAFETY: This prctl takes integers only.
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) }.into())?;
     let parent = PARENT.load(Ordering::Relaxed);
-    // SAFETY: takes nothing.
+    // SAFETY: getppid takes no arguments.
     if parent != 0 && parent != unsafe { libc::getppid() } {
-        // SAFETY: takes integers only.
+        // SAFETY: kill and getpid take integers at most.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
     }
     Ok(())
 }
 
-/// Sets how nice a task is.
+/// Set the nice value of a task.
 pub fn set_nice(pid: u32, nice: i32) -> io::Result<()> {
-    // SAFETY: no memory is involved.
+    // SAFETY: setpriority takes integers only.
     let ret = unsafe { libc::setpriority(libc::PRIO_PROCESS, pid, nice) };
     check(ret.into()).map(drop)
 }
 
-/// Lets this process, and its children to be, run on one CPU only.
+/// Restrict this process, and its future children, to one CPU.
 pub fn run_on(cpu: usize) -> io::Result<()> {
     let mut set = [0u64; 16];
     set[cpu / 64] |= 1 << (cpu % 64);
-    // SAFETY: the set is as large as is said, and outlives the call.
+    // SAFETY: The set has the stated size and outlives the call.
     let ret =
         unsafe { libc::sched_setaffinity(0, std::mem::size_of_val(&set), set.as_ptr().cast()) };
     check(ret.into()).map(drop)
 }
 
-/// Makes orphaned descendants children of this process.
+/// Make orphaned descendants children of this process.
 pub fn become_subreaper() -> io::Result<()> {
     let on: libc::c_ulong = 1;
-    // SAFETY: this prctl takes integers only.
+    // SAFETY: This prctl takes integers only.
     check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, on) }.into()).map(drop)
 }
 
-/// Puts this process into a process group of its own.
+/// Put this process into a process group of its own.
 pub fn own_group() -> io::Result<()> {
     // SAFETY: setpgid takes integers only.
     check(unsafe { libc::setpgid(0, 0) }.into()).map(drop)
 }
 
-/// Has the kernel kill this process by SIGALRM after `limit`.
+/// Let the kernel kill this process by SIGALRM after `limit`.
 pub fn alarm(limit: Duration) {
     // SAFETY: alarm takes an integer only.
     unsafe { libc::alarm(limit.as_secs() as libc::c_uint) };
 }
 
-/// Has `signal` do what it does by default: Rust's own handler of SIGBUS, which
-/// looks for stack overflows, swallows the first one.
+/// Reset `signal` to its default action. Rust's own handler of SIGBUS, which looks for stack overflows,
+/// swallows the first one.
 pub fn default_action(signal: libc::c_int) -> io::Result<()> {
-    // SAFETY: no handler is installed, one is taken away.
+    // SAFETY: SIG_DFL installs no handler.
     if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
         return Err(io::Error::last_os_error());
     }
     Ok(())
 }
 
-/// Makes descriptor `to` a copy of `from`.
+/// Make descriptor `to` a copy of `from`.
 pub fn dup_onto(from: RawFd, to: RawFd) -> io::Result<()> {
     // SAFETY: dup2 takes integers only.
     check(unsafe { libc::dup2(from, to) }.into()).map(drop)
 }
 
-/// Lets `fd` stay open over an exec.
+/// Keep `fd` open over an exec.
 pub fn keep_over_exec(fd: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: F_SETFD takes an integer.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) }.into()).map(drop)
@@ -192,11 +191,11 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: `fds` has room for two descriptors.
     check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) }.into())?;
-    // SAFETY: the call succeeded, so both are open and ours alone.
+    // SAFETY: The call succeeded, so both are open, and nothing else owns them.
     Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
 }
 
-/// Waits until `fd` can be read or `limit` has passed; true if it can.
+/// Wait until `fd` can be read or `limit` has passed. Return whether it can be read.
 pub fn poll_in(fd: RawFd, limit: Duration) -> io::Result<bool> {
     let mut pfd = libc::pollfd {
         fd,
@@ -208,7 +207,7 @@ pub fn poll_in(fd: RawFd, limit: Duration) -> io::Result<bool> {
     Ok(check(n.into())? > 0)
 }
 
-/// Loads the module image in `file`.
+/// Load the module image in `file`.
 pub fn finit_module(file: &impl AsRawFd, params: &str) -> io::Result<()> {
     let params = CString::new(params)?;
     // SAFETY: `params` is a C string that outlives the call.
@@ -223,7 +222,7 @@ pub fn finit_module(file: &impl AsRawFd, params: &str) -> io::Result<()> {
     check(ret).map(drop)
 }
 
-/// Unloads a module without waiting for it to become unused.
+/// Unload a module without waiting for it to become unused.
 pub fn delete_module(name: &str) -> io::Result<()> {
     let name = CString::new(name)?;
     // SAFETY: `name` is a C string that outlives the call.

@@ -12,7 +12,7 @@ static SLOW: LazyLock<u32> = LazyLock::new(|| {
         .unwrap_or(1)
 });
 
-/// What waiting for `limit` on the stock kernel becomes on this one.
+/// Scale `limit`, which is meant for the stock kernel, to the kernel under test.
 pub fn scaled(limit: Duration) -> Duration {
     limit.saturating_mul(*SLOW)
 }
