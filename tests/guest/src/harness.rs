@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Runs tests, each in a process of its own, and reports in KTAP.
+//! Run tests, each in a process of its own, and report in KTAP.
 //!
-//! A test that panics, is killed, or outlives its deadline is `not ok`; it
-//! cannot take the run down with it, and no process of it is left over.
+//! A test that panics, is killed, or outlives its deadline is `not ok`. It cannot end the run, and none of
+//! its processes is left over.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,10 +19,10 @@ use crate::{engine, kmemleak, module};
 const STATUS_FAILED: i32 = 1;
 const STATUS_SKIPPED: i32 = 4;
 const SKIP_MARK: &str = "SKIP: ";
-/// Long enough for undoing what a test did.
+/// How long it may take to undo what a test did.
 const RESET_LIMIT: Duration = Duration::from_secs(30);
 
-/// What a test that did not fail says.
+/// The result of a test that did not fail.
 #[derive(Debug)]
 pub enum Verdict {
     Pass,
@@ -31,26 +31,26 @@ pub enum Verdict {
 
 pub type Outcome = Result<Verdict>;
 
-/// The usual end of a test.
+/// The result of a test that passed.
 pub const PASS: Outcome = Ok(Verdict::Pass);
 
-/// Ends a test as not applicable.
+/// End a test as not applicable.
 pub fn skip(why: impl Into<String>) -> Outcome {
     Ok(Verdict::Skip(why.into()))
 }
 
-/// One test; `limit` is what it may take on a slow emulated CPU.
+/// A test. `limit` is the time that it may take on a slow emulated CPU.
 pub struct Test {
     pub name: &'static str,
     pub limit: Duration,
     pub run: fn() -> Outcome,
 }
 
-/// What a suite finds when each of its tests begins.
+/// The state of the module at the start of each test of a suite.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Module {
     Loaded,
-    /// The tests load and unload it themselves.
+    /// Unloaded: the tests load and unload the module themselves.
     Unloaded,
 }
 
@@ -62,20 +62,20 @@ pub struct Suite {
     pub tests: &'static [Test],
 }
 
-/// Tests of one suite that are to be run.
+/// The tests of one suite that are to be run.
 pub struct Selection {
     suite: &'static Suite,
     tests: &'static [Test],
 }
 
 impl Selection {
-    /// All of them.
+    /// Select all tests.
     pub fn all(suite: &'static Suite) -> Self {
         let tests = suite.tests;
         Self { suite, tests }
     }
 
-    /// The one with this name.
+    /// Select the test `name`; `None` if there is no such test.
     pub fn one(suite: &'static Suite, name: &str) -> Option<Self> {
         let test = suite.tests.iter().find(|test| test.name == name)?;
         let tests = std::slice::from_ref(test);
@@ -83,14 +83,14 @@ impl Selection {
     }
 }
 
-/// How a guarded piece of work came out.
+/// The result of a guarded piece of work.
 enum Report {
     Passed,
     Skipped(String),
     Failed(String),
 }
 
-/// The tests that ran so far.
+/// The results of the tests that ran so far.
 #[derive(Default)]
 pub struct Tally {
     number: usize,
@@ -98,7 +98,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Runs a check of the runner's own as a test.
+    /// Run a check of the runner itself as a test.
     fn guard(&mut self, name: &str, check: fn() -> Outcome) {
         let begin = Instant::now();
         let report = guarded(RESET_LIMIT, check);
@@ -122,11 +122,11 @@ impl Tally {
     }
 }
 
-/// Runs what is `selected` and says whether all tests passed.
+/// Run the `selected` tests. Return whether all of them passed.
 pub fn run(selected: &[Selection]) -> Result<bool> {
     sys::become_subreaper().context("subreaper")?;
-    // Each suite ends with one more test, about the in-tree engine, and the
-    // whole with one about unloading and one about what is left after it.
+    // Each suite ends with one more test, about the in-tree engine. The run ends with two: one about
+    // unloading, one about leaks.
     let plan: usize = selected.iter().map(|s| s.tests.len() + 1).sum::<usize>()
         + 1
         + usize::from(kmemleak::present());
@@ -166,12 +166,14 @@ fn run_test(suite: &Suite, test: &Test) -> Report {
     let after = guarded(RESET_LIMIT, move || prepare(want));
     match (report, after) {
         (Report::Failed(why), _) => Report::Failed(why),
-        (_, Report::Failed(why)) => Report::Failed(format!("left things unclean: {why}")),
+        (_, Report::Failed(why)) => {
+            Report::Failed(format!("the engine is not clean after it: {why}"))
+        }
         (report, _) => report,
     }
 }
 
-/// Brings the engine to the state that every test begins and ends with.
+/// Bring the engine to the state in which every test begins and ends.
 fn prepare(loaded: bool) -> Outcome {
     if engine::is_in_tree() {
         engine::reset()?;
@@ -214,7 +216,7 @@ fn nothing_leaked() -> Outcome {
     PASS
 }
 
-/// Runs `work` in a child, passes on what it prints, and ends all it started.
+/// Run `work` in a child, pass on its output, and end all processes that it started.
 fn guarded(limit: Duration, work: impl FnOnce() -> Outcome) -> Report {
     match try_guarded(limit, work) {
         Ok(report) => report,
@@ -256,11 +258,11 @@ fn try_guarded(limit: Duration, work: impl FnOnce() -> Outcome) -> Result<Report
             Report::Failed(format!("not done within {} s", limit.as_secs()))
         }
         Some(other) => Report::Failed(format!("ended by {other:?}")),
-        None => Report::Failed("hangs, and no alarm ends it".into()),
+        None => Report::Failed("hangs, and its alarm did not end it".into()),
     })
 }
 
-/// The child's side; returns its exit status.
+/// Run the child's side. Return its exit status.
 fn child(limit: Duration, input: &impl AsRawFd, work: impl FnOnce() -> Outcome) -> i32 {
     let set_up = || -> Result<()> {
         sys::own_group()?;
@@ -274,7 +276,7 @@ fn child(limit: Duration, input: &impl AsRawFd, work: impl FnOnce() -> Outcome) 
         eprintln!("{e:#}");
         return STATUS_FAILED;
     }
-    // The panic's message goes to standard error, and so into the report.
+    // The panic's message goes to standard error, and from there into the report.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
     match outcome {
         Ok(Ok(Verdict::Pass)) => 0,
@@ -290,13 +292,13 @@ fn child(limit: Duration, input: &impl AsRawFd, work: impl FnOnce() -> Outcome) 
     }
 }
 
-/// Prints even under cargo test, which catches `println`.
+/// Print even under cargo test, which catches `println`.
 fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
     let _ = std::io::stdout().flush();
 }
 
-/// Kills what is left of the process group of `pid` and reaps it.
+/// Kill the rest of the process group of `pid` and reap it.
 fn end_group(pid: libc::pid_t, leader_runs: bool) -> bool {
     let _ = sys::kill(-pid, libc::SIGKILL);
     if leader_runs {
@@ -305,7 +307,7 @@ fn end_group(pid: libc::pid_t, leader_runs: bool) -> bool {
     let end = Instant::now() + scaled(Duration::from_secs(20));
     loop {
         match sys::try_wait(-pid) {
-            // Nobody of the group is left.
+            // No process of the group is left.
             Err(_) => return true,
             Ok(Some(_)) => {}
             Ok(None) if Instant::now() > end => return false,
@@ -314,7 +316,7 @@ fn end_group(pid: libc::pid_t, leader_runs: bool) -> bool {
     }
 }
 
-/// What a child prints, passed on as KTAP diagnostics.
+/// The output of a child, passed on as KTAP diagnostics.
 struct Output {
     file: File,
     partial: Vec<u8>,
@@ -330,7 +332,7 @@ impl Output {
         }
     }
 
-    /// Passes on what there is; false once there is nothing more.
+    /// Pass on the available output. Return false at its end.
     fn pump(&mut self, limit: Duration) -> Result<bool> {
         if !sys::poll_in(self.file.as_raw_fd(), limit)? {
             return Ok(false);
@@ -338,7 +340,7 @@ impl Output {
         let mut chunk = [0u8; 4096];
         let n = self.file.read(&mut chunk).context("reading a test")?;
         if n == 0 {
-            // The end of the file is always readable: do not spin on it.
+            // The end of the file is always readable, so do not spin on it.
             std::thread::sleep(limit);
             return Ok(false);
         }

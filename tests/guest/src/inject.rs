@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Makes allocations of a task fail: failslab and fail_page_alloc.
+//! Let allocations of a task fail: failslab and fail_page_alloc.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -10,18 +10,18 @@ use anyhow::{Context, Result};
 const DEBUG: &str = "/sys/kernel/debug";
 const KINDS: [&str; 2] = ["failslab", "fail_page_alloc"];
 
-/// Why a test that wants failing allocations is skipped.
+/// Why a test that needs failing allocations is skipped.
 pub const NO_INJECTION: &str =
     "the kernel cannot make allocations fail (no CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC)";
 
-/// Faults may be injected while this lives: into no task yet, and into all kinds of allocations.
+/// Fault injection into all kinds of allocations, switched on while this lives. No task is marked at first.
 pub struct Injection {
-    /// The switches of the tasks whose allocations fail: opened before that, as opening allocates.
+    /// The switches of the marked tasks. They are opened before any allocation fails, as opening allocates.
     marked: Vec<File>,
 }
 
 impl Injection {
-    /// `None` if the kernel cannot.
+    /// Switch on fault injection. `None` if the kernel does not support it.
     pub fn new() -> Result<Option<Self>> {
         if !KINDS.iter().all(|k| Path::new(DEBUG).join(k).exists()) {
             return Ok(None);
@@ -34,7 +34,7 @@ impl Injection {
         set("times", "-1")?;
         for kind in fs::read_dir(DEBUG).context("debugfs")?.flatten() {
             if kind.file_name().to_string_lossy().starts_with("fail") {
-                // `Nth` counts every kind of fault. A stack in the log for each is none of ours.
+                // `Nth` counts every kind of fault. A stack trace in the log for each would be noise.
                 let _ = fs::write(kind.path().join("verbose"), "0");
             }
         }
@@ -44,7 +44,7 @@ impl Injection {
         Ok(Some(this))
     }
 
-    /// Lets so many in a hundred allocations of a task, and of its children to come, fail.
+    /// Let `percent` of the allocations of a task, and of its future children, fail.
     pub fn random(&mut self, task: u32, percent: u32) -> Result<()> {
         let file = OpenOptions::new()
             .write(true)
@@ -57,17 +57,17 @@ impl Injection {
         Ok(())
     }
 
-    /// Ends what [`Self::random`] began.
+    /// Undo [`Self::random`].
     pub fn end_random(&mut self) -> Result<()> {
         for file in self.marked.drain(..) {
-            // The task may be gone. If it is this one, the write may be what fails.
+            // The task may be gone. If it is this one, the write itself may fail.
             let _ = (0..100).any(|_| file.write_at(b"0", 0).is_ok());
         }
         set("probability", "0")
     }
 }
 
-/// Sets one value of all kinds.
+/// Set one value for all kinds.
 fn set(file: &str, value: &str) -> Result<()> {
     for kind in KINDS {
         fs::write(format!("{DEBUG}/{kind}/{file}"), value)
@@ -82,11 +82,11 @@ impl Drop for Injection {
     }
 }
 
-/// Only allocations that one function leads to fail while this lives.
+/// Restrict failing allocations to those below one function, while this lives.
 pub struct Below(());
 
 impl Below {
-    /// Those that `function` of the kernel leads to; `None` if the kernel cannot tell.
+    /// Restrict them to those below the kernel's `function`; `None` if the kernel cannot tell.
     pub fn new(function: &str) -> Result<Option<Self>> {
         if !Path::new(DEBUG).join("failslab/require-start").exists() {
             return Ok(None);
@@ -108,7 +108,7 @@ impl Drop for Below {
     }
 }
 
-/// Where a function of the kernel begins, and where the next symbol does.
+/// Return the address of a kernel function and that of the next symbol.
 fn text_range(function: &str) -> Result<(u64, u64)> {
     let symbols = fs::read_to_string("/proc/kallsyms").context("kallsyms")?;
     let mut start = None;
@@ -137,16 +137,16 @@ fn text_range(function: &str) -> Result<(u64, u64)> {
     Ok((start, end))
 }
 
-/// The number of an allocation of one task that is to fail.
+/// The switch that makes one chosen allocation of a task fail.
 pub struct Nth(File);
 
 impl Nth {
-    /// Of task `pid`.
+    /// Open the switch of task `pid`.
     pub fn of(pid: u32) -> Result<Self> {
         Self::open(&format!("/proc/{pid}/fail-nth"))
     }
 
-    /// Of the calling thread.
+    /// Open the switch of the calling thread.
     pub fn own() -> Result<Self> {
         Self::open("/proc/thread-self/fail-nth")
     }
@@ -156,7 +156,7 @@ impl Nth {
         Ok(Self(file.context("fail-nth")?))
     }
 
-    /// Lets the `n`-th allocation from now on fail, counted from 1.
+    /// Let the `n`-th allocation from now on fail, counted from 1.
     pub fn set(&self, n: u32) -> Result<()> {
         self.0
             .write_at(n.to_string().as_bytes(), 0)
@@ -164,10 +164,10 @@ impl Nth {
         Ok(())
     }
 
-    /// Ends that, and says whether it has failed.
+    /// Switch off. Return whether the allocation has failed.
     pub fn end(&self) -> Result<bool> {
         let mut text = [0u8; 16];
-        // What fails may be this very look: then it was none of what came before.
+        // This read may be the allocation that fails. In that case none failed before it.
         let look = self.0.read_at(&mut text, 0);
         let own = (0..3).any(|_| self.0.write_at(b"0", 0).is_ok());
         anyhow::ensure!(own, "fail-nth cannot be ended");

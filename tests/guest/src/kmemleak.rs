@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The kernel's search for memory that nobody points at (`CONFIG_DEBUG_KMEMLEAK`).
+//! The kernel's search for unreferenced memory (`CONFIG_DEBUG_KMEMLEAK`).
 
 use std::path::Path;
 use std::time::Duration;
@@ -7,15 +7,15 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 const FILE: &str = "/sys/kernel/debug/kmemleak";
-/// What is younger than this is not reported (`MSECS_MIN_AGE` in mm/kmemleak.c).
+/// kmemleak does not report younger objects (`MSECS_MIN_AGE` in mm/kmemleak.c).
 const MIN_AGE: Duration = Duration::from_secs(5);
 
 pub fn present() -> bool {
     Path::new(FILE).exists()
 }
 
-/// What is leaked, in the kernel's words; empty if nothing is. Memory that is being freed by
-/// RCU or a work item just then looks leaked once, but not twice.
+/// Return the kernel's report of leaks; empty if there are none. Memory that RCU or a work item is about to
+/// free may appear once, but not twice.
 pub fn scan() -> Result<String> {
     let mut found = String::new();
     for _ in 0..3 {

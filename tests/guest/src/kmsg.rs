@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The kernel log from a moment on.
+//! The kernel log from a given moment on.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{bail, Context, Result};
 
-/// Reads what the kernel logs after this was made.
+/// A reader of the messages that the kernel logs after its creation.
 pub struct Log(File);
 
 impl Log {
@@ -21,7 +21,7 @@ impl Log {
         Ok(Self(file))
     }
 
-    /// The messages logged since, each one line.
+    /// Return the messages logged since, one line each.
     pub fn lines(&mut self) -> Result<Vec<String>> {
         let mut lines = Vec::new();
         let mut record = [0u8; 8192];
@@ -30,14 +30,14 @@ impl Log {
                 Ok(0) => return Ok(lines),
                 Ok(n) => lines.extend(message(&record[..n])),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(lines),
-                // Older messages were overwritten before we read them.
+                // The kernel overwrote older messages before we read them.
                 Err(e) if e.raw_os_error() == Some(libc::EPIPE) => continue,
                 Err(e) => return Err(e).context("/dev/kmsg"),
             }
         }
     }
 
-    /// Checks that some message since holds every one of `words`.
+    /// Check that some message since contains all of `words`.
     pub fn expect(&mut self, words: &[&str]) -> Result<()> {
         let lines = self.lines()?;
         if lines.iter().any(|l| words.iter().all(|w| l.contains(w))) {
@@ -47,7 +47,7 @@ impl Log {
     }
 }
 
-/// The text of a record: what stands between `;` and the first newline.
+/// Return the text of a record: the part between `;` and the first newline.
 fn message(record: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(record);
     let (_, message) = text.split_once(';')?;

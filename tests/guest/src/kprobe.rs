@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Counts how often a function of the kernel is called.
+//! Count the calls of a kernel function.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -15,7 +15,7 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// `None` if the kernel has no such probes.
+    /// Set the probe. `None` if the kernel has no kprobes.
     pub fn of(function: &str) -> Result<Option<Self>> {
         if !Path::new(TRACING).join("kprobe_events").exists() {
             return Ok(None);
@@ -34,7 +34,7 @@ impl Calls {
         fs::write(&file, on).context(file)
     }
 
-    /// How often it was called so far.
+    /// Return the number of calls so far.
     pub fn count(&self) -> Result<u64> {
         let text = fs::read_to_string(format!("{TRACING}/kprobe_profile"))?;
         let hits = text.lines().find_map(|line| {

@@ -2,9 +2,8 @@
 //! The guest tests, and what only they need: a scripted worker process, ways to
 //! inject faults, and a KTAP runner. The rest comes from tests/lib.
 //!
-//! Each test states what a merging engine must do, not how rksm does it; so
-//! the in-tree engine must pass nearly all of them as well, and
-//! `RKSM_ENGINE=ksm` runs them against it.
+//! Each test states what a merging engine must do, not how rksm does it. So the in-tree engine must pass
+//! nearly all of them as well; `RKSM_ENGINE=ksm` runs them against it.
 
 pub use rksm_test_lib::{
     background, cgroup, disk, engine, memblock, module, numa, pageflags, prng, proc, region, swap,

@@ -29,13 +29,13 @@ fn command(args: &[&str]) -> Result<u8> {
             Ok(0)
         }
         ["run", names @ ..] => Ok(u8::from(!harness::run(&select(names)?)?)),
-        // What a test's worker becomes when it execs itself.
+        // The program of a test's worker after it has executed itself.
         ["worker", fd] => Ok(worker::serve_inherited(fd.parse()?) as u8),
         _ => bail!("usage: rksm-guest-tests list | run [SUITE[.TEST]…]"),
     }
 }
 
-/// What the names say to run: suites, or `SUITE.TEST` for a single test; everything without a name.
+/// Return the tests to run: whole suites, or `SUITE.TEST` for a single test; all tests if there are no names.
 fn select(names: &[&str]) -> Result<Vec<Selection>> {
     if names.is_empty() {
         return Ok(ALL.iter().map(|suite| Selection::all(suite)).collect());

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Driving the scanning thread: a number of passes, until a condition holds,
-//! or one batch at a time.
+//! Drive the scanning thread: for a number of passes, until a condition holds, or one batch at a time.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -11,20 +10,21 @@ use crate::engine::{self, wait_for, Counters};
 use crate::proc;
 use crate::region::Region;
 
-/// Long enough for a pass over a test's few pages on a slow emulated CPU.
+/// How long a pass over a test's few pages may take on a slow emulated CPU.
 pub const PASS_LIMIT: Duration = Duration::from_secs(30);
 
-/// Longer than pages ever have to hold still that were written to soon after they were merged (64 s).
+/// Longer than any page has to stay unchanged before it may merge again (64 s at most, for a page that was
+/// written soon after it merged).
 const HOLD_STILL: Duration = Duration::from_secs(80);
 
 thread_local! {
     static ANCHORED: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Registers this process by an area without a single page.
+/// Register this process by a VMA without a single page.
 ///
-/// With nothing registered the thread sleeps and `full_scans` stands still;
-/// an empty area keeps it going and shows in no counter.
+/// With nothing registered, the thread sleeps and `full_scans` stands still. An empty VMA keeps it running
+/// and appears in no counter.
 fn anchor() -> Result<()> {
     let me = std::process::id();
     if ANCHORED.get() != me {
@@ -36,7 +36,7 @@ fn anchor() -> Result<()> {
     Ok(())
 }
 
-/// Starts merging at full pace.
+/// Start merging at full pace.
 pub fn start() -> Result<()> {
     anchor()?;
     engine::write("pages_to_scan", 1_000_000)?;
@@ -44,12 +44,12 @@ pub fn start() -> Result<()> {
     engine::write("run", 1)
 }
 
-/// Stops merging; what is merged stays so.
+/// Stop merging. Merged pages stay merged.
 pub fn stop() -> Result<()> {
     engine::write("run", 0)
 }
 
-/// Lets `n` whole passes, begun after the call, go by; leaves the thread running.
+/// Wait for `n` whole passes that begin after the call. The thread keeps running.
 pub fn passes(n: u64) -> Result<()> {
     start()?;
     // The pass under way, if any, began before the call.
@@ -59,7 +59,7 @@ pub fn passes(n: u64) -> Result<()> {
     })
 }
 
-/// Scans until `probe` holds, for at most `max` passes.
+/// Scan until `probe` holds, for at most `max` passes.
 pub fn until(what: &str, max: u64, mut probe: impl FnMut() -> Result<bool>) -> Result<()> {
     for _ in 0..max {
         passes(1)?;
@@ -73,8 +73,8 @@ pub fn until(what: &str, max: u64, mut probe: impl FnMut() -> Result<bool>) -> R
     )
 }
 
-/// Scans until `probe` holds: for twelve passes, and for longer if these took less than it takes until pages may
-/// merge again that were written to a few times right after they were merged.
+/// Scan until `probe` holds. Give up after twelve passes, or later if pages that were written soon after they
+/// merged may still be held back at that time.
 pub fn until_still(what: &str, mut probe: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + HOLD_STILL;
     until(what, 12, &mut probe).or_else(|err| {
@@ -87,7 +87,7 @@ pub fn until_still(what: &str, mut probe: impl FnMut() -> Result<bool>) -> Resul
     })
 }
 
-/// Scans until the counters are as given, see [`until_still`].
+/// Scan until the counters have these values; see [`until_still`].
 pub fn until_merged(shared: u64, sharing: u64) -> Result<()> {
     until_still(&format!("shared={shared} sharing={sharing}"), || {
         let c = engine::counters()?;
@@ -95,14 +95,14 @@ pub fn until_merged(shared: u64, sharing: u64) -> Result<()> {
     })
 }
 
-/// Runs single batches: the thread sleeps for a minute after each, and a
-/// write of another value to `sleep_millisecs` wakes it for the next.
+/// Run single batches. The thread sleeps for a minute after each; a changed `sleep_millisecs` wakes it for
+/// the next.
 pub struct Stepper {
     sleep: u32,
 }
 
 impl Stepper {
-    /// Sets `pages_to_scan` to `pages`; no batch runs yet.
+    /// Set `pages_to_scan` to `pages`. No batch runs yet.
     pub fn new(pages: u32) -> Result<Self> {
         anchor()?;
         engine::write("run", 0)?;
@@ -111,7 +111,7 @@ impl Stepper {
         Ok(Self { sleep: 60_000 })
     }
 
-    /// Runs one batch and returns the counters after it.
+    /// Run one batch and return the counters after it.
     pub fn step(&mut self) -> Result<Counters> {
         let before = engine::counters()?;
         if engine::read("run")? == 1 {
@@ -127,7 +127,7 @@ impl Stepper {
         self.settle()
     }
 
-    /// Waits until the batch is over: the thread sleeps, and nothing moves.
+    /// Wait until the batch is over: the thread sleeps, and no counter changes.
     fn settle(&self) -> Result<Counters> {
         let thread = proc::kernel_thread(engine::thread_name())?.context("no scanning thread")?;
         let mut last = engine::counters()?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Write protection by userfaultfd, of memory of this process.
+//! Write protection of this process's memory by userfaultfd.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,11 +16,11 @@ const REGISTER: libc::c_ulong = 0xc020_aa00;
 const WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 const MODE_WP: u64 = 2;
 const EVENT_PAGEFAULT: u8 = 0x12;
-/// Writes are let through, and only noted in the page table.
+/// The kernel lets writes through and only notes them in the page table.
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 
-/// A userfaultfd with which a region is registered.
+/// A userfaultfd that covers a region.
 pub struct Uffd {
     file: File,
     addr: usize,
@@ -28,18 +28,18 @@ pub struct Uffd {
 }
 
 impl Uffd {
-    /// One that has writes wait until [`Self::let_through`]. `None` if the kernel has no userfaultfd.
+    /// Register `region`; writes wait for [`Self::let_through`]. `None` if the kernel has no userfaultfd.
     pub fn waiting(region: &Region) -> Result<Option<Self>> {
         Self::new(region, 0)
     }
 
-    /// One that has writes noted, see `PAGEMAP_SCAN`.
+    /// Register `region`; writes are only noted, see `PAGEMAP_SCAN`.
     pub fn noting(region: &Region) -> Result<Option<Self>> {
         Self::new(region, FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED)
     }
 
     fn new(region: &Region, features: u64) -> Result<Option<Self>> {
-        // SAFETY: the call takes flags only.
+        // SAFETY: The call takes flags only.
         let fd =
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         if fd < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS) {
@@ -47,7 +47,7 @@ impl Uffd {
         }
         ensure!(fd >= 0, "userfaultfd: {}", io::Error::last_os_error());
         let this = Self {
-            // SAFETY: the call succeeded, so the descriptor is open and ours alone.
+            // SAFETY: The call succeeded, so the descriptor is open, and nothing else owns it.
             file: unsafe { File::from_raw_fd(fd as i32) },
             addr: region.addr(),
             pages: region.pages(),
@@ -69,19 +69,19 @@ impl Uffd {
         Ok(())
     }
 
-    /// Protects all pages.
+    /// Protect all pages.
     pub fn protect(&self) -> Result<()> {
         let len = (self.pages * PAGE) as u64;
         self.ioctl(WRITEPROTECT, &mut [self.addr as u64, len, 1])
     }
 
-    /// Takes the protection of page `i` away, and wakes the writer.
+    /// Lift the protection of page `i`, and wake the writer.
     pub fn let_through(&self, i: usize) -> Result<()> {
         let addr = (self.addr + i * PAGE) as u64;
         self.ioctl(WRITEPROTECT, &mut [addr, PAGE as u64, 0])
     }
 
-    /// The page that somebody waits to write to, if anybody does within `limit`.
+    /// Return the page that a writer waits for; `None` if no write faults within `limit`.
     pub fn next_write(&mut self, limit: Duration) -> Result<Option<usize>> {
         if !sys::poll_in(self.file.as_raw_fd(), limit)? {
             return Ok(None);

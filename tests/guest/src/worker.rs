@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A process that holds one region and does what it is told, a line at a time.
+//! A process that holds one region and obeys commands, one per line.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
@@ -17,10 +17,10 @@ use crate::region::{Region, HUGE, PAGE};
 use crate::sys::{self, Ended, Forked};
 use crate::timeout::scaled;
 
-/// No single command of a test takes longer, even on an emulated CPU.
+/// How long a single command may take, even on an emulated CPU.
 const REPLY_LIMIT: Duration = Duration::from_secs(40);
 
-/// The parent's handle on a worker; killed and reaped when dropped.
+/// The parent's handle on a worker. Dropping it kills and reaps the worker.
 pub struct Worker {
     pid: libc::pid_t,
     stream: BufReader<UnixStream>,
@@ -29,12 +29,12 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker that holds nothing yet.
+    /// Start a worker without a region.
     pub fn new() -> Result<Self> {
         Self::start(None)
     }
 
-    /// A worker that inherits `region` over the fork.
+    /// Start a worker that inherits `region` over the fork.
     pub fn inheriting(region: &mut Region) -> Result<Self> {
         Self::start(Some(region))
     }
@@ -60,14 +60,14 @@ impl Worker {
         }
     }
 
-    /// A worker with `pages` pages, mapped but not yet filled.
+    /// Start a worker with `pages` pages, mapped but not yet filled.
     pub fn with_pages(pages: usize) -> Result<Self> {
         let mut worker = Self::new()?;
         worker.map(pages)?;
         Ok(worker)
     }
 
-    /// A worker whose page `k` holds the content of `seed + k`, open to merging.
+    /// Start a worker whose page `k` holds the content of `seed + k`, open to merging.
     pub fn mergeable(pages: usize, seed: u64) -> Result<Self> {
         let mut worker = Self::with_pages(pages)?;
         worker.fill(0, pages, seed, 1)?;
@@ -75,7 +75,7 @@ impl Worker {
         Ok(worker)
     }
 
-    /// The same in a group from the beginning, and with small pages only, so that each is charged there.
+    /// Start such a worker in a group, with small pages only, so that each page is charged there.
     pub fn mergeable_in(group: &Group, pages: usize, seed: u64) -> Result<Self> {
         let mut worker = Self::new()?;
         group.enter(worker.pid())?;
@@ -90,7 +90,7 @@ impl Worker {
         self.pid as u32
     }
 
-    /// Where its region lies.
+    /// The span of the worker's region.
     pub fn span(&self) -> Span {
         let (addr, pages) = self.region.expect("a region");
         Span {
@@ -100,19 +100,20 @@ impl Worker {
         }
     }
 
-    /// The first page of its region that a huge page, and a page table, could begin with.
+    /// The first page of its region at which a huge page, and a page table, could begin.
     pub fn first_aligned(&self) -> usize {
         let addr = self.span().addr;
         (addr.next_multiple_of(HUGE) - addr) / PAGE
     }
 
-    /// How many pages of its region are merged.
+    /// Count the merged pages of its region.
     pub fn merged(&self) -> Result<usize> {
         crate::pageflags::merged(self.span())
     }
 
     fn send(&mut self, line: &str) -> Result<()> {
-        writeln!(self.stream.get_mut(), "{line}").with_context(|| format!("telling worker {line}"))
+        writeln!(self.stream.get_mut(), "{line}")
+            .with_context(|| format!("sending {line:?} to a worker"))
     }
 
     fn call(&mut self, line: &str) -> Result<String> {
@@ -156,28 +157,28 @@ impl Worker {
         self.call(&format!("fill {i} {n} {seed} {step}")).map(drop)
     }
 
-    /// Writes `value` at `offset` of pages `i..i + n`.
+    /// Write `value` at `offset` of pages `i..i + n`.
     pub fn poke(&mut self, i: usize, n: usize, offset: usize, value: u8) -> Result<()> {
         self.call(&format!("poke {i} {n} {offset} {value}"))
             .map(drop)
     }
 
-    /// Writes `value` to each page, at an offset that is another one in each.
+    /// Write `value` to each page, at an offset that differs from page to page.
     pub fn poke_scattered(&mut self, value: u8) -> Result<()> {
         self.call(&format!("scatter {value}")).map(drop)
     }
 
-    /// Tells it that somebody else wrote to its page `i`.
+    /// Tell the worker that another process wrote to its page `i`.
     pub fn note_poke(&mut self, i: usize, offset: usize, value: u8) -> Result<()> {
         self.call(&format!("note {i} {offset} {value}")).map(drop)
     }
 
-    /// Has it compare every byte of its region.
+    /// Let the worker compare every byte of its region.
     pub fn verify(&mut self) -> Result<()> {
         self.call("verify").map(drop)
     }
 
-    /// As `verify`, for pages `i..i + n`.
+    /// Let it compare pages `i..i + n`.
     pub fn verify_range(&mut self, i: usize, n: usize) -> Result<()> {
         self.call(&format!("verify {i} {n}")).map(drop)
     }
@@ -194,7 +195,7 @@ impl Worker {
         self.call(&format!("protect {i} {n} {prot}")).map(drop)
     }
 
-    /// `prctl(PR_SET_MEMORY_MERGE)` in the worker.
+    /// Call `prctl(PR_SET_MEMORY_MERGE)` in the worker.
     pub fn set_memory_merge(&mut self, on: bool) -> Result<()> {
         self.call(&format!("prctl {}", u8::from(on))).map(drop)
     }
@@ -203,25 +204,25 @@ impl Worker {
         Ok(self.call("getprctl")? == "1")
     }
 
-    /// Has it fork a child that keeps what the worker holds now, until the worker ends.
+    /// Let the worker fork a child that keeps the worker's present memory until the worker ends.
     pub fn fork(&mut self) -> Result<()> {
         self.call("fork").map(drop)
     }
 
-    /// Has the child of [`Self::fork`] compare every byte.
+    /// Let the child of [`Self::fork`] compare every byte.
     pub fn verify_child(&mut self) -> Result<()> {
         self.call("child verify").map(drop)
     }
 
-    /// Replaces the worker's program by a fresh one; it then holds nothing.
+    /// Replace the worker's program by a fresh one, which has no region.
     pub fn exec(&mut self) -> Result<()> {
         self.region = None;
-        // It is the new program that answers.
+        // The new program answers.
         self.call("exec").map(drop)
     }
 
-    /// Has it do `command` with its `n`-th allocation failing. Says whether there was one, and what
-    /// came of the command.
+    /// Let the worker run `command` with its `n`-th allocation failing. Return whether there was such an
+    /// allocation, and the result of the command.
     pub fn failing(&mut self, n: u32, command: &str) -> Result<(bool, Result<String>)> {
         let reply = self.call(&format!("failing {n} {command}"))?;
         let (injected, outcome) = reply.split_once(' ').context("outcome")?;
@@ -233,7 +234,7 @@ impl Worker {
         Ok((injected == "true", outcome))
     }
 
-    /// Lets it exit by itself.
+    /// Let the worker exit by itself.
     pub fn exit(mut self) -> Result<()> {
         self.send("exit")?;
         match self.reap()? {
@@ -242,12 +243,12 @@ impl Worker {
         }
     }
 
-    /// Waits until it has ended, as it must by itself.
+    /// Wait until the worker has ended by itself.
     pub fn end(mut self) -> Result<Ended> {
         self.reap()
     }
 
-    /// Ends it by SIGKILL.
+    /// End the worker by SIGKILL.
     pub fn kill(mut self) -> Result<()> {
         sys::kill(self.pid, libc::SIGKILL).context("kill")?;
         match self.reap()? {
@@ -280,14 +281,14 @@ impl Drop for Worker {
     }
 }
 
-/// Verifies every worker in turn.
+/// Verify every worker in turn.
 pub fn verify_all(workers: &mut [Worker]) -> Result<()> {
     workers.iter_mut().try_for_each(Worker::verify)
 }
 
-/// The worker's side after an exec: goes on talking over descriptor `fd`.
+/// Run the worker's side after an exec, talking over descriptor `fd`.
 pub fn serve_inherited(fd: RawFd) -> i32 {
-    // SAFETY: the descriptor was left open for us by `exec_self` and is used by nothing else.
+    // SAFETY: `exec_self` left the descriptor open for us, and nothing else uses it.
     let mut stream = unsafe { UnixStream::from_raw_fd(fd) };
     if writeln!(stream, "ok ready").is_err() {
         return 1;
@@ -381,7 +382,7 @@ fn place(region: &Region) -> String {
     format!("{} {}", region.addr(), region.pages())
 }
 
-/// One command that is about the process or about `region`.
+/// Run one command, about the process or about `region`.
 fn obey(region: Option<&mut Region>, words: &[&str]) -> Result<String> {
     match *words {
         ["prctl", on] => {

@@ -2,8 +2,7 @@
 //! `mergeable-exec COMMAND [ARG…]`: run an unmodified program with all its
 //! anonymous memory open to merging.
 //!
-//! `PR_SET_MEMORY_MERGE` is inherited over `exec`, so the program itself
-//! needs no change and does not know.
+//! `PR_SET_MEMORY_MERGE` is inherited over `exec`, so the program itself needs no change.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};

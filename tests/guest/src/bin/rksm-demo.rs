@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `rksm-demo HOLDER.py`: the guest's half of the demo.
 //!
-//! Starts python processes that hold the same text, lets the engine merge
-//! their memory, shows what that saves, and proves that nobody sees another's
-//! writes.
+//! Start python processes that hold the same text, let the engine merge their memory, and show the saving.
+//! Then prove that no process sees another's writes.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
@@ -41,7 +40,7 @@ fn step(number: usize, what: &str) {
     println!("[{number}/6] {what}");
 }
 
-/// What merging came to.
+/// The result of merging.
 struct Merged {
     before_kib: i64,
     after_kib: i64,
@@ -91,7 +90,7 @@ impl Holder {
         let launcher = std::env::current_exe()?.with_file_name("mergeable-exec");
         let mut child = Command::new(launcher)
             .args(["/usr/bin/python3", script, &number.to_string()])
-            // The same start in each process, and no files left in the guest's root.
+            // The same hash seed in each process, and no files left in the guest's root.
             .env("PYTHONHASHSEED", "0")
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .stdin(Stdio::piped())
@@ -115,7 +114,7 @@ impl Holder {
         writeln!(self.commands, "{command}").with_context(|| format!("telling {}", self.pid()))
     }
 
-    /// Its next reply, word by word.
+    /// Read the next reply, split into words.
     fn reply(&mut self) -> Result<Vec<String>> {
         let mut line = String::new();
         let n = self.replies.read_line(&mut line)?;
@@ -153,18 +152,17 @@ fn start_holders(script: &str) -> Result<Vec<Holder>> {
     Ok(holders)
 }
 
-/// The least number of pages that must be saved.
+/// Return the least number of pages that must be saved.
 ///
-/// All processes hold the same text, so all copies but one can go. The text
-/// starts at the same offset within a page in all of them, the allocator
-/// maps so large a piece by itself, and thus whole pages are equal, but for
-/// the two at the ends. A twentieth is allowed for pages that somebody
-/// happens to be using. What merges of the interpreters' own memory is extra.
+/// All processes hold the same text, so all copies but one can go. The text starts at the same offset within
+/// a page in all of them, as the allocator maps so large a piece by itself. So whole pages are equal, except
+/// for those at the two ends. Allow a twentieth for pages that are in use at the moment. Merged memory of the
+/// interpreters themselves comes on top.
 fn floor(text_pages: u64) -> u64 {
     text_pages * (PROCESSES as u64 - 1) * 19 / 20
 }
 
-/// Merges until two passes in a row found next to nothing.
+/// Merge until two passes in a row found next to nothing.
 fn merge(text_pages: u64) -> Result<Merged> {
     let floor = floor(text_pages);
     step(
@@ -182,7 +180,7 @@ fn merge(text_pages: u64) -> Result<Merged> {
     let start = Instant::now();
     engine::write("run", 1)?;
     let counters = watch_progress(start)?;
-    // What was freed may still sit in per-CPU lists.
+    // Freed pages may still sit in per-CPU lists.
     std::thread::sleep(Duration::from_secs(1));
     let merged = Merged {
         before_kib,
@@ -200,7 +198,7 @@ fn merge(text_pages: u64) -> Result<Merged> {
 }
 
 fn watch_progress(start: Instant) -> Result<Counters> {
-    // Sharing at the last pass that still found much, and which pass that was.
+    // Sharing at the last pass that still found much, and the number of that pass.
     let (mut level, mut since) = (0, 0);
     let mut shown = Instant::now();
     loop {
@@ -224,17 +222,14 @@ fn watch_progress(start: Instant) -> Result<Counters> {
         if level > 0 && c.full_scans >= since + 2 {
             return Ok(c);
         }
-        ensure!(
-            start.elapsed() < MERGE_LIMIT,
-            "merging goes on and on: {c:?}"
-        );
+        ensure!(start.elapsed() < MERGE_LIMIT, "merging does not end: {c:?}");
     }
 }
 
 fn print_result(merged: &Merged, holders: &[Holder]) -> Result<()> {
     let c = &merged.counters;
     let seconds = |d: Duration| d.as_secs_f64();
-    step(4, "what it came to");
+    step(4, "show the result");
     println!();
     println!(
         "      memory available before   {:9.1} MiB",
@@ -271,8 +266,8 @@ fn print_result(merged: &Merged, holders: &[Holder]) -> Result<()> {
     Ok(())
 }
 
-/// Has all processes compare digests; those that did not rewrite must agree,
-/// those that did must differ from everybody.
+/// Let all processes compare digests. Those that did not rewrite must agree; those that did must differ from
+/// all others.
 fn verify(holders: &mut [Holder]) -> Result<()> {
     holders.iter_mut().try_for_each(|h| h.send("verify"))?;
     let mut digests = Vec::new();
@@ -301,7 +296,7 @@ fn verify(holders: &mut [Holder]) -> Result<()> {
 fn rewrite_and_verify(holders: &mut [Holder]) -> Result<()> {
     step(
         5,
-        "half of the processes rewrite what they hold; nobody may see another's write",
+        "half of the processes rewrite what they hold; no process may see another's write",
     );
     verify(holders)?;
     for holder in holders.iter_mut().step_by(2) {

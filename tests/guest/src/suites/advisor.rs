@@ -34,7 +34,7 @@ fn mode() -> Result<String> {
     ))?)
 }
 
-/// Lets so many passes end. Unlike `scan::passes` it does not write to `pages_to_scan`.
+/// Wait for `count` passes to end. Unlike `scan::passes`, do not write to `pages_to_scan`.
 fn passes(count: u64) -> Result<()> {
     let goal = engine::read("full_scans")? + count;
     wait_for(
@@ -47,7 +47,7 @@ fn passes(count: u64) -> Result<()> {
 fn switching() -> Outcome {
     ensure!(mode()? == "[none] scan-time\n");
     engine::write("pages_to_scan", 123)?;
-    // To what it is: no change.
+    // This is its value already, so nothing changes.
     engine::write("advisor_mode", "none")?;
     ensure!(engine::read("pages_to_scan")? == 123);
     engine::write("advisor_mode", "scan-time")?;
@@ -72,11 +72,11 @@ fn limits() -> Outcome {
     scan::start()?;
     engine::write("advisor_max_pages_to_scan", 40)?;
     engine::write("advisor_mode", "scan-time")?;
-    // The first that ends may have begun before.
+    // The first pass that ends may have begun before.
     passes(3)?;
     let pages = engine::read("pages_to_scan")?;
     ensure!((10..=40).contains(&pages), "{pages} pages");
-    // With room above and nothing to do, the least share of a CPU decides.
+    // Nothing is to be done and the upper limit is high, so the minimum CPU share decides.
     engine::write("advisor_max_pages_to_scan", 30_000)?;
     wait_for("more pages", TIMEOUT, || {
         Ok(engine::read("pages_to_scan")? > 40)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How much is done under one hold of `mmap_lock`, or for one page, whatever a
-//! process does: counted by trace events, not by time.
+//! Bounds on the work under one hold of `mmap_lock`, or for one page, whatever a process does. Trace events
+//! count it, not a clock.
 
 use std::fs;
 use std::path::PathBuf;
@@ -33,7 +33,7 @@ pub const SUITE: Suite = Suite {
 const OURS: &str = "the in-tree engine has no such bound";
 const NO_EVENT: &str = "the kernel has no trace event mmap_lock_released";
 
-/// Counts how often one task gives up the `mmap_lock` of any process.
+/// A counter of how often one task releases the `mmap_lock` of any process.
 struct Holds(PathBuf);
 
 impl Holds {
@@ -74,8 +74,8 @@ impl Drop for Holds {
     }
 }
 
-/// How many holds a pass takes, at most: those of `passes` whole passes, and of
-/// the parts around them, divided by the number of the former.
+/// Return an upper bound of the holds per pass: those of `passes` whole passes and the partial ones around
+/// them, divided by `passes`.
 fn holds_per_pass(holds: &Holds) -> Result<usize> {
     scan::stop()?;
     holds.write("trace", "")?;
@@ -109,9 +109,9 @@ fn areas() -> Outcome {
     PASS
 }
 
-/// Reserves address space that is mergeable, and has no huge pages.
+/// Reserve address space that is mergeable and has no huge pages.
 fn reserve(bytes: usize) -> Result<usize> {
-    // SAFETY: a new mapping at an address that the kernel chooses.
+    // SAFETY: This is a new mapping at an address that the kernel chooses.
     let at = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -124,7 +124,7 @@ fn reserve(bytes: usize) -> Result<usize> {
     };
     ensure!(at != libc::MAP_FAILED, "no room for {bytes} bytes");
     for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_MERGEABLE] {
-        // SAFETY: the advice changes no content.
+        // SAFETY: The advice changes no content.
         let ret = unsafe { libc::madvise(at, bytes, advice) };
         ensure!(ret == 0, "madvise: {}", std::io::Error::last_os_error());
     }
@@ -140,7 +140,7 @@ fn page_tables() -> Outcome {
     let at = reserve(COUNT * GIB)?;
     for nth in 0..COUNT {
         let page = (at + nth * GIB) as *mut u8;
-        // SAFETY: a page of the mapping above, to which nobody has a reference.
+        // SAFETY: The page lies in the mapping above, and no reference into it exists.
         let ret = unsafe {
             page.write_volatile(1);
             libc::madvise(page.cast(), PAGE, libc::MADV_DONTNEED)
@@ -161,14 +161,14 @@ fn empty() -> Outcome {
         return skip(OURS);
     }
     let at = reserve(64 * TIB)?;
-    // Without a page there is no anon_vma, and nobody looks at the area.
-    // SAFETY: a page of the mapping above, to which nobody has a reference.
+    // A VMA without a page has no anon_vma, and the engine skips it.
+    // SAFETY: The page lies in the mapping above, and no reference into it exists.
     unsafe { (at as *mut u8).write_volatile(1) };
     let Some(holds) = Holds::of_engine()? else {
         return skip(NO_EVENT);
     };
     let count = holds_per_pass(&holds)?;
-    // As few as the bound allows: what is empty costs next to nothing.
+    // As few as the bound allows: empty ranges cost next to nothing.
     ensure!((8..64).contains(&count), "{count} holds for 64 TiB");
     PASS
 }
@@ -181,7 +181,7 @@ fn unmerging() -> Outcome {
     let mut region = Region::new(N)?;
     region.fill(0, N, 100, 0);
     region.advise(0, N, libc::MADV_MERGEABLE)?;
-    scan::until("merging of all", 12, || {
+    scan::until("merge of all pages", 12, || {
         let c = engine::counters()?;
         Ok(c.shared + c.sharing == N as u64)
     })?;
@@ -200,13 +200,13 @@ fn unmerging() -> Outcome {
     PASS
 }
 
-/// Pages that could all be merged, if somebody did not hold them.
+/// Pages that are equal, but pinned, so none of them can merge.
 fn pinned() -> Outcome {
     const N: usize = 1024;
     if engine::is_in_tree() {
         return skip(OURS);
     }
-    // What it costs to look at them is in question, not how often that is done.
+    // The test is about the cost of a look, not about how often it occurs.
     engine::write("smart_scan", 0)?;
     let mut region = Region::new(N)?;
     region.advise(0, N, libc::MADV_NOHUGEPAGE)?;
@@ -216,7 +216,7 @@ fn pinned() -> Outcome {
         Err(e) => return skip(format!("no io_uring: {e}")),
     };
     region.register(&ring)?;
-    // SAFETY: the range is our own mapping; its content does not change.
+    // SAFETY: The range is our own mapping; its content does not change.
     let ret = unsafe { libc::mlock(region.addr() as *const libc::c_void, N * PAGE) };
     ensure!(ret == 0, "mlock: {}", std::io::Error::last_os_error());
     region.advise(0, N, libc::MADV_MERGEABLE)?;
@@ -226,15 +226,15 @@ fn pinned() -> Outcome {
     };
     let count = holds_per_pass(&holds)?;
     ensure!(count >= N / 16, "{count} holds for {N} pages");
-    // And each of them is tried a few times, not over and over.
+    // The engine tries each of them a few times, not over and over.
     ensure!(count <= 8 * N, "{count} holds for {N} pages");
     drop(holds);
     let merged = engine::read("pages_sharing")?;
     ensure!(merged == 0, "{merged} merged while held");
     region.verify()?;
     ring.submitter().unregister_buffers()?;
-    // The limit of mappings makes it more than one.
-    scan::until("merging of all", 12, || {
+    // The limit of mappings per page makes it more than one merged page.
+    scan::until("merge of all pages", 12, || {
         let c = engine::counters()?;
         Ok(c.shared + c.sharing == N as u64)
     })?;
@@ -242,7 +242,7 @@ fn pinned() -> Outcome {
     PASS
 }
 
-/// Pages that are never the same in two passes cost a look, and no more.
+/// Pages that change in every pass cost one look each, and no more.
 fn rewritten() -> Outcome {
     const N: usize = 4096;
     const ROUNDS: u64 = 6;
@@ -260,7 +260,7 @@ fn rewritten() -> Outcome {
     };
     let before = engine::counters()?;
     for round in 1..=ROUNDS {
-        // Equal pages, so that there would be something to merge.
+        // Equal pages, so there would be something to merge.
         worker.fill(0, N, 10_000 * round, 0)?;
         stepper.step()?;
     }

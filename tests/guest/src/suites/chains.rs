@@ -15,7 +15,7 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "chains",
-    about: "no merged page is mapped more often than it may be, and room is used again",
+    about: "no merged page is mapped more often than it may be, and free room is used again",
     module: Module::Loaded,
     tests: tests![
         ("limit-is-kept", 60, limit),
@@ -31,7 +31,7 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-/// How often each merged page of a worker is mapped, by frame.
+/// Return where each merged page of a worker is mapped, by frame.
 fn uses(worker: &Worker) -> Result<BTreeMap<u64, Vec<usize>>> {
     let mut uses: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
     for (page, frame) in merged_frames(worker.span())?.into_iter().enumerate() {
@@ -42,7 +42,7 @@ fn uses(worker: &Worker) -> Result<BTreeMap<u64, Vec<usize>>> {
     Ok(uses)
 }
 
-/// Checks that no merged page has more than `most` places, and how many there are.
+/// Check that there are `frames` merged pages, none with more than `most` mappings.
 fn ensure_uses(worker: &Worker, most: usize, frames: usize) -> Result<()> {
     let uses = uses(worker)?;
     let sizes: Vec<usize> = uses.values().map(Vec::len).collect();
@@ -54,7 +54,7 @@ fn ensure_uses(worker: &Worker, most: usize, frames: usize) -> Result<()> {
     Ok(())
 }
 
-/// A worker with `n` equal pages.
+/// Start a worker with `n` equal pages.
 fn equal(n: usize) -> Result<Worker> {
     let mut worker = Worker::with_pages(n)?;
     worker.fill(0, n, 100, 0)?;
@@ -109,7 +109,7 @@ fn values() -> Outcome {
     ensure!(refused("max_page_sharing", "255")? == Some(libc::EBUSY));
     ensure!(refused("max_page_sharing", "1")? == Some(libc::EINVAL));
     ensure!(engine::read("max_page_sharing")? == 256);
-    // What it is already.
+    // This is its value already.
     engine::write("max_page_sharing", 256)?;
     engine::write("run", 2)?;
     engine::write("max_page_sharing", 3)?;
@@ -126,7 +126,7 @@ fn values() -> Outcome {
     PASS
 }
 
-/// Writes to one page of each merged page of `worker`, so that each has room for one.
+/// Write to one page of each merged page of `worker`, so that each has room for one more.
 fn make_room(worker: &mut Worker) -> Result<()> {
     let pages: Vec<usize> = uses(worker)?
         .values()
@@ -138,7 +138,7 @@ fn make_room(worker: &mut Worker) -> Result<()> {
     Ok(())
 }
 
-/// Fills `frames` merged pages, makes room in each, and brings as many new pages.
+/// Fill `frames` merged pages, make room in each, and bring as many new pages.
 fn fill_up_again(frames: usize) -> Outcome {
     engine::write("max_page_sharing", 4)?;
     let mut worker = equal(frames * 4)?;
@@ -159,11 +159,11 @@ fn room() -> Outcome {
     fill_up_again(3)
 }
 
-/// Who found no room waits, and gets what another one leaves, with no newcomer to take him along.
+/// A page that finds all merged pages full merges as soon as one has room, without a new page to trigger it.
 fn waits_for_room() -> Outcome {
     const N: usize = 8;
     engine::write("max_page_sharing", 2)?;
-    // Three of each content.
+    // Three pages of each content.
     let mut workers = Vec::new();
     for _ in 0..3 {
         workers.push(Worker::mergeable(N, 100)?);
@@ -176,10 +176,10 @@ fn waits_for_room() -> Outcome {
         .collect::<Result<_>>()?;
     for page in 0..N {
         let who = (0..3).find(|&who| merged[who][page].is_some());
-        let who = who.with_context(|| format!("nobody has page {page} merged"))?;
+        let who = who.with_context(|| format!("no worker has page {page} merged"))?;
         workers[who].fill(page, 1, 9000 + page as u64, 0)?;
     }
-    scan::until("merge with who waited", 20, || {
+    scan::until("merge of the page that had to wait", 20, || {
         let mut merged = 0;
         for worker in &workers {
             merged += worker.merged()?;
@@ -200,13 +200,13 @@ fn churn() -> Outcome {
     let mut worker = equal(N)?;
     scan::until_merged(N as u64 / 4, N as u64 * 3 / 4)?;
     for round in 1..6usize {
-        // Another third of the pages each time, and equal again afterwards.
+        // A different third of the pages each time, and equal again afterwards.
         for page in (0..N).filter(|page| (page * 7 + round * 5) % 11 < 4) {
             worker.fill(page, 1, 1000 + (round * N + page) as u64, 0)?;
         }
         scan::passes(2)?;
         worker.fill(0, N, 100, 0)?;
-        // Pages that were replaced soon after they were merged have to hold still for some seconds.
+        // Pages that were written soon after they merged must stay unchanged for some seconds.
         scan::passes(2)?;
         wait_for("all but a few merged", Duration::from_secs(70), || {
             Ok(worker.merged()? + 1 >= N)
@@ -235,14 +235,14 @@ fn counted() -> Outcome {
     c.fill(0, 4, 300, 0)?;
     c.advise(0, 4, libc::MADV_MERGEABLE)?;
     scan::until_merged(6, 18)?;
-    // Three pages of the first content, two of the second; one is no chain.
+    // Three merged pages with the first content, two with the second. A single page is no chain.
     let have = chains()?;
     ensure!(have == (2, 5), "{have:?}");
     for worker in [&mut a, &mut b, &mut c] {
         worker.verify()?;
     }
     if !engine::is_in_tree() {
-        // In-tree KSM finds out when an equal page comes by.
+        // In-tree KSM prunes only when it scans an equal page.
         b.exit()?;
         scan::until("one chain left", 12, || Ok(chains()? == (1, 3)))?;
     }
@@ -255,11 +255,11 @@ fn counted() -> Outcome {
 
 fn pruned() -> Outcome {
     if engine::is_in_tree() {
-        return skip("in-tree KSM prunes what it comes by when an equal page is scanned");
+        return skip("in-tree KSM prunes only when it scans an equal page");
     }
     engine::write("max_page_sharing", 4)?;
     engine::write("stable_node_chains_prune_millisecs", 0)?;
-    // Comes first in a pass, and takes long at 8 pages a batch.
+    // This worker is first in each pass, and takes long at 8 pages a batch.
     let mut first = Worker::mergeable(2000, 5000)?;
     let mut worker = equal(16)?;
     scan::until_merged(4, 12)?;

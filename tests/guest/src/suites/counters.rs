@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The counters against what the kernel itself says of the pages.
+//! The counters, compared with the kernel's own view of the pages.
 
 use std::fs;
 use std::time::Duration;
@@ -37,7 +37,7 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 24;
 
-/// Checks the counters against a census of all registered memory.
+/// Check the counters against a census of all registered memory.
 fn agree(workers: &[Worker]) -> Result<()> {
     let spans: Vec<_> = workers.iter().map(Worker::span).collect();
     let census = Census::take(&spans)?;
@@ -59,7 +59,7 @@ fn agree(workers: &[Worker]) -> Result<()> {
     Ok(())
 }
 
-/// Scans until the counters settle at what the census says.
+/// Scan until the counters agree with the census.
 fn settle(workers: &[Worker]) -> Result<()> {
     let mut last = Ok(());
     let settled = scan::until("agreement", 8, || {
@@ -69,7 +69,7 @@ fn settle(workers: &[Worker]) -> Result<()> {
     last.and(settled)
 }
 
-/// Pages shared by two, by three, by four, within one, and by none.
+/// Start workers with pages that are shared by two, three and four of them, within one, and not at all.
 fn mixture() -> Result<Vec<Worker>> {
     let mut workers = Vec::new();
     for i in 0..4u64 {
@@ -120,7 +120,7 @@ fn unshared() -> Outcome {
         let c = engine::counters()?;
         Ok((c.shared, c.sharing, c.unshared, c.volatile) == (0, 0, N as u64, 0))
     })?;
-    // Pages that are gone are no longer counted.
+    // The engine no longer counts unmapped pages.
     worker.truncate(N / 2)?;
     scan::until("fewer unshared pages", 8, || {
         Ok(engine::read("pages_unshared")? == N as u64 / 2)
@@ -129,7 +129,7 @@ fn unshared() -> Outcome {
     PASS
 }
 
-/// Pages that change at any moment: while they wait, while they are compared with one that waits, and just
+/// Pages that change at any moment: in the unstable tree, during the comparison with a page in it, and just
 /// before.
 fn changed() -> Outcome {
     const PAGES: usize = 128;
@@ -144,7 +144,7 @@ fn changed() -> Outcome {
                     none.insert(new)
                 }
             };
-            // Mostly equal to what others have.
+            // Mostly equal to pages of other workers.
             let content = 1000 * (1 + prng.below(2) as u64);
             region.fill(0, PAGES, content, 1);
             std::thread::sleep(Duration::from_millis(prng.below(40) as u64));
@@ -168,7 +168,7 @@ fn changed() -> Outcome {
         let c = engine::counters()?;
         ensure!(
             (c.shared, c.sharing, c.unshared, c.volatile) == (0, 0, 0, 0),
-            "nobody is there any more: {c:?}"
+            "no process is left: {c:?}"
         );
     }
     println!("{passes} passes, {most} pages saved at a time");
@@ -177,7 +177,7 @@ fn changed() -> Outcome {
 }
 
 fn advance() -> Outcome {
-    // Each pass is to look at all pages.
+    // Each pass has to look at all pages.
     engine::write("smart_scan", 0)?;
     let worker = Worker::mergeable(N, 100)?;
     let mut last = engine::counters()?;
@@ -226,12 +226,12 @@ fn profit() -> Outcome {
     PASS
 }
 
-/// Pages of the tests that look at the machine's memory as a whole: 16 MiB,
-/// well above what everything else in the guest does meanwhile.
+/// The number of pages in tests that look at the whole machine's memory. 16 MiB is well above the fluctuation
+/// in the guest.
 const MANY: usize = 4096;
 const MANY_KIB: i64 = 4 * MANY as i64;
 
-/// A worker with MANY pages of which each 64 are equal, merged.
+/// Start a worker with MANY pages in sets of 64 equal ones, and merge them.
 fn merge_many() -> Result<Worker> {
     let mut worker = Worker::with_pages(MANY)?;
     for i in (0..MANY).step_by(64) {
@@ -245,7 +245,7 @@ fn merged_many() -> Result<()> {
     scan::until_merged(MANY as u64 / 64, MANY as u64 * 63 / 64)
 }
 
-/// What all metadata take, as `general_profit` accounts them.
+/// Return the size of all metadata, as `general_profit` accounts it.
 fn metadata() -> Result<i64> {
     let text = fs::read_to_string(engine::path(engine::dir(), "general_profit"))?;
     let profit: i64 = text.trim_end().parse()?;
@@ -254,14 +254,14 @@ fn metadata() -> Result<i64> {
 
 fn general_profit() -> Outcome {
     const MANY: i64 = 1000;
-    // Nothing to merge: a loss, of no more than in-tree KSM's items and a page for a start.
+    // Nothing can merge, so the profit is negative: at most in-tree KSM's rmap items, plus a page.
     let mut unique = Worker::mergeable(MANY as usize, 0)?;
     unique.fill(0, MANY as usize, 5000, 1)?;
     scan::passes(3)?;
     let alone = metadata()?;
     ensure!(alone >= 8 * MANY, "{alone} bytes for {MANY} pages");
     ensure!(alone <= 66 * MANY + 8192, "{alone} bytes for {MANY} pages");
-    // Each merged page has an item of 64 bytes; nodes in-tree KSM leaves out of account.
+    // Each merged page has an rmap item of 64 bytes. In-tree KSM does not account for stable nodes.
     let mut other = Worker::mergeable(MANY as usize, 0)?;
     other.fill(0, MANY as usize, 5000, 1)?;
     let mut workers = [unique, other];
@@ -273,7 +273,7 @@ fn general_profit() -> Outcome {
     ensure!(both >= 2 * 64 * MANY, "{both} bytes");
     ensure!(both <= 5 * 64 * MANY + 16384, "{both} bytes");
     verify_all(&mut workers)?;
-    // All of it goes with the last page.
+    // All metadata is freed with the last page.
     workers.into_iter().try_for_each(Worker::exit)?;
     if engine::is_in_tree() {
         return PASS;
@@ -298,7 +298,7 @@ fn frees_memory() -> Outcome {
 
 fn leaks_nothing() -> Outcome {
     const ROUNDS: usize = 4;
-    // Once before measuring: memory that is kept for the next time is no leak.
+    // Run once before measuring: memory that is kept for the next time is no leak.
     merge_many()?.exit()?;
     let before = proc::free_kib()?;
     for round in 0..ROUNDS {

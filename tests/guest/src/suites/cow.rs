@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Nobody sees another's write.
+//! Copy-on-write: no process sees another's write.
 
 use std::fs::File;
 use std::io::Write;
@@ -19,7 +19,7 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "cow",
-    about: "a write to a merged page is seen by its writer alone",
+    about: "only its writer sees a write to a merged page",
     module: Module::Loaded,
     tests: tests![
         ("every-order-of-writers", 100, every_order),
@@ -38,7 +38,7 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 16;
 
-/// Three workers that share N pages.
+/// Start three workers that share N pages.
 fn sharers() -> Result<Vec<Worker>> {
     let workers = (0..3)
         .map(|_| Worker::mergeable(N, 100))
@@ -47,11 +47,12 @@ fn sharers() -> Result<Vec<Worker>> {
     Ok(workers)
 }
 
-/// Lets the sharers write one after the other, in every order, and verifies
-/// every byte of all of them after each write.
+/// Let the sharers write one after the other, in every order. Verify every byte of all of them after each
+/// write.
 fn write_in_every_order(scanning: bool) -> Result<()> {
     for (round, order) in ORDERS.iter().enumerate() {
-        // Pages that were written to again and again would have to hold still for long.
+        // New workers each time: pages that are written again and again must stay unchanged for long before
+        // they merge.
         let mut workers = sharers()?;
         if !scanning {
             scan::stop()?;
@@ -61,7 +62,7 @@ fn write_in_every_order(scanning: bool) -> Result<()> {
             workers[writer].poke(0, N, 100 * round + writer, value)?;
             verify_all(&mut workers)?;
         }
-        // All equal again, so that the next round has something to write to.
+        // Make all equal again, so that the next round has something to write to.
         for worker in &mut workers {
             worker.fill(0, N, 1000 * (round as u64 + 1), 1)?;
         }
@@ -105,8 +106,8 @@ fn random_places() -> Outcome {
     PASS
 }
 
-/// Has `write` change one byte of each page of the first of three sharers
-/// from outside, and checks that the others keep theirs.
+/// Let `write` change one byte of each page of the first of three sharers, from outside. Check that the
+/// others keep theirs.
 fn foreign_write(write: impl Fn(Span, usize, u8) -> Result<()>) -> Outcome {
     const OFFSET: usize = 123;
     let mut workers = sharers()?;
@@ -143,8 +144,7 @@ fn vm_writev() -> Outcome {
             iov_base: (span.addr + at) as *mut libc::c_void,
             iov_len: 1,
         };
-        // SAFETY: `local` describes `value`, which outlives the call; `remote`
-        // is memory of another process.
+        // SAFETY: `local` describes `value`, which outlives the call. `remote` is memory of another process.
         let n =
             unsafe { libc::process_vm_writev(span.pid as libc::pid_t, &local, 1, &remote, 1, 0) };
         ensure!(n == 1, "{}", std::io::Error::last_os_error());
@@ -164,7 +164,7 @@ fn read_syscall() -> Outcome {
     for page in 0..N {
         let value = page as u8;
         input.write_all(&[value])?;
-        // SAFETY: the byte lies in the region, and no reference into it exists.
+        // SAFETY: The byte lies in the region, and no reference into it exists.
         let n = unsafe {
             libc::read(
                 output.as_raw_fd(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What others rely on to learn of writes: no write goes unnoticed because pages were merged.
+//! Ways to track writes: merging hides no write from them.
 
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -22,7 +22,7 @@ use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
     name: "dirty",
-    about: "soft-dirty bits, PAGEMAP_SCAN and userfaultfd write protection outlast merging",
+    about: "soft-dirty bits, PAGEMAP_SCAN and userfaultfd write protection work over merging",
     module: Module::Loaded,
     tests: tests![
         ("soft-dirty", 240, soft_dirty),
@@ -34,11 +34,11 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 192;
 
-/// A way to learn which pages were written to.
+/// A way to find out which pages were written.
 trait Tracker {
-    /// From now on.
+    /// Begin to track writes.
     fn begin(&self) -> Result<()>;
-    /// For each page, whether it is reported to have been written to.
+    /// For each page, return whether it is reported as written.
     fn written(&self) -> Result<Vec<bool>>;
 }
 
@@ -67,14 +67,15 @@ impl PagemapScan {
     const CHECK_WPASYNC: u64 = 1 << 1;
     const IS_WRITTEN: u64 = 1 << 1;
 
-    /// Finds ranges of pages that were written to: start, end, categories.
+    /// Return the ranges of written pages: start, end, categories.
     fn scan(&self, flags: u64) -> Result<Vec<[u64; 3]>> {
         let (start, end) = (
             self.here.addr as u64,
             (self.here.addr + self.here.pages * PAGE) as u64,
         );
         let mut found = vec![[0u64; 3]; self.here.pages];
-        // size, flags, start, end, walk_end, vec, vec_len, max_pages, category: inverted, mask, anyof; return
+        // The fields: size, flags, start, end, walk_end, vec, vec_len, max_pages, category_inverted,
+        // category_mask, category_anyof_mask, return_mask.
         let mut arg = [
             96,
             flags | Self::CHECK_WPASYNC,
@@ -90,8 +91,8 @@ impl PagemapScan {
             Self::IS_WRITTEN,
         ];
         let pagemap = fs::File::open("/proc/self/pagemap").context("pagemap")?;
-        // SAFETY: the argument has the size that it says, as has the array that it points at; both outlive
-        // the call.
+        // SAFETY: The argument and the array that it points to have the stated sizes, and both outlive the
+        // call.
         let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), Self::SCAN, arg.as_mut_ptr()) };
         ensure!(
             count >= 0,
@@ -119,8 +120,8 @@ impl Tracker for PagemapScan {
     }
 }
 
-/// This process's region, and two workers to merge with: the first has equals of all pages, the second of the
-/// first half, which can so be merged pages before the region's join them.
+/// This process's region and two workers to merge with. The first worker has equals of all pages. The second
+/// has equals of the first half, which can thus merge before the region's pages do.
 struct Bench {
     twin: Worker,
     third: Worker,
@@ -134,7 +135,7 @@ impl Bench {
         let (Some(zram), Some(group)) = (Zram::new(64)?, Group::new("dirty")?) else {
             return Ok(None);
         };
-        // First, so that it inherits nothing.
+        // Start these first, so that they do not inherit the region.
         let twin = Worker::mergeable_in(&group, N, 100)?;
         let mut third = Worker::mergeable_in(&group, N, 100)?;
         third.fill(N / 2, N / 2, 50_000, 1)?;
@@ -156,14 +157,14 @@ impl Bench {
         self.region.span()
     }
 
-    /// Merges at least `count` pages of the region, which have been written to soon after earlier merges.
+    /// Merge at least `count` pages of the region, which were written soon after earlier merges.
     fn merge(&self, count: usize) -> Result<()> {
         let here = self.span();
         scan::until_still("merge", || Ok(merged(here)? >= count))?;
         scan::stop()
     }
 
-    /// Moves all pages to the other node and back, as far as that is possible.
+    /// Move all pages to the other node and back, as far as possible.
     fn migrate(&self) -> Result<()> {
         if let Some((a, b)) = numa::two_nodes()? {
             for to in [a, b, a] {
@@ -173,7 +174,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Swaps out most pages, and says how many.
+    /// Swap out most pages. Return how many.
     fn swap_out(&self) -> Result<usize> {
         for _ in 0..20 {
             let _ = self.group.reclaim(16 << 20)?;
@@ -187,20 +188,20 @@ impl Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
-        // The group can only be removed when nobody is in it.
+        // The group can only be removed when it is empty.
         let _ = cgroup::enter_root(std::process::id());
     }
 }
 
 fn soft_dirty() -> Outcome {
     if engine::is_in_tree() {
-        return skip("it has up to all written pages reported as clean");
+        return skip("in-tree KSM makes written pages appear clean");
     }
     let Some(bench) = Bench::new()? else {
         return skip("no zram or no memory cgroups");
     };
     let tracker = SoftDirty(bench.span());
-    // A kernel without soft-dirty bits has none to report.
+    // A kernel without soft-dirty bits reports no write at all.
     if !tracker.written()?.iter().any(|&written| written) {
         return skip("the kernel has no soft-dirty bits");
     }
@@ -218,11 +219,11 @@ fn pagemap_scan() -> Outcome {
         here: bench.span(),
         _uffd: uffd,
     };
-    // Pages that were not written to are write-protected, and not merged.
+    // Untouched pages are write-protected, and do not merge.
     track(bench, &tracker, N / 2)
 }
 
-/// Pages that are filled with zeroes become the kernel's zero page, and are written to again.
+/// Pages of zeroes become the kernel's zero page, and are written again.
 fn pagemap_scan_zeroes() -> Outcome {
     engine::write("use_zero_pages", 1)?;
     let mut region = Region::new(N)?;
@@ -264,7 +265,7 @@ fn pagemap_scan_zeroes() -> Outcome {
     PASS
 }
 
-/// Writes before and after pages are merged, and follows them over all that can happen to the pages.
+/// Write before and after pages merge, and check the reports after each thing that can happen to a page.
 fn track(mut bench: Bench, tracker: &impl Tracker, mergeable: usize) -> Outcome {
     let mut written = vec![false; N];
     let mut lost = Vec::new();
@@ -278,7 +279,7 @@ fn track(mut bench: Bench, tracker: &impl Tracker, mergeable: usize) -> Outcome 
             .count();
         let more = reported.iter().filter(|&&r| r).count() - (sum - missing);
         println!(
-            "{when}: {missing} of {sum} written pages are reported clean, {more} others written"
+            "{when}: {missing} of {sum} written pages are reported clean, {more} others as written"
         );
         if missing != 0 {
             lost.push(when.to_string());
@@ -287,7 +288,7 @@ fn track(mut bench: Bench, tracker: &impl Tracker, mergeable: usize) -> Outcome 
     };
     for round in 0..2u8 {
         if round == 1 {
-            // The second time writes hit merged pages.
+            // The second time, writes hit merged pages.
             bench.merge(mergeable)?;
         }
         tracker.begin()?;
@@ -335,18 +336,19 @@ fn copy_of(region: &Region, i: usize) -> Vec<u8> {
     let from = region.at(i) as *const u8;
     (0..PAGE)
         .map(|at| {
-            // SAFETY: the byte lies in our own mapping. It may be written to at the same time, hence volatile.
+            // SAFETY: The byte lies in our own mapping. Another thread may write to it, hence the volatile
+            // read.
             unsafe { from.add(at).read_volatile() }
         })
         .collect()
 }
 
-/// A snapshot by write protection: pages are copied before the first write to each. A third of them are merged
-/// before; for another third an equal page turns up while they are protected, and for the rest two, which merge.
-/// Then all are migrated and swapped.
+/// A snapshot by write protection: each page is copied before its first write. A third of the pages merge
+/// before; for another third an equal page appears while they are protected; for the rest, two equal pages
+/// appear and merge. Then all pages are migrated and swapped.
 fn frozen() -> Outcome {
     if engine::is_in_tree() {
-        return skip("merging takes the protection away, and snapshots are wrong");
+        return skip("in-tree KSM removes the protection when it merges");
     }
     let Some(mut bench) = Bench::new()? else {
         return skip("no zram or no memory cgroups");
@@ -374,7 +376,7 @@ fn frozen() -> Outcome {
     let last = 2 * THIRD;
     bench.third.fill(last, N - last, 100 + last as u64, 1)?;
     scan::passes(6)?;
-    held("equals turned up", &bench)?;
+    held("equal pages appeared", &bench)?;
     bench.migrate()?;
     held("migrated", &bench)?;
     scan::stop()?;
@@ -383,11 +385,12 @@ fn frozen() -> Outcome {
     bench.region.verify()?;
     scan::passes(4)?;
     held("swapped in", &bench)?;
-    // Scanning goes on while pages are written to.
+    // The scan continues while pages are written.
     let addr = bench.region.addr();
     let writer = std::thread::spawn(move || {
         for i in 0..N {
-            // SAFETY: the byte lies in the region, which outlives the thread, and no reference into it exists.
+            // SAFETY: The byte lies in the region, which outlives the thread, and no reference into it
+            // exists.
             unsafe { ((addr + i * PAGE + 33) as *mut u8).write_volatile(0xee) };
         }
     });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Merging at first sight, which in-tree KSM cannot do.
+//! Merging at first sight, which the in-tree engine cannot do.
 
 use anyhow::{ensure, Result};
 
@@ -11,7 +11,8 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "eager",
-    about: "merge_eagerly: one pass is enough, and pages that were soon written to are left alone",
+    about:
+        "merge_eagerly: one pass is enough, and pages that are soon written again are left alone",
     module: Module::Loaded,
     tests: tests![
         ("merges-in-one-pass", 60, one_pass),
@@ -24,7 +25,7 @@ const NOT_IN_TREE: &str = "the in-tree engine has no merge_eagerly";
 const N: usize = 16;
 const ALL: u32 = 1_000_000;
 
-/// Turns it off again, however the test ends.
+/// Switches it off again when the test ends.
 struct Eager;
 
 impl Eager {
@@ -76,7 +77,7 @@ fn backs_off() -> Outcome {
     let mut workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
     let mut stepper = Stepper::new(ALL)?;
     while stepper.step()?.sharing != N as u64 {}
-    // Written to right after they were merged, and equal again at once.
+    // Write right after the pages merged, and make them equal again at once.
     for worker in &mut workers {
         worker.fill(0, N, 500, 1)?;
     }
@@ -86,7 +87,7 @@ fn backs_off() -> Outcome {
         c = stepper.step()?;
     }
     ensure!(c.sharing == 0, "merged at first sight again: {c:?}");
-    // Not for ever: they held still for two looks.
+    // The delay ends: the pages are unchanged over two passes.
     for _ in 0..4 {
         c = stepper.step()?;
     }

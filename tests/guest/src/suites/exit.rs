@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Sharers that go away.
+//! Sharers that exit.
 
 use std::time::Duration;
 
@@ -45,8 +45,8 @@ fn sharers() -> Result<Vec<Option<Worker>>> {
     Ok(workers)
 }
 
-/// Ends three sharers by `end`, in every order; every byte of those who are
-/// left is verified after each, then they write and are verified again.
+/// End three sharers by `end`, in every order. After each, verify every byte of the remaining ones, let them
+/// write, and verify again.
 fn in_every_order(scanning: bool, end: fn(Worker) -> Result<()>) -> Outcome {
     for order in ORDERS {
         let mut workers = sharers()?;
@@ -84,7 +84,7 @@ fn kill_orders_stopped() -> Outcome {
     in_every_order(false, Worker::kill)
 }
 
-/// Waits for all counters to be 0 with the thread stopped.
+/// Wait for all counters to be 0 with the thread stopped.
 fn expect_dropped() -> Result<()> {
     wait_for("drop of the metadata", Duration::from_secs(4), || {
         let c = engine::counters()?;
@@ -94,7 +94,7 @@ fn expect_dropped() -> Result<()> {
 
 fn dropped_promptly() -> Outcome {
     if engine::is_in_tree() {
-        return skip("in-tree, metadata stays until a scan comes by");
+        return skip("in-tree KSM keeps metadata until the next scan");
     }
     let workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
     let unique = Worker::mergeable(N, 500)?;
@@ -117,7 +117,7 @@ fn dropped_promptly() -> Outcome {
 }
 
 fn never_scanned() -> Outcome {
-    // Registered and gone before the thread ever ran.
+    // Processes that register and exit before the thread ever ran.
     for _ in 0..5 {
         Worker::mergeable(N, 100)?.exit()?;
     }
@@ -141,7 +141,7 @@ fn short_lived() -> Outcome {
         }
     }
     keeper.verify()?;
-    // A page that was merged stays so for the last one who has it.
+    // A merged page stays merged for its last owner.
     scan::until("drop of the dead", 12, || {
         let c = engine::counters()?;
         Ok(c.sharing == 0 && c.shared == keeper.merged()? as u64)

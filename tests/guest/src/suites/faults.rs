@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Allocations that fail: of the thread, of those who write to its files, of processes that take
-//! part, and of loading and unloading.
+//! Failing allocations: in the thread, in writers of its files, in registered processes, and in loading and
+//! unloading.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -37,12 +37,12 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-/// No operation here allocates so often; more means that counting does not end.
+/// No operation here needs so many allocations. More means that counting does not end.
 const MANY: u32 = 3000;
-/// A test that made fewer allocations fail shows nothing.
+/// A test in which fewer allocations failed shows nothing.
 const FEW: u32 = 4;
 
-/// Checks that what the counters say is what is merged.
+/// Check that the counters agree with the pages that are merged.
 fn check_counters(workers: &[Worker]) -> Result<()> {
     let merged: usize = workers.iter().map(Worker::merged).sum::<Result<_>>()?;
     let c = engine::counters()?;
@@ -57,7 +57,7 @@ fn thread() -> Result<u32> {
     proc::kernel_thread(engine::thread_name())?.context("no scanning thread")
 }
 
-/// Lets the pages of all settle where nothing fails: what can be merged is merged.
+/// Let all pages settle with no injection: all equal pages merge.
 fn settles(workers: &mut [Worker], shared: usize, sharing: usize) -> Result<()> {
     scan::until_merged(shared as u64, sharing as u64)?;
     scan::stop()?;
@@ -71,7 +71,7 @@ fn thread_each() -> Outcome {
         return skip(NO_INJECTION);
     };
     let nth = Nth::of(thread()?)?;
-    // So that a second merged page with the same content is needed.
+    // So that the engine needs a second merged page with the same content.
     engine::write("max_page_sharing", 2)?;
     scan::passes(1)?;
     for n in 1..MANY {
@@ -140,7 +140,7 @@ fn thread_random() -> Outcome {
     PASS
 }
 
-/// A file of the engine, open for writing.
+/// Open a file of the engine for writing.
 fn open(knob: &str) -> Result<File> {
     let file = OpenOptions::new()
         .write(true)
@@ -148,14 +148,15 @@ fn open(knob: &str) -> Result<File> {
     file.with_context(|| format!("opening {knob}"))
 }
 
-/// What a copy from user space (`EFAULT`) and an allocation (`ENOMEM`) that fail make of a call.
+/// Return whether `error` comes from a failed copy from user space (`EFAULT`) or a failed allocation
+/// (`ENOMEM`).
 fn is_fault(error: &std::io::Error) -> bool {
     [libc::ENOMEM, libc::EFAULT]
         .map(Some)
         .contains(&error.raw_os_error())
 }
 
-/// Checks what is to be true after `run=2` failed, and that it succeeds then.
+/// Check the state after a failed `run=2`, and that `run=2` then succeeds.
 fn unmerge_after_failure(workers: &mut [Worker]) -> Result<()> {
     let run = engine::read("run")?;
     ensure!(run == 0 || run == 1, "run reads {run} after a failure");
@@ -230,7 +231,7 @@ fn run_2_random() -> Outcome {
     for round in 0..8 {
         settles(&mut workers, PAGES, PAGES)?;
         let file = open("run")?;
-        // Not what this process needs for itself: a page of its program, say.
+        // Exclude allocations that this process needs for itself, such as for a page of its program.
         let Some(below) = Below::new("vfs_write")? else {
             return skip(NO_FILTER);
         };
@@ -299,7 +300,7 @@ fn files_each() -> Outcome {
     }
     println!("{changes} writes failed");
     ensure!(changes > FEW);
-    // Reading fails or gives the value.
+    // A read fails or returns the value.
     for entry in std::fs::read_dir(engine::dir())? {
         let path = entry?.path();
         let want = std::fs::read(&path)?;
@@ -318,8 +319,8 @@ fn files_each() -> Outcome {
     PASS
 }
 
-/// Registers a process by `command`, with each allocation of it failing in turn, and checks that it
-/// takes part when it was told so, and can when it was not.
+/// Register a process by `command`, with each of its allocations failing in turn. Check that it takes part if
+/// the call succeeded, and can take part later if it failed.
 fn registered_by(command: &str) -> Result<u32> {
     const PAGES: usize = 4;
     for n in 1..MANY {
@@ -348,7 +349,7 @@ fn registered_by(command: &str) -> Result<u32> {
     bail!("no end of allocations")
 }
 
-/// As above for a child: fork of a process whose pages are merged.
+/// Fork a process whose pages are merged, with each of its allocations failing in turn.
 fn forked() -> Result<u32> {
     const PAGES: usize = 4;
     let mut partner = Worker::mergeable(PAGES, 100)?;
@@ -359,8 +360,8 @@ fn forked() -> Result<u32> {
         if outcome.is_ok() {
             let all = scan::until_merged(PAGES as u64, 2 * PAGES as u64);
             if injected && all.is_err() {
-                // ksm_fork() does not mind when the child could not be registered: it has its pages, and
-                // nobody lists them.
+                // ksm_fork() ignores a failed registration: the child keeps its pages, but the engine does
+                // not list them.
                 println!("fork, allocation {n}: the child is not registered");
                 let c = engine::counters()?;
                 ensure!(
@@ -376,7 +377,7 @@ fn forked() -> Result<u32> {
         worker.verify()?;
         partner.verify()?;
         drop(worker);
-        // The pages of the partner stay merged, with nobody.
+        // The pages of the partner stay merged, with one mapping each.
         scan::until_merged(PAGES as u64, 0)?;
         if !injected {
             return Ok(n / 3);
@@ -415,7 +416,7 @@ fn exec() -> Outcome {
             Nth::own()?.set(n)?;
             Err(program.exec()).context("exec")
         })?;
-        // Refused, killed for want of memory, or done: it ends.
+        // The process may be refused, killed for lack of memory, or succeed, but it must end.
         child.join(std::time::Duration::from_secs(20))?;
     }
     scan::passes(2)?;
@@ -423,7 +424,7 @@ fn exec() -> Outcome {
     PASS
 }
 
-/// The only process there is registers, and there is no memory to note that: it is found all the same.
+/// The engine finds the only registered process even if it had no memory to note the registration.
 fn missed() -> Outcome {
     let Some(_injection) = Injection::new()? else {
         return skip(NO_INJECTION);
@@ -435,7 +436,7 @@ fn missed() -> Outcome {
     engine::write("run", 1)?;
     let mut registered = 0;
     for n in 1..8 {
-        // Nobody else is registered, and the thread sleeps.
+        // No other process is registered, so the thread sleeps.
         wait_for("thread asleep", Duration::from_secs(20), || {
             Ok(proc::stat(thread()?)?.state == 'S')
         })?;
@@ -452,7 +453,7 @@ fn missed() -> Outcome {
         }
         worker.verify()?;
         worker.exit()?;
-        wait_for("nobody", Duration::from_secs(20), || {
+        wait_for("unregistration", Duration::from_secs(20), || {
             let c = engine::counters()?;
             Ok(c.shared + c.unshared + c.volatile == 0)
         })?;
@@ -465,9 +466,9 @@ fn missed() -> Outcome {
 
 const IN_INIT: &str = "do_one_initcall";
 const UNLOAD: &str = "__x64_sys_delete_module";
-const NO_FILTER: &str = "failing allocations cannot be aimed at one function of the kernel";
+const NO_FILTER: &str = "the kernel cannot restrict failing allocations to one function";
 
-/// Checks that the module is gone and the in-tree engine is as it was.
+/// Check that the module is gone and that the in-tree engine is unchanged.
 fn expect_gone() -> Result<()> {
     ensure!(!module::loaded() && !Path::new(engine::RKSM).exists());
     ensure!(proc::kernel_thread("rksmd")?.is_none(), "rksmd runs");
@@ -528,7 +529,7 @@ fn unload_each() -> Outcome {
     };
     let nth = Nth::own()?;
     let mut worker = Worker::mergeable(4, 100)?;
-    // The module has a probe of its own, and these share what the kernel needs for them.
+    // The module has a probe of its own. Both share the kernel's resources for probes.
     let calls = Calls::of("__x64_sys_getpgid")?;
     for n in 1..MANY {
         module::ensure_loaded(true)?;
@@ -545,7 +546,7 @@ fn unload_each() -> Outcome {
         }
         if let Some(calls) = &calls {
             let before = calls.count()?;
-            // SAFETY: takes and gives an integer.
+            // SAFETY: getpgid takes and returns an integer.
             unsafe { libc::getpgid(0) };
             let more = calls.count()? - before;
             ensure!(more == 1, "allocation {n}: another probe has {more} hits");
@@ -572,7 +573,7 @@ fn reload_random() -> Outcome {
     let me = std::process::id();
     let mut loads = 0;
     for round in 0..30 {
-        // The file takes thousands of allocations to read: they are left alone.
+        // Reading the module's file takes thousands of allocations; do not let these fail.
         let Some(below) = Below::new(IN_INIT)? else {
             return skip(NO_FILTER);
         };

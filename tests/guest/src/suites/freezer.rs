@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The machine sleeps in the middle of things: all tasks are frozen for a test, or it is suspended to idle.
+//! Freezing all tasks, and suspending to idle, in the middle of the engine's work.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -34,13 +34,14 @@ const TEST: &str = "/sys/power/pm_test";
 const STATE: &str = "/sys/power/state";
 const SUCCESSES: &str = "/sys/power/suspend_stats/success";
 
-/// A way to have the machine sleep; undone when dropped.
+/// A way to let the machine sleep; undone when dropped.
 enum Sleep {
-    /// A suspend only freezes all tasks but this one, for a second, and thaws them.
+    /// A suspend freezes all tasks but this one for a second, and thaws them.
     FreezeOnly,
-    /// Suspends to idle; the host presses the power button every few seconds (`scripts/vm --wake`).
+    /// The machine suspends to idle; the host presses the power button every few seconds (`scripts/vm
+    /// --wake`).
     ToIdle,
-    /// Why it cannot.
+    /// The reason why it cannot sleep.
     Never(&'static str),
 }
 
@@ -66,19 +67,19 @@ impl Sleep {
         if !fs::read_to_string(STATE).is_ok_and(|s| s.contains("freeze")) {
             return Ok(Self::Never("the kernel cannot suspend to idle"));
         }
-        // Built in, it is there without being loaded.
+        // A built-in driver is there without being loaded.
         let _ = Command::new("modprobe")
             .arg("button")
             .stderr(Stdio::null())
             .status();
         ensure!(
             fs::metadata("/sys/bus/platform/drivers/acpi-button").is_ok(),
-            "no driver for the power button: nothing would wake the machine"
+            "no driver for the power button, which wakes the machine"
         );
         Ok(Self::ToIdle)
     }
 
-    /// Sleeps, and returns when awake again.
+    /// Sleep. Return after the machine woke up.
     fn sleep(&self) -> Result<()> {
         if matches!(self, Self::FreezeOnly) {
             return fs::write(STATE, "freeze").context("freezing");
@@ -88,7 +89,7 @@ impl Sleep {
             text.trim().parse().context(SUCCESSES)
         };
         let before = successes()?;
-        // The button may be pressed just before it sleeps, and keeps it awake.
+        // A button that is pressed just before the machine sleeps keeps it awake.
         for _ in 0..5 {
             let begin = Instant::now();
             match fs::write(STATE, "freeze") {
@@ -142,7 +143,7 @@ fn scanning(sleep: &Sleep) -> Outcome {
         }
         let before = engine::read("pages_scanned")?;
         scan::start()?;
-        // In the middle: it has begun, and has too little behind it to have merged all.
+        // The scan has begun, but had too little time to merge all.
         engine::wait_for("scanning", Duration::from_secs(20), || {
             Ok(engine::read("pages_scanned")? > before)
         })?;
@@ -195,7 +196,7 @@ fn idle(sleep: &Sleep) -> Outcome {
     merged(&mut workers)?;
     scan::stop()?;
     sleep.sleep()?;
-    // A long sleep between batches must not keep the system from freezing either.
+    // A long sleep between batches must not keep the system from freezing.
     engine::write("sleep_millisecs", 60_000)?;
     engine::write("run", 1)?;
     sleep.sleep()?;

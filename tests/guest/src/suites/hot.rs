@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Pages that are written to again and again, where a sample of their words does not show it.
+//! Pages that are written again and again, where the sample of their words does not show it.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "hot",
-    about: "pages that are written to soon after they were merged are left alone, and merge when they hold still",
+    about: "pages that are written soon after they merged are left alone, and merge once they stay unchanged",
     module: Module::Loaded,
     tests: tests![
         ("changed-in-every-pass", 120, every_pass),
@@ -37,7 +37,7 @@ const N: usize = 256;
 const PROCESSES: usize = 4;
 const ALL: u32 = 1_000_000;
 const NO_STRIKES: &str =
-    "in-tree KSM compares checksums of whole pages, and forgets what came of merging";
+    "in-tree KSM compares checksums of whole pages, and forgets earlier merges";
 
 fn start_workers() -> Result<Vec<Worker>> {
     (0..PROCESSES)
@@ -51,7 +51,7 @@ fn start_workers() -> Result<Vec<Worker>> {
         .collect()
 }
 
-/// Whether the pages change before pass number `nth`.
+/// Whether the pages change before pass `n`.
 type Rhythm = fn(u8) -> bool;
 
 /// Processes with equal pages, and the thread that scans them.
@@ -70,15 +70,15 @@ impl Hot {
         })
     }
 
-    /// Lets so many passes go by, and returns how many merged pages were copied for being written to.
+    /// Run `passes` passes. Return how many merged pages were copied because of a write.
     ///
-    /// What changes is one word of each page, another one in each page and the same in all processes. Of six
-    /// pages in seven hundred the sample has it.
+    /// Each page changes in one word, at an offset that differs from page to page and is the same in all
+    /// processes. The sample contains that word in six of seven hundred pages.
     fn run(&mut self, passes: usize, rhythm: Rhythm) -> Result<i64> {
         let before = proc::vmstat("cow_ksm")?;
         for _ in 0..passes {
             if rhythm(self.passes) {
-                // No page is ever again what it was.
+                // No page ever has an earlier content again.
                 for worker in &mut self.workers {
                     worker.poke_scattered(self.passes)?;
                 }
@@ -90,7 +90,7 @@ impl Hot {
     }
 }
 
-/// One whole pass.
+/// Run one whole pass.
 fn step_pass(stepper: &mut Stepper) -> Result<engine::Counters> {
     let before = engine::read("full_scans")?;
     loop {
@@ -101,7 +101,7 @@ fn step_pass(stepper: &mut Stepper) -> Result<engine::Counters> {
     }
 }
 
-/// It takes some merges that come to nothing until all pages are known to be volatile; then none is merged.
+/// A few merges fail to last until all pages are known to be volatile. After that none merges.
 fn left_alone(rhythm: Rhythm) -> Result<engine::Counters> {
     let mut hot = Hot::new()?;
     let first = hot.run(24, rhythm)?;
@@ -136,8 +136,8 @@ fn every_other() -> Outcome {
     PASS
 }
 
-/// Between the changes there is time to merge, so that each merge is one too many. After three of them a page has
-/// to hold still for seconds, which it never does.
+/// Leave time to merge between the changes, so that each merge is in vain. After three of them, a page must
+/// stay unchanged for seconds, which it never does.
 fn in_vain() -> Outcome {
     if engine::is_in_tree() {
         return skip(NO_STRIKES);
@@ -146,13 +146,13 @@ fn in_vain() -> Outcome {
     let copies = hot.run(24, |pass| pass % 3 == 0)?;
     let each = copies as f64 / (PROCESSES * N) as f64;
     println!("{copies} copies, {each:.2} of each page");
-    // Where the sample shows the change, as in one page of a hundred, it takes five.
+    // Where the sample shows the change, as in one page of a hundred, there are five copies.
     ensure!((1.0..3.1).contains(&each), "{copies} copies");
     verify_all(&mut hot.workers)?;
     PASS
 }
 
-/// With passes a second apart, as they are by default, and processes that keep no step with them.
+/// Passes are a second apart, as by default, and the writers run independently of them.
 fn by_the_clock() -> Outcome {
     const PERIOD: Duration = Duration::from_millis(300);
     const WINDOW: u64 = 10;
@@ -174,7 +174,7 @@ fn by_the_clock() -> Outcome {
     }
     engine::write("pages_to_scan", 20_000)?;
     engine::write("run", 1)?;
-    // A machine that is busy with other things may have had them hold still for some seconds.
+    // On a busy machine, the writers may have paused for some seconds.
     let mut windows = Vec::new();
     let quiet = loop {
         let (scans, copies) = (engine::read("full_scans")?, proc::vmstat("cow_ksm")?);
@@ -194,8 +194,8 @@ fn by_the_clock() -> Outcome {
         "copies in {WINDOW} passes each: {windows:?}; {:?}",
         engine::counters()?
     );
-    ensure!(quiet, "merged and broken all the time");
-    // One of them may not get to its turn for some passes, and then its pages do hold still.
+    ensure!(quiet, "pages merge and break all the time");
+    // A writer may get no CPU for some passes, and then its pages stay unchanged.
     wait_for("volatile pages", Duration::from_secs(30), || {
         let volatile = engine::read("pages_volatile")?;
         Ok(volatile >= (PROCESSES * N) as u64 * 98 / 100)
@@ -218,7 +218,7 @@ fn hold_still() -> Outcome {
     PASS
 }
 
-/// What programs do who test this: write, wait until it is merged, write something else.
+/// Like programs that test this: write, wait until the pages merge, write something else.
 fn replaced() -> Outcome {
     let mut workers = start_workers()?;
     let mut stepper = Stepper::new(ALL)?;
@@ -227,11 +227,11 @@ fn replaced() -> Outcome {
         for worker in &mut workers {
             worker.fill(0, N, 10_000 * round, 1)?;
         }
-        // The first look sees that they changed, the second that they did not.
+        // The first pass sees that they changed, the second that they did not.
         step_pass(&mut stepper)?;
         let mut c = step_pass(&mut stepper)?;
         if c.sharing != all {
-            // A CPU that is slow to put its pages on the LRU lists keeps them for a pass more.
+            // A CPU may put its pages on the LRU lists late, which delays them by a pass.
             c = step_pass(&mut stepper)?;
         }
         ensure!(c.sharing == all && c.volatile == 0, "round {round}: {c:?}");
@@ -240,7 +240,7 @@ fn replaced() -> Outcome {
     PASS
 }
 
-/// Pages that hold still merge as soon as they would without such neighbours.
+/// Unchanged pages merge as soon as they would without such neighbours.
 fn still() -> Outcome {
     const STILL: usize = 64;
     let mut workers = start_workers()?;
@@ -267,7 +267,7 @@ fn still() -> Outcome {
     let most = (STILL * (PROCESSES - 1)) as u64;
     println!("{sharing} sharing after two passes, of {most}");
     if sharing < most {
-        // A CPU that is slow to put its pages on the LRU lists keeps them for a pass more.
+        // A CPU may put its pages on the LRU lists late, which delays them by a pass.
         sharing = pass(&mut workers)?;
     }
     ensure!(
@@ -278,17 +278,17 @@ fn still() -> Outcome {
     PASS
 }
 
-/// Puts the first pages of a region into a pipe, which holds them until it is closed.
+/// Splice the first pages of a region into a pipe, which holds them until it is closed.
 fn hold(region: &Region, pages: usize) -> Result<(OwnedFd, OwnedFd)> {
     let (output, input) = sys::pipe()?;
     region.splice(pages, &input)?;
     Ok((output, input))
 }
 
-/// Pages that were written to once after they were merged, and cannot be merged for many passes, are as soon as
-/// they can, without anything else happening.
+/// Pages were written once after they merged, and then cannot merge for many passes. They merge as soon as
+/// they can, without another event.
 fn held() -> Outcome {
-    // As many as a pipe holds.
+    // The capacity of a pipe.
     const HELD: usize = 16;
     let mut regions = [Region::new(HELD)?, Region::new(HELD)?];
     for region in &mut regions {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Memory that is taken away under merged pages.
+//! Memory that goes offline under merged pages.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -37,7 +37,7 @@ pub const SUITE: Suite = Suite {
 };
 
 const N: usize = 64;
-/// Two workers whose pages are all in `memory`, and merged.
+/// Start two workers whose pages are all in `memory`, and merged.
 fn pair_in(memory: &Plugged) -> Result<[Worker; 2]> {
     let workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
     let spans = [workers[0].span(), workers[1].span()];
@@ -80,7 +80,7 @@ fn merged_pages() -> Outcome {
         "pages that did not move"
     );
     verify_all(&mut workers)?;
-    // The nodes went with them: another page finds its equal, and a write is seen by one only.
+    // The stable nodes moved with them: another page finds its equal, and only its writer sees a write.
     workers.push(Worker::mergeable(N, 100)?);
     scan::until_merged(N as u64, 2 * N as u64)?;
     ensure!(merged_of(&workers[2])? == moved);
@@ -97,8 +97,8 @@ fn stale_nodes() -> Outcome {
     };
     let mut workers = pair_in(&memory)?;
     scan::stop()?;
-    // Everybody leaves the merged pages, which are free then; with the scan stopped the engine does
-    // not get to know.
+    // All workers leave the merged pages, which are then free. With the scan stopped, the engine does not
+    // notice.
     for worker in &mut workers {
         worker.poke(0, N, 7, worker.pid() as u8)?;
     }
@@ -119,7 +119,7 @@ fn stale_nodes() -> Outcome {
     PASS
 }
 
-/// Waits until the nodes of pages that are gone are gone, too, without a scan.
+/// Wait until the nodes of freed pages are gone as well, without a scan.
 fn left_soon(pairs: u64) -> Result<()> {
     wait_for("end of the stale nodes", Duration::from_secs(10), || {
         let c = engine::counters()?;
@@ -127,7 +127,7 @@ fn left_soon(pairs: u64) -> Result<()> {
     })
 }
 
-/// Takes `memory` offline and back, for ever. It may be busy for a moment.
+/// Take `memory` offline and back again and again. It may be busy for a moment.
 fn shake(memory: &Plugged) -> Result<Background> {
     let memory = memory.again();
     Background::repeat(move || {
@@ -191,13 +191,13 @@ fn while_run_changes() -> Outcome {
     PASS
 }
 
-/// Puts page `i` of `region` into a pipe: it cannot be migrated meanwhile.
+/// Splice page `i` of `region` into a pipe. It cannot be migrated meanwhile.
 fn into_pipe(region: &Region, i: usize, pipe: &impl AsRawFd) -> Result<()> {
     let page = libc::iovec {
         iov_base: region.at(i) as *mut libc::c_void,
         iov_len: PAGE,
     };
-    // SAFETY: one vector of memory that is ours; the page is only lent to the pipe.
+    // SAFETY: The vector describes memory of ours, and the pipe only takes a reference to the page.
     let n = unsafe { libc::vmsplice(pipe.as_raw_fd(), &raw const page, 1, 0) };
     ensure!(
         n == PAGE as isize,
@@ -215,7 +215,7 @@ fn given_up() -> Outcome {
     let mut region = Region::new(1)?;
     region.fill(0, 1, 900, 0);
     let pfn = frames(region.span())?[0];
-    let pfn = pfn.context("a page that is there")?;
+    let pfn = pfn.context("a page in memory")?;
     let block = memory
         .blocks
         .iter()
@@ -224,15 +224,15 @@ fn given_up() -> Outcome {
     let (output, input) = sys::pipe()?;
     into_pipe(&region, 0, &input)?;
 
-    // As long as the page is in the pipe, this tries again and again.
+    // Offlining retries as long as the page is in the pipe.
     let asking = block.clone();
     let mut offlining = Background::once(move || asking.set("offline"))?;
-    // The page may have been in the way too early: then it is refused.
+    // If the page blocks it too early, offlining fails.
     wait_for("going-offline", Duration::from_secs(20), || {
         Ok(block.state()? == "going-offline" || offlining.ended()?.is_some())
     })?;
     ensure!(offlining.ended()?.is_none(), "offlining ended early");
-    // Meanwhile nothing is scanned, and nobody hangs who does not ask for it.
+    // Meanwhile nothing is scanned, and no other process hangs.
     let begin = Instant::now();
     let mut last = engine::read("full_scans")?;
     loop {
@@ -243,12 +243,12 @@ fn given_up() -> Outcome {
         }
         ensure!(
             begin.elapsed() < scaled(Duration::from_secs(20)),
-            "scanning goes on"
+            "the scan continues"
         );
         last = now;
     }
     verify_all(&mut workers)?;
-    // Unmerging has to wait until it is known whether the memory goes.
+    // Unmerging must wait until the offlining is decided.
     let unmerging = Background::once(|| engine::write("run", 2))?;
     std::thread::sleep(Duration::from_millis(300));
     ensure!(block.state()? == "going-offline", "{}", block.state()?);
@@ -269,7 +269,7 @@ fn given_up() -> Outcome {
     PASS
 }
 
-/// The ACPI device of `memory`.
+/// Return the ACPI device of `memory`.
 fn acpi_device() -> Result<Option<PathBuf>> {
     for entry in fs::read_dir("/sys/bus/acpi/devices").context("acpi")? {
         let path = entry?.path();

@@ -35,22 +35,22 @@ pub const SUITE: Suite = Suite {
 
 pub(super) const PARTS: usize = HUGE / PAGE;
 
-/// A region of one huge page whose part `k` holds the content of `seed + k`,
-/// or `None` when the kernel gives no huge page.
+/// Map one huge page whose part `k` holds the content of `seed + k`. `None` if the kernel provides no huge
+/// page.
 pub(super) fn huge_region(seed: u64) -> Result<Option<Region>> {
     filled(seed, 1)
 }
 
-/// As above, of the content of `seed + k * step`.
+/// Map one huge page whose part `k` holds the content of `seed + k * step`.
 fn filled(seed: u64, step: u64) -> Result<Option<Region>> {
     let mut region = Region::aligned(PARTS, HUGE)?;
     region.advise(0, PARTS, libc::MADV_HUGEPAGE)?;
     region.fill(0, PARTS, seed, step);
     if huge_kib(&region)? == 0 {
-        // Memory may be in pieces; ask for it to be put together.
+        // Memory may be fragmented, so ask the kernel to collapse the range.
         let _ = region.advise(0, PARTS, libc::MADV_COLLAPSE);
     }
-    // It stays as it is, and its parts are not put together again.
+    // Keep khugepaged from collapsing the parts again.
     region.advise(0, PARTS, libc::MADV_NOHUGEPAGE)?;
     Ok((huge_kib(&region)? != 0).then_some(region))
 }
@@ -67,7 +67,7 @@ pub(super) fn part(region: &Region, i: usize) -> Span {
     }
 }
 
-pub(super) const NONE: &str = "the kernel gives no huge page";
+pub(super) const NONE: &str = "the kernel provides no huge page";
 
 fn one_part() -> Outcome {
     let Some(mut region) = huge_region(1000)? else {
@@ -120,7 +120,7 @@ fn equal_huge() -> Outcome {
     PASS
 }
 
-/// A huge page that somebody holds cannot be split: it is not tried all the time.
+/// A huge page with an extra reference cannot be split, and the engine does not try all the time.
 fn held() -> Outcome {
     let Some(calls) = Calls::of("__split_huge_page_to_list_to_order")? else {
         return skip("the kernel has no kprobe events");
@@ -136,7 +136,7 @@ fn held() -> Outcome {
         iov_base: region.addr() as *mut libc::c_void,
         iov_len: PAGE,
     };
-    // SAFETY: the range is our own mapping; the kernel only takes a reference.
+    // SAFETY: The range is our own mapping; the kernel only takes a reference.
     let n = unsafe { libc::vmsplice(input.as_raw_fd(), &raw const page, 1, 0) };
     ensure!(n == PAGE as isize, "vmsplice gave {n}");
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
@@ -165,12 +165,12 @@ fn no_part() -> Outcome {
     };
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
     scan::passes(4)?;
-    ensure!(huge_kib(&region)? != 0, "split for nothing");
+    ensure!(huge_kib(&region)? != 0, "split in vain");
     region.verify()?;
     PASS
 }
 
-/// Scans until no part of a huge page of zeroes takes memory of its own.
+/// Scan until no part of a huge page of zeroes uses memory of its own.
 fn expect_no_zeroes_left() -> Outcome {
     let Some(mut region) = filled(0, 0)? else {
         return skip(NONE);
@@ -180,7 +180,7 @@ fn expect_no_zeroes_left() -> Outcome {
         ..part(&region, 0)
     };
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
-    // The kernel itself maps its zero page for the zeroes of a huge page that is split.
+    // The kernel itself maps its zero page for the zeroes of a huge page that it splits.
     scan::until("no zeroes left", 12, || {
         Ok(merged(all)? + zeroes(all)? == PARTS)
     })?;

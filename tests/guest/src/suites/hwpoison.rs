@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Merged pages whose memory is broken, or is about to break.
+//! Merged pages in memory that fails, or is about to fail.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +22,7 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "hwpoison",
-    about: "merged pages in broken memory: soft-offlined, poisoned, and those who map them killed",
+    about: "merged pages in broken memory: soft-offlined, poisoned, and their processes killed",
     module: Module::Loaded,
     tests: tests![
         ("soft-offline", 90, soft_offline),
@@ -43,7 +43,7 @@ const INJECT: &str = "/sys/kernel/debug/hwpoison";
 const SOFT_OFFLINE: &str = "/sys/devices/system/memory/soft_offline_page";
 const EARLY_KILL: &str = "/proc/sys/vm/memory_failure_early_kill";
 
-/// What breaks memory, in software only, and mends it when dropped.
+/// Injects memory failures, in software only, and undoes them when dropped.
 struct Injector {
     broken: BTreeSet<u64>,
 }
@@ -54,7 +54,7 @@ impl Injector {
             .arg("hwpoison-inject")
             .stderr(Stdio::null())
             .status();
-        // In the processes started from now on, too.
+        // Also in processes that are started from now on.
         sys::default_action(libc::SIGBUS).context("SIGBUS")?;
         Ok(Path::new(INJECT).exists().then_some(Self {
             broken: BTreeSet::new(),
@@ -66,7 +66,7 @@ impl Injector {
         fs::write(format!("{INJECT}/corrupt-pfn"), pfn.to_string()).context("corrupt-pfn")
     }
 
-    /// Has the kernel give up the page frame `pfn` in good time.
+    /// Soft-offline the page frame `pfn`.
     fn soft_offline(&mut self, pfn: u64) -> std::io::Result<()> {
         let result = fs::write(SOFT_OFFLINE, format!("{:#x}", pfn * 4096));
         if result.is_ok() {
@@ -80,7 +80,7 @@ impl Drop for Injector {
     fn drop(&mut self) {
         let _ = fs::write(EARLY_KILL, "0");
         for pfn in &self.broken {
-            // One that the kernel has freed already needs no mending.
+            // A frame that the kernel has freed already need not be unpoisoned.
             let _ = fs::write(format!("{INJECT}/unpoison-pfn"), pfn.to_string());
         }
     }
@@ -92,7 +92,7 @@ fn pair() -> Result<[Worker; 2]> {
     Ok(workers)
 }
 
-/// The frame of page `i` of a worker, which must be merged.
+/// Return the frame of page `i` of a worker, which must be merged.
 fn frame(worker: &Worker, i: usize) -> Result<u64> {
     merged_frames(worker.span())?[i].with_context(|| format!("page {i} is not merged"))
 }
@@ -113,7 +113,7 @@ fn soft_offline() -> Outcome {
         verify_all(&mut workers)?;
     }
     ensure!(engine::counters()? == counters);
-    // By a process that maps it, through madvise.
+    // A process that maps the page soft-offlines it by madvise.
     let before = frame(&workers[0], 5)?;
     injector.broken.insert(before);
     workers[0].advise(5, 1, libc::MADV_SOFT_OFFLINE)?;
@@ -142,7 +142,7 @@ fn soft_offline_scanning() -> Outcome {
             let Some(pfn) = there[(round as usize * 5 + i * 7) % N] else {
                 continue;
             };
-            // Busy pages are refused, which is fine.
+            // The kernel refuses busy pages, which is fine.
             gone += usize::from(injector.soft_offline(pfn).is_ok());
         }
         scan::passes(2)?;
@@ -155,7 +155,7 @@ fn soft_offline_scanning() -> Outcome {
     PASS
 }
 
-/// Checks what becomes of a process that reads page `i` of `region`.
+/// Check that a process that reads page `i` of `region` is killed.
 fn dies_reading(region: &Region, i: usize) -> Result<()> {
     let reader = Background::once(|| region.verify_range(i, 1))?;
     let how = reader.join(Duration::from_secs(20))?;
@@ -166,14 +166,14 @@ fn dies_reading(region: &Region, i: usize) -> Result<()> {
     Ok(())
 }
 
-/// Checks all pages of `region` but those in `broken`.
+/// Check all pages of `region` except those in `broken`.
 fn verify_but(region: &Region, broken: &[usize]) -> Result<()> {
     (0..region.pages())
         .filter(|i| !broken.contains(i))
         .try_for_each(|i| region.verify_range(i, 1))
 }
 
-/// Two equal halves of this process's own memory, merged.
+/// Map and merge two equal halves of this process's own memory.
 fn halves() -> Result<Region> {
     let mut region = Region::new(2 * N)?;
     region.fill(0, N, 100, 1);
@@ -192,7 +192,7 @@ fn poison() -> Outcome {
     let Some(mut injector) = Injector::new()? else {
         return skip(NO_POISON);
     };
-    // Started first, so that it does not inherit the region.
+    // Start this first, so that it does not inherit the region.
     let mut late = Worker::with_pages(N)?;
     let mut region = halves()?;
     let broken = [3, N + 3];
@@ -203,7 +203,7 @@ fn poison() -> Outcome {
     scan::passes(4)?;
     verify_but(&region, &broken)?;
     scan::until_merged(N as u64 - 1, N as u64 - 1)?;
-    // Once more with the scan stopped; and equal pages that come later do not get the broken one.
+    // The same with the scan stopped. Equal pages that appear later must not merge with the broken one.
     scan::stop()?;
     injector.poison(frame_here(&region, 7)?)?;
     late.fill(0, N, 100, 1)?;
@@ -219,7 +219,7 @@ fn poison() -> Outcome {
     PASS
 }
 
-/// The kernel finds everybody who maps the page, by its node.
+/// The kernel finds all processes that map the page, by its stable node.
 fn kill_early() -> Outcome {
     let Some(mut injector) = Injector::new()? else {
         return skip(NO_POISON);
@@ -240,7 +240,7 @@ fn kill_early() -> Outcome {
     PASS
 }
 
-/// Who passed pages on by a fork, and has others since, is not killed for what becomes of them there.
+/// A process that passed pages on by a fork and has its own since is not killed when the inherited ones fail.
 fn relatives() -> Outcome {
     let Some(mut injector) = Injector::new()? else {
         return skip(NO_POISON);
@@ -264,7 +264,7 @@ fn relatives() -> Outcome {
     scan::stop()?;
     fs::write(EARLY_KILL, "1").context("early kill")?;
     injector.poison(frame(&heirs[0], 3)?)?;
-    // This process would be gone, too.
+    // This process would be killed as well.
     for heir in heirs {
         let how = heir.end()?;
         ensure!(
@@ -282,13 +282,13 @@ fn madvise() -> Outcome {
     };
     let mut workers = Vec::from(pair()?);
     injector.broken.insert(frame(&workers[0], 3)?);
-    // Whoever says so himself is killed; what the other has is gone, too, but he need not care
-    // before he touches it.
+    // The process that asks is killed. The other one loses its page, too, but is only killed when it touches
+    // it.
     ensure!(workers[0].advise(3, 1, libc::MADV_HWPOISON).is_err());
     let how = workers.remove(0).end()?;
     ensure!(
         how == Ended::Signal(libc::SIGBUS),
-        "the one who asked ended by {how:?}"
+        "the process that asked ended by {how:?}"
     );
     scan::passes(3)?;
     workers[0].verify_range(0, 3)?;
@@ -297,7 +297,7 @@ fn madvise() -> Outcome {
     let how = workers.remove(0).end()?;
     ensure!(
         how == Ended::Signal(libc::SIGBUS),
-        "the other one ended by {how:?}"
+        "the other process ended by {how:?}"
     );
     scan::until_merged(0, 0)?;
     PASS
@@ -320,13 +320,13 @@ fn unmerged() -> Outcome {
     PASS
 }
 
-/// A page that comes by before those who had the broken one have been looked at again.
+/// A page that is scanned before the processes that had the broken page are scanned again.
 fn no_target() -> Outcome {
     let Some(mut injector) = Injector::new()? else {
         return skip(NO_POISON);
     };
     let mut workers = [Worker::with_pages(N)?, Worker::with_pages(N)?];
-    // It is registered first, and so looked at first; held by somebody, it waits for its turn.
+    // It registers first and so is scanned first. While it is held, it cannot merge.
     let mut late = Region::new(1)?;
     late.fill(0, 1, 100, 1);
     let (output, input) = sys::pipe()?;
@@ -334,7 +334,7 @@ fn no_target() -> Outcome {
         iov_base: late.addr() as *mut libc::c_void,
         iov_len: PAGE,
     };
-    // SAFETY: the range is our own mapping; the kernel only takes a reference.
+    // SAFETY: The range is our own mapping; the kernel only takes a reference.
     let n = unsafe { libc::vmsplice(input.as_raw_fd(), &raw const page, 1, 0) };
     ensure!(n == PAGE as isize, "vmsplice gave {n}");
     late.advise(0, 1, libc::MADV_MERGEABLE)?;
@@ -365,8 +365,8 @@ fn no_target() -> Outcome {
     PASS
 }
 
-/// Merged pages are looked at between being marked as broken and being unmapped, for which the kernel has
-/// to find their mappings.
+/// The scan sees merged pages between their marking as broken and their unmapping, for which the kernel must
+/// find their mappings.
 fn scanned() -> Outcome {
     let Some(mut injector) = Injector::new()? else {
         return skip(NO_POISON);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The files in sysfs: what they read and what they refuse.
+//! The files in sysfs: their content and what they refuse.
 
 use std::fs;
 use std::io;
@@ -32,7 +32,7 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-/// Numbers that `pages_to_scan` and `sleep_millisecs` take, and what they then read.
+/// Numbers that `pages_to_scan` and `sleep_millisecs` accept, and what they then read as.
 const GOOD: [(&str, u64); 9] = [
     ("0", 0),
     ("1\n", 1),
@@ -45,7 +45,7 @@ const GOOD: [(&str, u64); 9] = [
     ("20", 20),
 ];
 
-/// What every writable file refuses with EINVAL.
+/// Values that every writable file refuses with EINVAL.
 const BAD: [&str; 17] = [
     "\n",
     " ",
@@ -115,7 +115,7 @@ fn formats() -> Outcome {
     PASS
 }
 
-/// Writes `value`; the errno if it was refused.
+/// Write `value`. Return the errno if it is refused.
 fn answer(dir: &Path, knob: &str, value: &str) -> Result<(), i32> {
     write_to(dir, knob, value.as_bytes()).map_err(errno)
 }
@@ -166,7 +166,7 @@ fn bad_run() -> Outcome {
     PASS
 }
 
-/// Puts the in-tree engine's own answers beside those of the engine under test.
+/// Compare the in-tree engine's own answers with those of the engine under test.
 fn same_answers() -> Outcome {
     let in_tree = Path::new(IN_TREE);
     for knob in ["pages_to_scan", "sleep_millisecs"] {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Loading and unloading, and when either must be refused.
+//! Loading and unloading, and when each must be refused.
 
 use std::fs;
 use std::io;
@@ -62,7 +62,7 @@ fn pair() -> Result<[Worker; 2]> {
     Ok([Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?])
 }
 
-/// Checks that `result` is the refusal `errno`.
+/// Check that `result` is the refusal `errno`.
 fn expect_errno(what: &str, result: io::Result<()>, errno: i32) -> Result<()> {
     match result {
         Err(e) if e.raw_os_error() == Some(errno) => Ok(()),
@@ -73,7 +73,7 @@ fn expect_errno(what: &str, result: io::Result<()>, errno: i32) -> Result<()> {
     }
 }
 
-/// Checks that nothing of the module is to be seen.
+/// Check that nothing of the module is left.
 fn expect_gone() -> Result<()> {
     ensure!(!module::loaded(), "still loaded");
     ensure!(!Path::new(engine::RKSM).exists(), "its directory is left");
@@ -136,7 +136,7 @@ fn before_loading() -> Outcome {
     PASS
 }
 
-/// Tries to load, and checks that it is refused for the in-tree engine's sake.
+/// Check that loading is refused because of the in-tree engine.
 fn expect_load_refused() -> Result<()> {
     let mut log = Log::from_now()?;
     expect_errno("load", module::load_file(&module::path()), libc::EBUSY)?;
@@ -144,15 +144,15 @@ fn expect_load_refused() -> Result<()> {
     log.expect(&["rksm", "in-tree"])
 }
 
-/// Somebody cannot make up his mind. Either loading is refused, or the in-tree engine stands still and knows
-/// nothing.
+/// A process switches the in-tree engine on and off. Either loading is refused, or that engine stands still
+/// and has no state.
 fn in_tree_flips() -> Outcome {
     let mut worker = Worker::mergeable(N, 100)?;
     write_to(in_tree(), "sleep_millisecs", b"0")?;
     write_to(in_tree(), "pages_to_scan", b"1000")?;
     let flipping = Background::repeat(|| {
         for value in ["1", "0", "2", "0"] {
-            // The file may be away for a moment, and is refused while the module is there.
+            // The file may be absent for a moment, and refuses writes while the module is loaded.
             let _ = write_to(in_tree(), "run", value.as_bytes());
         }
         Ok(())
@@ -186,12 +186,12 @@ fn in_tree_runs() -> Outcome {
     let refused = expect_load_refused();
     write_to(in_tree(), "run", b"0")?;
     refused?;
-    // Now that it is stopped and holds nothing, loading is fine.
+    // Loading works once it is stopped and holds nothing.
     module::load()?;
     PASS
 }
 
-/// Has the in-tree engine merge `workers`, and stops it.
+/// Let the in-tree engine merge `workers`, then stop it.
 fn merge_in_tree() -> Result<()> {
     write_to(in_tree(), "pages_to_scan", b"100000")?;
     write_to(in_tree(), "run", b"1")?;
@@ -225,7 +225,7 @@ fn in_tree_blocked() -> Outcome {
         expect_errno(&format!("in-tree run={value}"), result, libc::EBUSY)?;
         ensure!(engine::read_from(in_tree(), "run")? == 0);
     }
-    // Stopping what is stopped does no harm, whatever the answer.
+    // Stopping a stopped engine does no harm, whatever the answer.
     let _ = write_to(in_tree(), "run", b"0");
     ensure!(engine::read_from(in_tree(), "run")? == 0);
     scan::until_merged(N as u64, N as u64)?;
@@ -233,7 +233,7 @@ fn in_tree_blocked() -> Outcome {
     ensure!(engine::read_from(in_tree(), "run")? == 0);
     module::unload_clean()?;
     verify_all(&mut workers)?;
-    // Without rksm the in-tree engine works as ever.
+    // Without rksm the in-tree engine works as always.
     merge_in_tree()?;
     verify_all(&mut workers)?;
     write_to(in_tree(), "run", b"2")?;
@@ -255,7 +255,7 @@ fn refused_unload() -> Outcome {
         verify_all(&mut workers)?;
     }
     log.expect(&["rksm", "writing 2", "/sys/kernel/mm/rksm/run"])?;
-    // It goes on working after the refusal.
+    // It keeps working after the refusal.
     let mut late = Worker::mergeable(N, 100)?;
     scan::until_merged(N as u64, 2 * N as u64)?;
     engine::write("run", 2)?;
@@ -274,7 +274,7 @@ fn unload_after_exit() -> Outcome {
         scan::until_merged(N as u64, N as u64)?;
         scan::stop()?;
         workers.into_iter().try_for_each(end)?;
-        // No merged page is left, so nobody has to write anything.
+        // No merged page is left, so no write to `run` is needed.
         wait_for("unload", Duration::from_secs(5), || {
             Ok(module::unload().is_ok())
         })?;
@@ -285,13 +285,14 @@ fn unload_after_exit() -> Outcome {
     PASS
 }
 
-/// The sharers exit while the thread rests between two batches, or passes, for minutes; somebody else is there
-/// to scan, so it goes on resting.
+/// The sharers exit while the thread sleeps for minutes between two batches, or passes. Another process stays
+/// registered, so the sleep continues.
 fn unload_resting() -> Outcome {
     for knob in ["sleep_millisecs", "pass_millisecs"] {
         module::load()?;
         let mut other = Worker::mergeable(N, 5000)?;
-        // What is unmapped first, below the merged pages, takes longer than the thread needs to forget them.
+        // The memory below the merged pages is unmapped first. That takes longer than the thread needs to
+        // forget the pages.
         let sharer = || {
             Background::once(|| {
                 let mut region = Region::new(N)?;
@@ -307,7 +308,7 @@ fn unload_resting() -> Outcome {
         let sharers = [sharer()?, sharer()?];
         scan::until_merged(N as u64, N as u64)?;
         std::thread::sleep(crate::timeout::scaled(Duration::from_secs(1)));
-        // It rests from the batch, and the pass, that this begins.
+        // The batch, or pass, that starts now ends in a long sleep.
         engine::write(knob, 600_000)?;
         std::thread::sleep(Duration::from_secs(2));
         let passes = engine::read("full_scans")?;
@@ -317,7 +318,7 @@ fn unload_resting() -> Outcome {
             Duration::from_secs(10),
             || {
                 let now = engine::read("full_scans")?;
-                ensure!(now == passes, "{} passes instead of a rest", now - passes);
+                ensure!(now == passes, "{} passes instead of a sleep", now - passes);
                 Ok(module::unload().is_ok())
             },
         )?;
@@ -327,13 +328,13 @@ fn unload_resting() -> Outcome {
     PASS
 }
 
-/// Pages that are not merged any more for who was scanned, and still are for a child that was not: the scan is
-/// stopped in between, and so the thread sleeps when they are freed.
+/// Pages are unmerged for a scanned process, but still merged for its child, which is not scanned yet. The
+/// scan stops in between, so the thread sleeps when they are freed.
 fn unload_stopped() -> Outcome {
-    // What takes some time to be scanned.
+    // Enough to take some time to scan.
     const MANY: usize = 48 << 10;
     module::load()?;
-    // Scanned in the order in which they register: this process does for the pass.
+    // The scan follows the order of registration, and `scan::passes` registers this process.
     let mut other = Worker::mergeable(N, 100)?;
     scan::passes(1)?;
     let big = Worker::mergeable(MANY, 50_000)?;
@@ -355,16 +356,16 @@ fn unload_stopped() -> Outcome {
         let limit = Instant::now() + crate::timeout::scaled(Duration::from_secs(20));
         let listed = |pid| proc::ksm_stat(pid, "ksm_merging_pages");
         while listed(other.pid())? != 0 || listed(std::process::id())? != 0 {
-            ensure!(Instant::now() < limit, "nothing is taken off the list");
+            ensure!(Instant::now() < limit, "no mapping is removed");
         }
         engine::write("run", 0)?;
         if engine::read("full_scans")? != passes || child.merged()? != N {
-            // Too late. Ends the child.
+            // Too late. End the child.
             child.exit()?;
             continue;
         }
         expect_errno("unload", module::unload(), libc::EBUSY)?;
-        // It has its own pages now, and nobody has the merged ones.
+        // It has its own pages now, and no process maps the merged ones.
         child.poke(0, N, 2, 2)?;
         wait_for("unload", Duration::from_secs(10), || {
             Ok(module::unload().is_ok())
@@ -384,7 +385,7 @@ fn unload_scanning() -> Outcome {
     let mut worker = Worker::mergeable(N, 100)?;
     for _ in 0..5 {
         scan::passes(2)?;
-        // Nothing is merged, so nothing stands in the way.
+        // Nothing is merged, so nothing prevents unloading.
         module::unload()?;
         expect_gone()?;
         worker.verify()?;
@@ -405,15 +406,15 @@ fn unload_registered() -> Outcome {
         }
         verify_all(&mut workers)?;
     }
-    // They may end, change and unregister without the module.
+    // They may exit, change and unregister without the module.
     workers[0].advise(0, N, libc::MADV_UNMERGEABLE)?;
     workers[0].poke(0, N, 1, 1)?;
     verify_all(&mut workers)?;
     PASS
 }
 
-/// One load and unload; every fourth time with pages merged in between, and
-/// always with a process that is registered when the module is unloaded.
+/// Load and unload once. Merge pages in every fourth cycle. A process is always registered when the module is
+/// unloaded.
 fn cycle(i: usize, keeper: &mut Worker) -> Result<()> {
     module::load()?;
     let passing = Worker::mergeable(2, 100)?;
@@ -433,7 +434,7 @@ fn cycle(i: usize, keeper: &mut Worker) -> Result<()> {
 
 fn cycles() -> Outcome {
     let mut keeper = Worker::mergeable(2, 100)?;
-    // Once before measuring: the first load fills caches of its own.
+    // Run once before measuring: the first load fills caches of its own.
     (0..4).try_for_each(|i| cycle(i, &mut keeper))?;
     let memory = proc::meminfo("MemAvailable")?;
     let slab = proc::meminfo("SUnreclaim")?;
@@ -450,7 +451,7 @@ fn cycles() -> Outcome {
         "mm_struct {more_mms:+}, slab {more_slab:+} KiB, available {:+} KiB",
         -less_memory
     );
-    // One of each per cycle would be 100; per-CPU spares make these figures rough.
+    // One leak per cycle would make 100. Per-CPU caches make these figures rough.
     ensure!(more_mms < 50, "{more_mms} mm_structs more than before");
     ensure!(
         more_slab < 8 << 10,
@@ -460,7 +461,7 @@ fn cycles() -> Outcome {
     PASS
 }
 
-/// A changed copy of the module, removed when dropped.
+/// A modified copy of the module, removed when dropped.
 struct Patched(PathBuf);
 
 impl Patched {
@@ -479,14 +480,14 @@ impl Drop for Patched {
     }
 }
 
-/// Every place of `needle` in `hay`.
+/// Return every place of `needle` in `hay`.
 fn places(hay: &[u8], needle: &[u8]) -> Vec<usize> {
     (0..hay.len().saturating_sub(needle.len()))
         .filter(|&i| hay[i..].starts_with(needle))
         .collect()
 }
 
-/// The one place of `magic` in the module.
+/// Return the only place of `magic` in the module.
 fn only_place(image: &[u8], magic: &[u8]) -> Result<usize> {
     match places(image, magic)[..] {
         [place] => Ok(place),
@@ -503,7 +504,7 @@ fn word_at(image: &[u8], at: usize) -> Result<u64> {
     Ok(u64::from_le_bytes(bytes.try_into()?))
 }
 
-/// The record of the build id (scripts/tools/README.md): magic, length, id.
+/// The build ID record consists of magic, length and ID (scripts/tools/README.md).
 fn other_build() -> Outcome {
     let hex = |id: &[u8]| {
         let digits = id.iter().map(|byte| format!("{byte:02x}"));
@@ -547,13 +548,13 @@ fn other_build() -> Outcome {
         let running = format!("build id {} is running", hex(&right));
         log.expect(&["rksm: built for", &named, &running, "build rksm again"])?;
     }
-    // The module as built is fine.
+    // The module as built is accepted.
     module::load()?;
     PASS
 }
 
-/// The table of expected interfaces (scripts/tools/README.md): magic and number, then entries of
-/// signature, kind, length of the name, and name. One of each kind is changed.
+/// The table of expected interfaces consists of magic and number, then entries of signature, kind, length of
+/// the name, and name (scripts/tools/README.md). Change one entry of each kind.
 fn other_layout() -> Outcome {
     for (kind, keyword) in [(1, "struct"), (2, "function"), (3, "enum"), (4, "constant")] {
         let mut name = String::new();
@@ -575,12 +576,12 @@ fn other_layout() -> Outcome {
         expect_gone()?;
         log.expect(&["rksm", &format!("{keyword} {name} differs in this kernel")])?;
     }
-    // The module as built is fine.
+    // The module as built is accepted.
     module::load()?;
     PASS
 }
 
-/// Has the module take one symbol of the kernel, whose name must not be longer, for another.
+/// Let the module resolve one kernel symbol to another, whose name must not be longer.
 fn other_symbol(symbol: &str, instead: &str) -> Result<Patched> {
     let livepatch = |name: &str| format!(".klp.sym.vmlinux.{name},0\0").into_bytes();
     let (old, mut new) = (livepatch(symbol), livepatch(instead));
@@ -593,8 +594,8 @@ fn other_symbol(symbol: &str, instead: &str) -> Result<Patched> {
     })
 }
 
-/// Checks that loading is refused, that the log has one line with each of `words`, and that the in-tree
-/// engine is as it was.
+/// Check that loading is refused, that the log has one line with each of `words`, and that the in-tree engine
+/// is unchanged.
 fn expect_read_only(patched: &Patched, words: &[&str]) -> Result<()> {
     let mut log = Log::from_now()?;
     expect_errno("load", module::load_file(&patched.0), libc::ENOEXEC)?;
@@ -615,15 +616,15 @@ fn expect_read_only(patched: &Patched, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The module is given a pointer that is read-only since boot for the in-tree engine's `run`, as if this
-/// kernel had sealed that: the write that is tried faults.
+/// Give the module a pointer that is read-only since boot for the in-tree engine's `run`, as if this kernel
+/// had sealed it. The attempted write faults.
 fn read_only() -> Outcome {
     expect_read_only(&other_symbol("ksm_run", "fs_kobj")?, &["ksm_run"])?;
     module::load()?;
     PASS
 }
 
-/// Every write fails, as it is left to a system call that does not exist.
+/// Let every write fail, by resolving it to a system call that does not exist.
 fn nothing_writable() -> Outcome {
     let patched = other_symbol("copy_to_kernel_nofault", "sys_ni_syscall")?;
     let words = [
@@ -642,7 +643,7 @@ fn missing_symbol() -> Outcome {
     let patched = Patched::new(|image| {
         let first = *places(image, PREFIX).first().context("no such symbols")?;
         let at = first + PREFIX.len();
-        // No kernel has a symbol that begins like this.
+        // No kernel has a symbol with this prefix.
         image[at..at + 2].copy_from_slice(b"ZQ");
         let end = image[at..]
             .iter()

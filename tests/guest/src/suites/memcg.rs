@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What memory control groups are charged for merged pages.
+//! What memory cgroups are charged for merged pages.
 
 use std::time::Duration;
 
@@ -35,19 +35,19 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 2048;
 const ALL: i64 = N as i64;
-/// Pages by which the figures may be off: each CPU keeps some charges for
-/// itself, and a process has a few pages besides its region.
+/// How many pages the figures may be off by. Each CPU caches some charges, and a process has a few pages
+/// besides its region.
 const SLACK: i64 = 400;
 const NO_GROUPS: &str = "no memory cgroups";
-const UNCHARGED: &str = "the in-tree engine charges its metadata to nobody";
-/// What one mapping of a merged page takes at least: an rmap item, and a word of the page map.
+const UNCHARGED: &str = "the in-tree engine charges its metadata to no cgroup";
+/// The least metadata of one mapping of a merged page: an rmap item, and an entry of the page map.
 const METADATA: u64 = 64 + 8;
 
-/// A process in a group of its own. Dropped in this order.
+/// A process in a group of its own. The fields are dropped in this order.
 struct Tenant {
     worker: Worker,
     group: Group,
-    /// What the group was charged before the region was filled.
+    /// The group's charge before the region was filled.
     base: i64,
 }
 
@@ -74,7 +74,7 @@ impl Tenant {
         }))
     }
 
-    /// Anonymous pages that the group is charged for, besides the process's own.
+    /// Return the anonymous pages charged to the group, without the process's own.
     fn pages(&self) -> Result<i64> {
         Ok(to_pages(self.group.stat("anon")?) - self.base)
     }
@@ -108,7 +108,7 @@ fn verify(pair: &mut [Tenant; 2]) -> Result<()> {
         .try_for_each(|tenant| tenant.worker.verify())
 }
 
-/// Ends the process, and checks that its group is charged for `left` pages then.
+/// End the process. Check that its group is then charged for `left` pages.
 fn end(tenant: Tenant, left: i64) -> Result<Group> {
     let Tenant { worker, group, .. } = tenant;
     worker.exit()?;
@@ -122,13 +122,13 @@ fn life() -> Outcome {
     };
     scan::stop()?;
     about("merged", sum(&pair)?, ALL)?;
-    // Whoever writes pays for the copy.
+    // The writer pays for the copy.
     let shares = [pair[0].pages()?, pair[1].pages()?];
     pair[0].worker.poke(0, N / 2, 1, 1)?;
     about("half written by a", pair[0].pages()?, shares[0] + ALL / 2)?;
     about("and nothing by b", pair[1].pages()?, shares[1])?;
     verify(&mut pair)?;
-    // The other half of the pages stays with whoever was charged, though he may be gone.
+    // The other half of the pages stays charged to the same group, though its process may be gone.
     let [a, b] = pair;
     let (share_a, mut survivor) = (shares[0], b);
     let group_a = end(a, share_a)?;
@@ -158,7 +158,7 @@ fn unmerged() -> Outcome {
     };
     about("merged", sum(&pair)?, ALL)?;
     crate::engine::write("run", 2)?;
-    // Copies are charged to the process that they are for, not to whoever wrote to `run`.
+    // Copies are charged to the process that gets them, not to the writer of `run`.
     about("a's own again", pair[0].pages()?, ALL)?;
     about("b's own again", pair[1].pages()?, ALL)?;
     verify(&mut pair)?;
@@ -175,7 +175,7 @@ fn swapped_in() -> Outcome {
     scan::until_merged(N as u64, N as u64)?;
     scan::stop()?;
     let before = to_pages(group.stat("anon")?);
-    // Some pages may be busy, and it never gets as much as it is asked for: several times.
+    // Some pages may be busy, and reclaim never frees all that it is asked for, so try several times.
     let mut out = before;
     for _ in 0..20 {
         let _ = group.reclaim(4 * N * PAGE)?;
@@ -190,7 +190,7 @@ fn swapped_in() -> Outcome {
         worker.poke(0, N, 1, worker.pid() as u8)?;
     }
     verify_all(&mut workers)?;
-    // Each has all pages for itself now, and every one of them is charged.
+    // Each has all pages for itself now, and each page is charged.
     let now = to_pages(group.stat("anon")?);
     about("written to by both", now, before + ALL)?;
     let worker = workers.pop().context("two workers")?;
@@ -203,8 +203,8 @@ fn slab(group: &Group) -> Result<u64> {
     group.stat("slab")
 }
 
-/// Each of two groups pays for the metadata of its own mappings, also of those that were merged when
-/// the other group's pages were scanned, and gets it back.
+/// Each of two groups is charged for the metadata of its own mappings, even if the scan of the other group's
+/// pages merged them, and is uncharged later.
 fn metadata() -> Outcome {
     if engine::is_in_tree() {
         return skip(UNCHARGED);
@@ -230,7 +230,7 @@ fn metadata() -> Outcome {
         grown.iter().all(|&bytes| bytes >= NEED),
         "metadata is not charged"
     );
-    // Each mapping of the same pages takes the same.
+    // Each mapping of the same pages costs the same.
     let [low, high] = [grown[0].min(grown[1]), grown[0].max(grown[1])];
     ensure!(
         high - low < NEED / 2,
@@ -238,7 +238,7 @@ fn metadata() -> Outcome {
     );
     let is_back = |group: &Group, before: u64| {
         wait_for(
-            "return of what was charged",
+            "uncharging of the metadata",
             Duration::from_secs(20),
             || Ok(slab(group)? < before + NEED / 8),
         )
@@ -253,8 +253,8 @@ fn metadata() -> Outcome {
     PASS
 }
 
-/// A worker whose pages all have the content of `seed`. They are charged elsewhere, so nothing but metadata
-/// comes to the group; nor must the worker do anything in it as long as that has no room.
+/// Start a worker whose pages all have the content of `seed`. They are charged elsewhere, so the group is
+/// only charged for metadata. The worker must not allocate in the group while the limit is reached.
 fn guest_of(group: &Group, pages: usize, seed: u64) -> Result<Worker> {
     let mut worker = Worker::with_pages(pages)?;
     worker.advise(0, pages, libc::MADV_NOHUGEPAGE)?;
@@ -264,12 +264,13 @@ fn guest_of(group: &Group, pages: usize, seed: u64) -> Result<Worker> {
     Ok(worker)
 }
 
-/// Lets `group` be charged `room` bytes more.
+/// Let `group` be charged at most `room` more bytes.
 fn limit_to(group: &Group, room: u64) -> Result<()> {
     group.set("memory.max", &(group.current()? + room).to_string())
 }
 
-/// Metadata that the group has no room for is done without: no killing, no message, no storm of events.
+/// Without room in the group, no metadata is allocated: no process is killed, and there are no messages or
+/// storms of events.
 fn limit() -> Outcome {
     if engine::is_in_tree() {
         return skip(UNCHARGED);
@@ -277,7 +278,7 @@ fn limit() -> Outcome {
     const MANY: usize = 16_384;
     const ROOM: u64 = 512 << 10;
     const MOST: u64 = ROOM / METADATA;
-    /// Charges that may fail in a pass.
+    /// How many charges may fail in a pass.
     const REFUSED: u64 = 64;
     let Some(group) = Group::new("limited")? else {
         return skip(NO_GROUPS);
@@ -314,12 +315,12 @@ fn limit() -> Outcome {
     PASS
 }
 
-/// Pages of a group without room do not keep equal pages of others from being merged with each other.
+/// Pages of a group at its limit do not keep equal pages of other groups from merging with each other.
 fn full() -> Outcome {
     if engine::is_in_tree() {
         return skip(UNCHARGED);
     }
-    // Nothing is charged for a page that waits, so one after the other is met by the others' pages.
+    // Pages in the unstable tree are not charged, so the others' pages meet one after the other.
     let Some(group) = Group::new("full")? else {
         return skip(NO_GROUPS);
     };
@@ -327,7 +328,7 @@ fn full() -> Outcome {
     poor.advise(0, N, libc::MADV_NOHUGEPAGE)?;
     poor.fill(0, N, 100, 1)?;
     poor.advise(0, N, libc::MADV_MERGEABLE)?;
-    // Its pages are known before there is no room for more.
+    // The engine knows its pages before the group reaches its limit.
     scan::passes(3)?;
     scan::stop()?;
     group.enter(poor.pid())?;
@@ -344,7 +345,7 @@ fn full() -> Outcome {
     })?;
     let merged = poor.merged()?;
     println!("{merged} pages of the full group merged");
-    // Its account may have had some bytes left.
+    // Some bytes may have been left up to the limit.
     ensure!(merged <= N / 8, "the full group is not charged");
     for event in ["oom", "oom_kill"] {
         ensure!(group.event(event)? == 0, "{event}: {}", group.event(event)?);
@@ -356,8 +357,8 @@ fn full() -> Outcome {
     PASS
 }
 
-/// Merged pages that a child inherits are listed whether its group has room or not: they could not be moved
-/// otherwise.
+/// Merged pages that a child inherits are listed even if its group has no room. Otherwise they could not
+/// migrate.
 fn inherited() -> Outcome {
     let Some(group) = Group::new("heir")? else {
         return skip(NO_GROUPS);
@@ -379,7 +380,7 @@ fn inherited() -> Outcome {
     let more = group.current()? - before;
     println!("{more} bytes beyond the limit");
     if !engine::is_in_tree() {
-        ensure!(more >= N as u64 * METADATA, "nobody is charged");
+        ensure!(more >= N as u64 * METADATA, "no cgroup is charged");
     }
     for event in ["oom", "oom_kill"] {
         ensure!(group.event(event)? == 0, "{event}: {}", group.event(event)?);
@@ -391,8 +392,8 @@ fn inherited() -> Outcome {
     PASS
 }
 
-/// A merged page is charged to one group. Reclaim there does not ask whether others use the page; reclaim
-/// elsewhere leaves it alone.
+/// A merged page is charged to one group. Reclaim in that group ignores other users of the page; reclaim in
+/// other groups leaves it alone.
 fn evicted() -> Outcome {
     let (Some(_zram), Some(a), Some(b)) = (Zram::new(64)?, Group::new("a")?, Group::new("b")?)
     else {
@@ -412,7 +413,7 @@ fn evicted() -> Outcome {
     let pays = usize::from(charged[1] > charged[0]);
     let user = 1 - pays;
     println!("charged for {charged:?} pages");
-    // There is little to reclaim in the group that does not pay.
+    // There is little to reclaim in the group that is not charged.
     workers[user].verify()?;
     let _ = groups[user].reclaim(2 * N * PAGE)?;
     let spared = swapped(workers[pays].span())?;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Memory is exhausted, for real, while pages are unmerged.
+//! Memory really runs out while pages are unmerged.
 //!
-//! The groups are called "oom" and "oom-all": `rksm-tools log-check` pardons what the kernel reports
-//! of these.
+//! The groups are called "oom" and "oom-all": `rksm-tools log-check` accepts the kernel's reports about
+//! these.
 
 use std::fs;
 use std::time::Duration;
@@ -38,12 +38,12 @@ const N: usize = 2048;
 const NO_GROUPS: &str = "no memory cgroups";
 const SPARED: &str = "-1000";
 
-/// Keeps the OOM killer from a process, or makes it a victim like any other (`0`).
+/// Protect a process from the OOM killer, or make it an ordinary victim (`0`).
 fn adjust(pid: u32, score: &str) -> Result<()> {
     fs::write(format!("/proc/{pid}/oom_score_adj"), score).context("oom_score_adj")
 }
 
-/// Two processes with the same pages in a group, merged.
+/// Start two processes with the same pages in a group, and merge them.
 fn tenants(group: &Group, pages: usize, score: &str) -> Result<Vec<Worker>> {
     let mut workers = Vec::new();
     for _ in 0..2 {
@@ -56,13 +56,13 @@ fn tenants(group: &Group, pages: usize, score: &str) -> Result<Vec<Worker>> {
     Ok(workers)
 }
 
-/// Lets the group have `pages` more than it has now.
+/// Limit the group to `pages` more than its present charge.
 fn limit(group: &Group, pages: usize) -> Result<()> {
     let max = group.current()? + (pages * PAGE) as u64;
     group.set("memory.max", &max.to_string())
 }
 
-/// Writes 2 to `run` in a process of its own, which has so many pages, and says how that ended.
+/// Write 2 to `run` in a process of its own, which holds `pages` pages.
 fn unmerge_apart(group: Option<&Group>, score: &str, pages: usize) -> Result<Background> {
     let group = group.map(Group::again);
     let score = score.to_string();
@@ -78,7 +78,7 @@ fn unmerge_apart(group: Option<&Group>, score: &str, pages: usize) -> Result<Bac
     })
 }
 
-/// Somebody in the group who has so many pages, and does nothing.
+/// Start a process in the group that holds `pages` pages and does nothing.
 fn bystander(group: &Group, pages: usize) -> Result<Background> {
     let (before, group_again) = (group.current()?, group.again());
     let one = Background::once(move || {
@@ -97,7 +97,7 @@ fn bystander(group: &Group, pages: usize) -> Result<Background> {
     Ok(one)
 }
 
-/// Checks what must hold after `run=2` ended early: it stopped, and what the counters say is so.
+/// Check the state after `run=2` failed: the thread stopped, and the counters are right.
 fn check_stopped(workers: &mut [Worker]) -> Result<usize> {
     let run = engine::read("run")?;
     ensure!(run == 0, "run reads {run} after a failure");
@@ -106,7 +106,7 @@ fn check_stopped(workers: &mut [Worker]) -> Result<usize> {
     println!("{merged} pages still merged; {c:?}");
     verify_all(workers)?;
     let counted = (c.shared + c.sharing) as usize;
-    // The in-tree engine only notices in the next scan what of a process was unmerged.
+    // The in-tree engine notices only in the next scan which pages of a process were unmerged.
     ensure!(
         counted == merged || (engine::is_in_tree() && counted > merged),
         "{merged} pages are merged, {counted} are counted"
@@ -114,7 +114,7 @@ fn check_stopped(workers: &mut [Worker]) -> Result<usize> {
     Ok(merged)
 }
 
-/// The rest must work where there is memory.
+/// The rest must work with enough memory.
 fn finish(workers: &mut [Worker]) -> Result<()> {
     let pages = workers[0].span().pages as u64;
     engine::write("run", 2)?;
@@ -125,7 +125,7 @@ fn finish(workers: &mut [Worker]) -> Result<()> {
     for worker in workers.iter() {
         ensure!(worker.merged()? == 0, "merged after run=2");
     }
-    // And nothing is lost for merging again.
+    // All can merge again.
     scan::until_merged(pages, pages)?;
     verify_all(workers)
 }
@@ -138,12 +138,12 @@ fn nobody_to_kill() -> Outcome {
     for room in [0, N / 2] {
         limit(&group, room)?;
         let errno = engine::refused("run", "2")?;
-        // Without room in its group a process cannot even say how it is.
+        // Without room in its group, a process cannot even answer.
         group.set("memory.max", "max")?;
         ensure!(errno == Some(libc::ENOMEM), "run=2 gives {errno:?}");
         let merged = check_stopped(&mut workers)?;
         ensure!(merged != 0, "there was memory for all");
-        // Merging goes on: what was unmerged is merged again.
+        // Merging continues: unmerged pages merge again.
         scan::until_merged(N as u64, N as u64)?;
         scan::stop()?;
         verify_all(&mut workers)?;
@@ -182,8 +182,8 @@ fn tenant_killed() -> Outcome {
     };
     let mut workers = tenants(&group, N, "0")?;
     limit(&group, N / 4)?;
-    // One is killed, then there is memory for the other, unless what the first had comes too late.
-    // It may be the one that is being unmerged: then that fails, as the fault does.
+    // One process is killed, which leaves memory for the other, unless it is freed too late. If the killed
+    // process is the one being unmerged, its fault fails, and so does unmerging.
     engine::wait_for("run=2", Duration::from_secs(10), || {
         std::thread::sleep(Duration::from_millis(100));
         match engine::refused("run", "2")? {
@@ -196,13 +196,17 @@ fn tenant_killed() -> Outcome {
     ensure!((c.shared, c.sharing) == (0, 0), "{c:?}");
     group.set("memory.max", "max")?;
     let is_alive = |worker: &Worker| Ok(!"ZX".contains(proc::stat(worker.pid())?.state));
-    // A process that was killed may not have ended yet, and it may be both.
+    // A killed process may not have ended yet, and both may have been killed.
     let killed = group.event("oom_kill")?;
     ensure!(killed > 0, "no process was killed");
-    engine::wait_for("end of the killed", Duration::from_secs(10), || {
-        let alive = workers.iter().map(is_alive).collect::<Result<Vec<_>>>()?;
-        Ok(alive.iter().filter(|&&alive| !alive).count() as u64 == killed)
-    })?;
+    engine::wait_for(
+        "end of the killed processes",
+        Duration::from_secs(10),
+        || {
+            let alive = workers.iter().map(is_alive).collect::<Result<Vec<_>>>()?;
+            Ok(alive.iter().filter(|&&alive| !alive).count() as u64 == killed)
+        },
+    )?;
     for worker in &mut workers {
         if is_alive(worker)? {
             worker.verify()?;
@@ -212,11 +216,11 @@ fn tenant_killed() -> Outcome {
 }
 
 fn signalled() -> Outcome {
-    // Many pages, as the signal is to come in the middle.
+    // Many pages, so that the signal arrives in the middle.
     const MANY: usize = 4 * N;
     let mut workers = [Worker::mergeable(MANY, 100)?, Worker::mergeable(MANY, 100)?];
     for worker in &mut workers {
-        // Nobody else is to take merged pages away.
+        // Nothing else may replace merged pages.
         worker.advise(0, MANY, libc::MADV_NOHUGEPAGE)?;
     }
     let mut early = 0;
@@ -236,7 +240,7 @@ fn signalled() -> Outcome {
             how => anyhow::bail!("the writer ended by {how:?}"),
         }
         if engine::read("run")? == 2 {
-            // It came when all was done.
+            // The signal arrived when all was done.
             verify_all(&mut workers)?;
             continue;
         }
@@ -253,14 +257,14 @@ fn signalled() -> Outcome {
     PASS
 }
 
-/// Of a child that was not scanned yet `run=2` cannot unmerge the pages, and nobody else has them: what is
-/// remembered of them goes when the child gives them up, although nothing is scanned.
+/// `run=2` cannot unmerge the pages of a child that was not scanned yet, and no other process has them. Their
+/// metadata goes when the child frees them, without a scan.
 fn freed_later() -> Outcome {
     const FEW: usize = 64;
     let Some(group) = Group::new("oom")? else {
         return skip(NO_GROUPS);
     };
-    // Forked before there is anything to inherit.
+    // Fork before there is anything to inherit.
     let mut other = Worker::mergeable(FEW, 100)?;
     let mut region = Region::new(FEW)?;
     region.fill(0, FEW, 100, 1);
@@ -294,8 +298,8 @@ fn freed_later() -> Outcome {
     PASS
 }
 
-/// What allocations may still come by, in KiB: with what the kernel would give up, and down to the lowest
-/// watermark. What it calls available ends at the highest one.
+/// Return how many KiB allocations can still get: down to the lowest watermark, with what reclaim would free.
+/// MemAvailable stops at the highest watermark.
 fn obtainable() -> Result<i64> {
     let mut sum = proc::free_kib()?;
     for key in ["Active(file)", "Inactive(file)", "SReclaimable"] {
@@ -305,8 +309,8 @@ fn obtainable() -> Result<i64> {
     Ok(sum - reserve.trim().parse::<i64>().context("min_free_kbytes")?)
 }
 
-/// Whoever is not of a group is its members' last resort for the OOM killer, until this is dropped: it gives a
-/// victim one second to go before it looks for another, which is short on a busy machine.
+/// Makes processes outside a group the last choice of the OOM killer, until dropped. The killer waits one
+/// second for a victim to exit before it looks for another, which is short on a busy machine.
 struct Sheltered(Vec<(u32, String)>);
 
 impl Sheltered {
@@ -319,7 +323,7 @@ impl Sheltered {
             let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
                 continue;
             };
-            // Who has ended meanwhile needs no shelter.
+            // A process that has exited meanwhile needs no protection.
             let Ok(before) = fs::read_to_string(entry.path().join("oom_score_adj")) else {
                 continue;
             };
@@ -340,17 +344,17 @@ impl Drop for Sheltered {
     }
 }
 
-/// Memory in use that the OOM killer does not find: most of what there is.
+/// Memory in use that the OOM killer does not find: most of the machine's.
 struct Hog(Region);
 
 impl Hog {
-    /// Leaves about `left` KiB.
+    /// Leave about `left` KiB.
     fn new(left: i64) -> Result<Self> {
         let most = (obtainable()? as usize >> 2) + (64 << 8);
         let region = Region::new(most)?;
-        // Giving it up must free it, whoever was forked meanwhile.
+        // Giving up the memory must free it, whatever was forked meanwhile.
         region.advise(0, most, libc::MADV_DONTFORK)?;
-        // The kernel takes zeroes out of huge pages when it is short of memory.
+        // When memory is short, the kernel frees zeroes within huge pages.
         region.advise(0, most, libc::MADV_NOHUGEPAGE)?;
         let mut i = 0;
         loop {
@@ -358,7 +362,7 @@ impl Hog {
             if more <= 0 || i == most {
                 return Ok(Self(region));
             }
-            // Approached step by step, as tables and caches take and give as well.
+            // Approach the target step by step, as page tables and caches grow and shrink as well.
             let pages = ((more as usize >> 3).max(16)).min(most - i).min(8192);
             region.advise(i, pages, libc::MADV_POPULATE_WRITE)?;
             i += pages;
@@ -374,19 +378,19 @@ impl Drop for Hog {
 }
 
 fn whole_guest() -> Outcome {
-    // 128 MiB to be made again, and much less there.
+    // Unmerging needs 128 MiB, and there is much less.
     const PAGES: usize = 32 << 10;
-    // What the writer has for himself. His end frees it, which is to be enough for all others to go on: between
-    // the lowest watermark and the highest, everybody's program is read from the disk again and again.
+    // The memory of the writer. Its exit must free enough for all other processes to continue. Between the
+    // lowest and the highest watermark, every program is read from the disk again and again.
     const OWN: usize = 32 << 10;
-    // What a bystander has: enough to be worth killing.
+    // The memory of a bystander: enough to be worth killing.
     const SPARE: usize = 4 << 10;
     let Some(group) = Group::new("oom-all")? else {
         return skip(NO_GROUPS);
     };
     adjust(std::process::id(), SPARED)?;
     let mut workers = tenants(&group, PAGES, SPARED)?;
-    // Who goes next if the writer takes too long to.
+    // The next victims if the writer takes too long to exit.
     let spares = (0..3)
         .map(|_| bystander(&group, SPARE))
         .collect::<Result<Vec<_>>>()?;
@@ -403,7 +407,7 @@ fn whole_guest() -> Outcome {
     drop(hog);
     drop(sheltered);
     drop(spares);
-    // Who writes 2 to `run` is the first to be killed, spared or not, if memory is short again.
+    // The writer of 2 to `run` is the first victim, even if it was protected, when memory is short again.
     engine::wait_for("memory back", Duration::from_secs(20), || {
         Ok(obtainable()? > 2 * (PAGES << 2) as i64 + (128 << 10))
     })?;

@@ -51,7 +51,7 @@ const N: usize = 32;
 
 fn within_a_process() -> Outcome {
     let mut region = Region::new(2 * N)?;
-    // N equal pages, and N pages of which each two are equal.
+    // N equal pages, and N pages in equal pairs.
     region.fill(0, N, 100, 0);
     region.fill(N, N / 2, 200, 1);
     region.fill(N + N / 2, N / 2, 200, 1);
@@ -77,7 +77,7 @@ fn across_a_fork() -> Outcome {
     region.fill(0, N, 100, 1);
     region.advise(0, N, libc::MADV_MERGEABLE)?;
     let mut child = Worker::inheriting(&mut region)?;
-    // Writing gives the child pages of its own, equal to its parent's again.
+    // Writing gives the child pages of its own, again equal to its parent's.
     child.fill(0, N, 7, 1)?;
     child.fill(0, N, 100, 1)?;
     scan::until_merged(N as u64, N as u64)?;
@@ -94,7 +94,7 @@ fn inherited_by_fork() -> Outcome {
     scan::until_merged(1, N as u64 - 1)?;
     let mut child = Worker::inheriting(&mut region)?;
     ensure!(child.merged()? == N, "the child has private pages");
-    // The scan has to find out about the new mappings.
+    // The scan has to find the new mappings.
     scan::until_merged(1, 2 * N as u64 - 1)?;
     child.poke(0, N / 2, 11, 0xee)?;
     child.verify()?;
@@ -121,7 +121,7 @@ fn onto_a_merged_page() -> Outcome {
 
 fn zero_pages() -> Outcome {
     let mut worker = Worker::with_pages(N)?;
-    // Written, so real pages and not the kernel's own zero page.
+    // Written, so these are real pages and not the kernel's zero page.
     worker.fill(0, N, 0, 0)?;
     worker.advise(0, N, libc::MADV_MERGEABLE)?;
     scan::until_merged(1, N as u64 - 1)?;
@@ -132,7 +132,7 @@ fn zero_pages() -> Outcome {
 }
 
 fn many_sharers() -> Outcome {
-    // More than the in-tree engine puts onto one page (max_page_sharing).
+    // More than the in-tree engine maps to one page (max_page_sharing).
     const MANY: usize = 300;
     let mut worker = Worker::with_pages(MANY)?;
     worker.fill(0, MANY, 100, 0)?;
@@ -148,7 +148,7 @@ fn many_sharers() -> Outcome {
 }
 
 fn one_byte() -> Outcome {
-    // Pages that differ from a common one in a single byte, at both ends and between.
+    // Pages that differ from a common one in a single byte, at both ends and in between.
     let offsets = [0, 1, 63, 64, 255, 256, 1023, 2048, 3000, 4032, 4094, 4095];
     let mut region = Region::new(offsets.len() + 1)?;
     region.fill(0, offsets.len() + 1, 100, 0);
@@ -166,7 +166,7 @@ fn one_byte() -> Outcome {
     PASS
 }
 
-/// A worker whose page `i` is like every other, but for a byte of its own.
+/// Start a worker whose pages differ from a common one in one byte each.
 fn near_copies() -> Result<Worker> {
     let mut worker = Worker::mergeable(N, 0)?;
     worker.fill(0, N, 100, 0)?;
@@ -176,14 +176,14 @@ fn near_copies() -> Result<Worker> {
     Ok(worker)
 }
 
-/// Pages that hardly differ, so that most look the same to whoever reads only some of their words.
+/// Pages that hardly differ: most of them have the same sample.
 fn nearly_equal() -> Outcome {
     const KINDS: u64 = N as u64;
-    // All at once, nothing being merged yet.
+    // All at once, with nothing merged yet.
     let mut workers = vec![near_copies()?, near_copies()?];
     scan::until_merged(KINDS, KINDS)?;
     verify_all(&mut workers)?;
-    // More of the same, and as many again that differ from these.
+    // More of the same, and as many that differ from these.
     for extra in 1..=3 {
         let mut worker = near_copies()?;
         if extra > 1 {
@@ -203,7 +203,7 @@ fn nearly_equal() -> Outcome {
     PASS
 }
 
-/// Pages that differ from merged ones in a byte for so long that they are old when they get equal.
+/// Pages differ from merged ones in one byte until the scan treats them as old. Then they become equal.
 fn hardly_shows() -> Outcome {
     let mut workers = [
         Worker::mergeable(N, 100)?,
@@ -214,7 +214,7 @@ fn hardly_shows() -> Outcome {
     for offset in [99, 1234, 3210] {
         workers[2].poke(0, N, offset, 0x5a)?;
         scan::until_merged(N as u64, N as u64)?;
-        // Time for whatever is done with pages that are like others at first sight.
+        // Time for the engine to deal with pages that have the same sample as others.
         scan::passes(5)?;
         workers[2].fill(0, N, 100, 1)?;
         scan::until_merged(N as u64, 2 * N as u64)?;
@@ -234,9 +234,9 @@ fn unregistered() -> Outcome {
     PASS
 }
 
-/// Maps `pages` pages of `file` and opens them to merging.
+/// Map `pages` pages of `file` and open them to merging.
 fn map_file(file: &File, pages: usize, flags: libc::c_int) -> Result<Region> {
-    // SAFETY: a new mapping at an address that the kernel chooses.
+    // SAFETY: This is a new mapping at an address that the kernel chooses.
     let addr = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -257,7 +257,7 @@ fn map_file(file: &File, pages: usize, flags: libc::c_int) -> Result<Region> {
     Ok(region)
 }
 
-/// A file of `pages` zero pages that no path leads to any more.
+/// Create an unlinked file of `pages` zero pages.
 fn scratch_file(pages: usize) -> Result<File> {
     let path = format!("/tmp/rksm-test-{}", std::process::id());
     let mut file = File::options()
@@ -282,8 +282,8 @@ fn shared_mapping() -> Outcome {
 
 fn private_file_pages() -> Outcome {
     let mut region = map_file(&scratch_file(N)?, N, libc::MAP_PRIVATE)?;
-    // The first half becomes anonymous by being written; the rest, read only,
-    // is the page cache's and stays there.
+    // The write makes the first half anonymous. The rest is only read; it belongs to the page cache and must
+    // stay there.
     region.fill(0, N / 2, 100, 0);
     region.verify()?;
     scan::until_merged(1, N as u64 / 2 - 1)?;
@@ -303,7 +303,7 @@ fn merges_again() -> Outcome {
     let mut workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
     for round in 1..4u8 {
         scan::until_merged(N as u64, N as u64)?;
-        // Or some would be merged again before they are looked at.
+        // Otherwise some pages would merge again before the check.
         scan::stop()?;
         for worker in &mut workers {
             worker.poke(0, N, 77, round)?;
@@ -316,7 +316,7 @@ fn merges_again() -> Outcome {
     PASS
 }
 
-/// A child registers what it shares with its parent, which does not: the parent's pages stay what they are.
+/// A child registers pages that it shares with its unregistered parent: the parent's pages stay unchanged.
 fn strangers() -> Outcome {
     let mut region = Region::new(N)?;
     region.advise(0, N, libc::MADV_NOHUGEPAGE)?;
@@ -329,7 +329,7 @@ fn strangers() -> Outcome {
     scan::until("merge of the child", 12, || {
         ensure!(
             crate::pageflags::merged(here)? == 0 || engine::is_in_tree(),
-            "merged although not asked for"
+            "merged although not registered"
         );
         Ok(child.merged()? == N && partner.merged()? == N)
     })?;
@@ -345,11 +345,11 @@ fn strangers() -> Outcome {
     PASS
 }
 
-/// Pages that are equal to one that waits, but for a word of it that was written to since and that samples do not see
-/// most often: the first of them is made a merged page for nothing, not each.
+/// Pages are equal to one in the unstable tree, except for a word of it that was written since, mostly
+/// outside the sample. Only the first of them becomes a merged page in vain.
 fn changed_unseen() -> Outcome {
     const OFFSET: usize = 1000;
-    // In three of eight the change is found out before.
+    // In three of eight rounds the change is found before.
     const ROUNDS: u64 = 8;
     let mut undone = 0;
     for round in 0..ROUNDS {
@@ -381,8 +381,8 @@ fn changed_unseen() -> Outcome {
     PASS
 }
 
-/// Two equal pages, before them one that differs from them in a byte that samples do not see: it does not keep them
-/// from each other, though it comes first, and none with their sample comes after them.
+/// Two equal pages come after one that differs from them in a byte outside the sample. It does not keep them
+/// from merging, although no page with their sample comes after them.
 fn differs_before() -> Outcome {
     const AREAS: usize = 8;
     let mut areas = Vec::new();
@@ -403,7 +403,7 @@ fn differs_before() -> Outcome {
     PASS
 }
 
-/// Memory that gets other content at the moment when it is merged, all pages the same: that needs one merged page.
+/// All pages get the same other content while they merge. That needs one merged page.
 fn rewritten() -> Outcome {
     const PAGES: usize = 1024;
     const ROUNDS: u64 = 20;
@@ -415,7 +415,7 @@ fn rewritten() -> Outcome {
         region.fill(0, PAGES, 100 + 2 * round, 0);
         scan::start()?;
         region.advise(0, PAGES, libc::MADV_MERGEABLE)?;
-        // The pages are merged in the second pass. Which of them are when they are written to is left to chance.
+        // The pages merge in the second pass. Chance decides which of them are written at what moment.
         std::thread::sleep(Duration::from_micros(prng.below(30_000) as u64));
         region.fill(0, PAGES, 101 + 2 * round, 0);
         scan::until("merge of all pages", 12, || {
@@ -429,8 +429,8 @@ fn rewritten() -> Outcome {
     PASS
 }
 
-/// Three processes, in a group and on one memory node, that rewrite much memory while it is scanned: whatever their
-/// pages have been through, everything is merged three passes after the last write.
+/// Three processes, in a group and on one memory node, rewrite much memory during the scan. Whatever happened
+/// to their pages, all merge within three passes after the last write.
 fn three_passes() -> Outcome {
     const PAGES: usize = (32 << 20) / PAGE;
     const TRIALS: u64 = 6;
@@ -444,7 +444,7 @@ fn three_passes() -> Outcome {
     engine::write("max_page_sharing", 1_000_000)?;
     let began = Instant::now();
     for trial in 0..TRIALS {
-        // In the debug kernel one takes a minute.
+        // In the debug kernel one trial takes a minute.
         if began.elapsed() > Duration::from_secs(60) {
             break;
         }
@@ -454,7 +454,7 @@ fn three_passes() -> Outcome {
                 let mut worker = Worker::new()?;
                 group.enter(worker.pid())?;
                 worker.map(PAGES)?;
-                // What khugepaged has put together is not split again at once.
+                // The scan does not split pages at once that khugepaged collapsed.
                 worker.advise(0, PAGES, libc::MADV_NOHUGEPAGE)?;
                 worker.fill(0, PAGES, 100, 0)?;
                 worker.advise(0, PAGES, libc::MADV_MERGEABLE)?;
@@ -463,9 +463,9 @@ fn three_passes() -> Outcome {
             .collect();
         numa::bind(None)?;
         let mut workers = workers?;
-        // Content that is replaced more often than that is taken for volatile.
+        // Content that is replaced more often counts as volatile.
         for round in 1..3 {
-            // One content in all; then one in each.
+            // The same content for all; then one for each.
             for seeds in [[0, 0, 0], [1, 2, 3]] {
                 for (worker, seed) in workers.iter_mut().zip(seeds) {
                     worker.fill(0, PAGES, 1000 * (trial * 10 + round) + seed, 0)?;

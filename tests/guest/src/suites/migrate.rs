@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Pages that move to another frame while they are merged, or are being merged.
+//! Pages that migrate while they are merged, or during the merge.
 
 use std::collections::BTreeSet;
 
@@ -52,7 +52,8 @@ fn merged_of(span: Span) -> Result<BTreeSet<u64>> {
     Ok(merged_frames(span)?.into_iter().flatten().collect())
 }
 
-/// The one of `a` and `b` that no page of `span` is on. Those that are go to where the most are.
+/// Return the one of `a` and `b` that no page of `span` is on. First move all pages to the node that has the
+/// most of them.
 fn other_node(span: Span, (a, b): (u32, u32)) -> Result<u32> {
     let on_a = numa::nodes_of(span)?
         .into_iter()
@@ -67,8 +68,7 @@ fn other_node(span: Span, (a, b): (u32, u32)) -> Result<u32> {
     Ok(other)
 }
 
-/// Checks that pages are still merged, each in one frame for all of `spans`,
-/// and none in one of `before`.
+/// Check that pages are still merged, each in one frame for all of `spans`, and none in a frame of `before`.
 fn moved_together(spans: &[Span], before: &BTreeSet<u64>) -> Result<()> {
     let first = merged_frames(spans[0])?;
     for (i, frame) in first.iter().enumerate() {
@@ -93,7 +93,7 @@ fn move_pages() -> Outcome {
     scan::stop()?;
     let counters = engine::counters()?;
     let span = workers[0].span();
-    // All of them are to move, so they begin on one node.
+    // All of them must move, so they begin on one node.
     numa::move_all_to(span, nodes.0)?;
     for _ in 0..3 {
         let to = other_node(span, nodes)?;
@@ -103,7 +103,7 @@ fn move_pages() -> Outcome {
         verify_all(&mut workers)?;
     }
     ensure!(engine::counters()? == counters);
-    // The node knows its page's new frame: a third one joins it.
+    // The stable node knows its page's new frame: a page of a third process merges with it.
     workers.push(Worker::mergeable(N, 100)?);
     scan::until_merged(pages(), 2 * pages())?;
     ensure!(merged_of(workers[2].span())? == merged_of(workers[0].span())?);
@@ -125,7 +125,7 @@ fn migrate_pages() -> Outcome {
         let span = workers[1].span();
         let to = other_node(span, nodes)?;
         let from = if to == nodes.0 { nodes.1 } else { nodes.0 };
-        // Some may have been there from the beginning, and those do not move.
+        // Some may have been there from the beginning, and do not move.
         numa::migrate_process(span.pid, to, from)?;
         let before = merged_of(span)?;
         let left = numa::migrate_process(span.pid, from, to)?;
@@ -143,7 +143,7 @@ fn migrate_pages() -> Outcome {
     PASS
 }
 
-/// A region of this process, two equal halves, merged.
+/// Map and merge two equal halves of a region of this process.
 fn halves(advise: bool) -> Result<Region> {
     let mut region = Region::new(2 * N)?;
     region.fill(0, N, 100, 1);
@@ -163,9 +163,9 @@ fn span_of(pid: u32, region: &Region) -> Span {
     }
 }
 
-/// Moves the pages of `region`, which children inherited, back and forth.
+/// Move the pages of `region`, which children inherited, back and forth.
 fn move_with_children(region: &mut Region, nodes: (u32, u32)) -> Outcome {
-    // No pass since the fork: the engine lists none of the children's mappings.
+    // There was no pass since the fork, so the engine lists none of the children's mappings.
     scan::stop()?;
     let mut children = [Worker::inheriting(region)?, Worker::inheriting(region)?];
     let spans = [
@@ -183,7 +183,7 @@ fn move_with_children(region: &mut Region, nodes: (u32, u32)) -> Outcome {
             region.verify()?;
             verify_all(&mut children)?;
         }
-        // Once more with them listed.
+        // The same with these mappings listed.
         scan::until_merged(pages(), 5 * pages())?;
         scan::stop()?;
     }
@@ -205,8 +205,8 @@ fn mremap_fork() -> Outcome {
         return skip(ONE_NODE);
     };
     let mut region = halves(true)?;
-    // The kernel unmerges what it moves; then it merges again where it is now, with a page offset
-    // that does not belong to the address any more.
+    // The kernel unmerges the pages that mremap moves. Then they merge at the new address, with page offsets
+    // that do not match it.
     region.relocate()?;
     scan::until_merged(pages(), pages())?;
     ensure!(merged_of(span_of(std::process::id(), &region))?.len() == N);
@@ -214,16 +214,16 @@ fn mremap_fork() -> Outcome {
     move_with_children(&mut region, nodes)
 }
 
-/// A child's page is merged before its parent, which registered later, is looked at: what moves the page
-/// has to find the parent's mapping, which is not listed yet.
+/// A child's page merges before its parent, which registered later, is scanned. Migration must find the
+/// parent's mapping, which is not listed yet.
 fn child_first() -> Outcome {
     let Some(nodes) = numa::two_nodes()? else {
         return skip(ONE_NODE);
     };
     if engine::is_in_tree() {
-        return skip("the in-tree engine does not find it until it is listed");
+        return skip("the in-tree engine does not find a mapping that it does not list");
     }
-    // The child is to come first in each pass.
+    // The child must be first in each pass.
     engine::write("smart_scan", 0)?;
     let mut region = halves(false)?;
     let mut child = Worker::inheriting(&mut region)?;
@@ -243,7 +243,7 @@ fn child_first() -> Outcome {
     ensure!(listed == 0, "{listed} pages of the parent are listed");
     let to = other_node(there, nodes)?;
     let before = merged_of(there)?;
-    ensure!(merged_of(here)? == before, "the parent maps others");
+    ensure!(merged_of(here)? == before, "the parent maps other pages");
     numa::move_all_to(there, to)?;
     let after = merged_of(there)?;
     ensure!(after.len() == before.len() && after.is_disjoint(&before));
@@ -256,8 +256,7 @@ fn child_first() -> Outcome {
     PASS
 }
 
-/// Moves all pages of `spans` from node to node for ever; pages that are busy
-/// or not there stay.
+/// Move all pages of `spans` from node to node again and again. Busy and absent pages stay.
 fn mover(spans: Vec<Span>, nodes: (u32, u32)) -> Result<Background> {
     let mut to = nodes.0;
     Background::repeat(move || {
@@ -269,7 +268,7 @@ fn mover(spans: Vec<Span>, nodes: (u32, u32)) -> Result<Background> {
     })
 }
 
-/// Checks that at least `least` pages were migrated since there were `before`.
+/// Check that at least `least` pages migrated since the count was `before`.
 fn many_moved(before: i64, least: usize) -> Result<()> {
     let moved = proc::vmstat("pgmigrate_success")? - before;
     println!("{moved} pages moved meanwhile");
@@ -277,7 +276,7 @@ fn many_moved(before: i64, least: usize) -> Result<()> {
     Ok(())
 }
 
-/// Lets pages merge, break and merge again for some rounds.
+/// Let pages merge, break and merge again for some rounds.
 fn churn(workers: &mut [Worker]) -> Result<()> {
     for round in 0..10u64 {
         for (i, worker) in workers.iter_mut().enumerate() {
@@ -290,7 +289,7 @@ fn churn(workers: &mut [Worker]) -> Result<()> {
     Ok(())
 }
 
-/// Checks that what should merge merges, now that nothing is in the way.
+/// Check that all equal pages merge with no disturbance.
 fn merge_in_peace(workers: &mut [Worker]) -> Outcome {
     for worker in workers.iter_mut() {
         worker.fill(0, N, 500, 1)?;
@@ -324,7 +323,7 @@ fn while_unmerging() -> Outcome {
         engine::write("run", 2)?;
         ensure!(workers[0].merged()? == 0 && workers[1].merged()? == 0);
         verify_all(&mut workers)?;
-        // Pages on the move may have to be tried again.
+        // The engine may have to retry pages that are being migrated.
         scan::passes(4)?;
         verify_all(&mut workers)?;
     }
@@ -333,7 +332,7 @@ fn while_unmerging() -> Outcome {
     merge_in_peace(&mut workers)
 }
 
-/// Nodes become stale, and are looked at, while pages move.
+/// Nodes become stale, and are visited, while pages move.
 fn stale() -> Outcome {
     let Some(nodes) = numa::two_nodes()? else {
         return skip(ONE_NODE);
@@ -342,7 +341,7 @@ fn stale() -> Outcome {
     let before = proc::vmstat("pgmigrate_success")?;
     let moving = mover(vec![keeper.span()], nodes)?;
     for round in 0..12u64 {
-        // A partner that goes again: each time the merged page has one mapping, or none, left.
+        // A partner that exits again, so the merged page is left with one mapping or none each time.
         let mut partner = Worker::mergeable(N, 100)?;
         scan::passes(3)?;
         if round % 3 == 0 {
@@ -364,10 +363,10 @@ fn stale() -> Outcome {
     PASS
 }
 
-/// Two workers with merged pages in the lower half of `memory`, and above them
-/// memory with holes: what compaction fills, as it leaves alone what is all free.
+/// Start two workers with merged pages in the lower half of `memory`, and put memory with holes above them.
+/// Compaction fills these holes, but leaves free blocks alone.
 fn pair_below_holes(memory: &Plugged) -> Result<(Vec<Worker>, Filler)> {
-    // Free memory is given out from below.
+    // The kernel allocates from the lower end.
     let filler = Filler::new(32 << 20, true)?;
     let mut workers = Vec::new();
     for _ in 0..2 {
@@ -377,7 +376,7 @@ fn pair_below_holes(memory: &Plugged) -> Result<(Vec<Worker>, Filler)> {
         worker.advise(0, MANY, libc::MADV_MERGEABLE)?;
         workers.push(worker);
     }
-    // More than each CPU may keep for itself when it is given up.
+    // More than the per-CPU lists may keep when it is freed.
     let holes = Filler::new(64 << 20, false)?;
     holes.pierce()?;
     drop(filler);
@@ -398,9 +397,9 @@ struct Filler {
 }
 
 impl Filler {
-    /// `len` bytes, in huge pages where possible or in small ones.
+    /// Map `len` bytes, in huge pages where possible or in small ones.
     fn new(len: usize, huge: bool) -> Result<Self> {
-        // SAFETY: a new anonymous mapping at an address that the kernel chooses.
+        // SAFETY: This is a new anonymous mapping at an address that the kernel chooses.
         let addr = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -425,13 +424,13 @@ impl Filler {
     }
 
     fn advise(&self, offset: usize, len: usize, advice: libc::c_int) -> Result<()> {
-        // SAFETY: the mapping is ours, and nobody looks at its content.
+        // SAFETY: The mapping is ours, and its content does not matter.
         let ret = unsafe { libc::madvise(self.addr.byte_add(offset), len, advice) };
         ensure!(ret == 0, "madvise: {}", std::io::Error::last_os_error());
         Ok(())
     }
 
-    /// Frees every other page.
+    /// Free every other page.
     fn pierce(&self) -> Result<()> {
         (0..self.len)
             .step_by(2 * PAGE)
@@ -441,7 +440,7 @@ impl Filler {
 
 impl Drop for Filler {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody else knows of it.
+        // SAFETY: The mapping is ours, and no reference into it exists.
         unsafe { libc::munmap(self.addr, self.len) };
     }
 }
@@ -455,7 +454,7 @@ fn compaction() -> Outcome {
     let (mut workers, _holes) = pair_below_holes(&memory)?;
     scan::stop()?;
     let before = merged_frames(workers[0].span())?;
-    // Pages that a CPU has not put on its lists yet stay where they are: several times.
+    // Pages that a CPU has not put on the LRU lists yet do not move, so try several times.
     for attempt in 1.. {
         let migrated = proc::vmstat("pgmigrate_success")?;
         memory.compact()?;
@@ -469,7 +468,7 @@ fn compaction() -> Outcome {
         ensure!(merged == MANY, "{merged} merged pages of {MANY}");
         let moved = (0..MANY).filter(|&i| before[i] != after[i]).count();
         println!("{moved} of {merged} merged pages moved; {migrated} pages in all");
-        // In the debug kernel they go there and back, with either engine.
+        // In the debug kernel they move there and back, with either engine.
         if moved > 0 || migrated >= 2 * MANY as i64 {
             break;
         }

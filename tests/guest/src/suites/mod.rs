@@ -50,7 +50,7 @@ mod vmops;
 mod vmstat;
 mod zero;
 
-/// A table of tests: name, seconds it may take, function.
+/// A table of tests: name, time limit in seconds, function.
 macro_rules! tests {
     ($(($name:literal, $secs:literal, $run:path)),* $(,)?) => {
         &[$($crate::harness::Test {
@@ -62,9 +62,9 @@ macro_rules! tests {
 }
 use tests;
 
-/// The order in which they run: the simple before what builds on it.
+/// All suites in the order in which they run, the simple ones first.
 pub const ALL: &[&Suite] = &[
-    // First, as it compares with the in-tree files as they are after boot.
+    // First, as it needs the in-tree files as they are after boot.
     &parity::SUITE,
     &knobs::SUITE,
     &merge::SUITE,
@@ -105,7 +105,7 @@ pub const ALL: &[&Suite] = &[
     &hwpoison::SUITE,
     &uprobe::SUITE,
     &freezer::SUITE,
-    // Unplugs the memory that others take offline.
+    // After the suites that take memory offline, as it unplugs that memory.
     &hotplug::SUITE,
     &soak::SUITE,
     &memless::SUITE,
@@ -114,7 +114,7 @@ pub const ALL: &[&Suite] = &[
     &reload::SUITE,
 ];
 
-/// Every order of three things.
+/// All permutations of three indices.
 const ORDERS: [[usize; 3]; 6] = [
     [0, 1, 2],
     [0, 2, 1],

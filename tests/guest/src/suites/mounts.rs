@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! rksm's directory bound over that of the in-tree engine, for clients that know no other.
+//! rksm's directory bound over that of the in-tree engine, for clients that know no other path.
 
 use std::ffi::CString;
 use std::fs;
@@ -31,7 +31,7 @@ fn c_string(text: &str) -> Result<CString> {
 
 fn mount(from: &str, to: &str, kind: &str, flags: libc::c_ulong) -> Result<()> {
     let (from, to, kind) = (c_string(from)?, c_string(to)?, c_string(kind)?);
-    // SAFETY: all are C strings that outlive the call.
+    // SAFETY: All arguments are C strings that outlive the call.
     let ret = unsafe {
         libc::mount(
             from.as_ptr(),
@@ -47,15 +47,16 @@ fn mount(from: &str, to: &str, kind: &str, flags: libc::c_ulong) -> Result<()> {
 
 fn unmount(path: &str) -> Result<()> {
     let path = c_string(path)?;
-    // SAFETY: a C string that outlives the call.
+    // SAFETY: The path is a C string that outlives the call.
     let ret = unsafe { libc::umount2(path.as_ptr(), 0) };
     ensure!(ret == 0, "umount: {}", io::Error::last_os_error());
     Ok(())
 }
 
-/// What is mounted from now on is seen by this process and its children only, and goes with them.
+/// Enter a mount namespace of its own. Only this process and its children see later mounts, which end with
+/// them.
 fn own_namespace() -> Result<()> {
-    // SAFETY: takes flags only.
+    // SAFETY: unshare takes flags only.
     let ret = unsafe { libc::unshare(libc::CLONE_NEWNS) };
     ensure!(ret == 0, "unshare: {}", io::Error::last_os_error());
     mount("none", "/", "", libc::MS_REC | libc::MS_PRIVATE)
@@ -65,13 +66,13 @@ fn bind() -> Result<()> {
     mount(RKSM, IN_TREE, "", libc::MS_BIND)
 }
 
-/// Which engine's files are in `dir`; `None` if there are none.
+/// Return which engine's files are in `dir`; `None` if there are none.
 fn engine_in(dir: &str) -> Option<&'static str> {
     let dir = Path::new(dir);
     if !dir.join("run").exists() {
         return None;
     }
-    // A file that only rksm has.
+    // Only rksm has this file.
     Some(if dir.join("pass_millisecs").exists() {
         "rksm"
     } else {
@@ -86,11 +87,11 @@ fn expect(when: &str, want: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// A mount that was not taken away before `rmmod` hides the in-tree files, and shows nothing in their place, also
-/// when rksm is there again.
+/// A mount that is left over after `rmmod` hides the in-tree files and is empty, even when rksm is loaded
+/// again.
 fn reload() -> Outcome {
     if engine::is_in_tree() {
-        return skip("there is nothing to bind");
+        return skip("there is no directory of rksm to bind");
     }
     own_namespace()?;
     expect("at first", Some("ksm"))?;
@@ -99,7 +100,7 @@ fn reload() -> Outcome {
     fs::write(format!("{IN_TREE}/run"), "1").context("run")?;
     ensure!(engine::read("run")? == 1, "written to somewhere else");
     fs::write(format!("{IN_TREE}/run"), "0").context("run")?;
-    // The mount keeps nobody from unloading.
+    // The mount does not keep the module from unloading.
     module::unload_clean()?;
     expect("unloaded", None)?;
     let err = fs::read(format!("{IN_TREE}/run")).err();
@@ -112,7 +113,7 @@ fn reload() -> Outcome {
     expect("unmounted", Some("ksm"))?;
     bind()?;
     expect("bound again", Some("rksm"))?;
-    // In the right order nothing is left in the way.
+    // In the right order nothing is left over.
     unmount(IN_TREE)?;
     module::unload_clean()?;
     expect("unmounted, then unloaded", Some("ksm"))?;
@@ -122,10 +123,10 @@ fn reload() -> Outcome {
     PASS
 }
 
-/// Neither a mount namespace that was there before, nor another mount of sysfs, sees it.
+/// Neither an older mount namespace nor another mount of sysfs sees the bind mount.
 fn namespaces() -> Outcome {
     if engine::is_in_tree() {
-        return skip("there is nothing to bind");
+        return skip("there is no directory of rksm to bind");
     }
     let (mut ours, mut theirs) = UnixStream::pair().context("socketpair")?;
     let container = match sys::fork().context("fork")? {
@@ -136,7 +137,7 @@ fn namespaces() -> Outcome {
                 theirs.write_all(b"x")?;
                 theirs.read_exact(&mut [0])?;
                 let before = engine_in(IN_TREE);
-                // It needs its own, and can have that.
+                // That namespace needs its own bind mount, and can have one.
                 bind()?;
                 Ok(before == Some("ksm") && engine_in(IN_TREE) == Some("rksm"))
             };

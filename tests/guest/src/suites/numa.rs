@@ -29,7 +29,7 @@ pub const SUITE: Suite = Suite {
 const N: usize = 16;
 const ONE: &str = "the machine has one memory node";
 
-/// A worker with `N` pages on `node`, of the content of `seed`, all different.
+/// Start a worker with `N` different pages on `node`, of the contents from `seed` on.
 fn on_node(node: u32, seed: u64) -> Result<Worker> {
     let mut worker = Worker::with_pages(N)?;
     worker.fill(0, N, seed, 1)?;
@@ -63,7 +63,7 @@ fn not_across() -> Outcome {
     ensure_on(workers[0].span(), 0)?;
     ensure_on(workers[1].span(), 1)?;
     ensure_on(workers[2].span(), 1)?;
-    // An equal one on its own node is all that was missing.
+    // Only an equal page on its own node was missing.
     workers.push(on_node(0, 100)?);
     scan::until_merged(2 * N as u64, 2 * N as u64)?;
     for (worker, node) in workers.iter().zip([0, 1, 1, 0]) {
@@ -84,7 +84,7 @@ fn values() -> Outcome {
     scan::until_merged(N as u64, N as u64)?;
     ensure!(refused("merge_across_nodes", "0")? == Some(libc::EBUSY));
     ensure!(engine::read("merge_across_nodes")? == 1);
-    // What it is already.
+    // This is its value already.
     engine::write("merge_across_nodes", 1)?;
     verify_all(&mut workers)?;
     engine::write("run", 2)?;
@@ -110,7 +110,7 @@ fn switched() -> Outcome {
         scan::until_merged(N as u64, N as u64)?;
         verify_all(&mut workers)?;
         engine::write("run", 2)?;
-        // Copies are made wherever there is room.
+        // The kernel makes copies wherever there is room.
         for (worker, node) in workers.iter().zip([0, 1]) {
             move_all_to(worker.span(), node)?;
         }
@@ -119,7 +119,7 @@ fn switched() -> Outcome {
 }
 
 fn stale_when_switched() -> Outcome {
-    // All who shared are gone, and nothing was scanned since.
+    // All sharers are gone, and there was no scan since.
     let workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
     scan::until_merged(N as u64, N as u64)?;
     scan::stop()?;
@@ -127,7 +127,7 @@ fn stale_when_switched() -> Outcome {
         worker.kill()?;
     }
     if engine::is_in_tree() {
-        // Without a scan it only finds out this way, and its nodes stay behind.
+        // Without a scan the in-tree engine only notices this way, and its nodes stay behind.
         engine::write("run", 2)?;
     }
     engine::wait_for("the end of what they merged", scan::PASS_LIMIT, || {
@@ -156,7 +156,7 @@ fn migrated() -> Outcome {
     // Both map the same pages.
     ensure_on(workers[1].span(), 1)?;
     verify_all(&mut workers)?;
-    // One on the old node has nobody to merge with; one on the new node has.
+    // A page on the old node has no equal there; a page on the new node has.
     workers.push(on_node(0, 100)?);
     workers.push(on_node(1, 100)?);
     scan::until_merged(N as u64, 2 * N as u64)?;
@@ -186,7 +186,7 @@ fn migrated_and_back() -> Outcome {
         on_node(1, 100)?,
     ];
     scan::until_merged(2 * N as u64, 2 * N as u64)?;
-    // The same content twice on one node, then on the node where neither was.
+    // The same content twice on one node, then on the node that had neither.
     for to in [1, 0] {
         for which in [0, 2] {
             move_all_to(workers[which].span(), to)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The directory of rksm beside that of the in-tree engine, file by file.
+//! The directory of rksm, compared with that of the in-tree engine, file by file.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,7 +16,7 @@ use crate::{engine, module};
 pub const SUITE: Suite = Suite {
     name: "parity",
     about: "both directories have the same files: names, modes, content, and what they refuse",
-    // What the in-tree files say is asked while rksm has its hands off them.
+    // The in-tree files are read while rksm is not loaded.
     module: Module::Unloaded,
     tests: tests![
         ("same-names-and-modes", 60, names),
@@ -25,13 +25,13 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-/// What only rksm has.
+/// Files that only rksm has.
 const OWN: [&str; 2] = ["merge_eagerly", "pass_millisecs"];
 
-/// What rksm does not have yet. A file that is there must not stand here.
+/// In-tree files that rksm does not have yet. A file that exists must not be listed here.
 const NOT_YET: [&str; 0] = [];
 
-/// What is written to every file of both engines, in this order.
+/// Values to write to every file of both engines, in this order.
 const VALUES: [&str; 74] = [
     "",
     "\n",
@@ -109,7 +109,7 @@ const VALUES: [&str; 74] = [
     "[none]",
 ];
 
-/// Files of a directory, with their modes and owners.
+/// Return the files of a directory, with their modes and owners.
 fn files(dir: &str) -> Result<BTreeMap<String, (u32, u32, u32)>> {
     let list = fs::read_dir(dir).with_context(|| dir.to_owned())?;
     list.map(|entry| {
@@ -125,7 +125,7 @@ fn content(dir: &str, name: &str) -> Result<String> {
     fs::read_to_string(Path::new(dir).join(name)).with_context(|| format!("{dir}/{name}"))
 }
 
-/// What both have.
+/// Return the files that both directories have.
 fn common() -> Result<Vec<String>> {
     let names = files(IN_TREE)?.into_keys();
     Ok(names.filter(|name| !NOT_YET.contains(&&**name)).collect())
@@ -158,7 +158,7 @@ fn contents() -> Outcome {
     if engine::is_in_tree() {
         return skip("compares rksm with the in-tree engine");
     }
-    // Before rksm was loaded, so this is how the kernel booted unless an earlier test wrote there.
+    // rksm was not loaded yet, so this is the state after boot unless an earlier test wrote to the files.
     let names = common()?;
     let theirs: Result<Vec<_>> = names.iter().map(|name| content(IN_TREE, name)).collect();
     module::load()?;
@@ -170,10 +170,11 @@ fn contents() -> Outcome {
     PASS
 }
 
-/// What one file says to each value, and what all writable ones read afterwards: some change others.
+/// The answer of one file to each value, and the content of all writable ones after it, as some change
+/// others.
 type Answers = Vec<(Result<(), i32>, Vec<String>)>;
 
-/// Has every writable file take or refuse all values, and brings it back to what it was.
+/// Write all values to every writable file, and restore it afterwards.
 fn ask(dir: &str, names: &[String]) -> Result<BTreeMap<String, Answers>> {
     let modes = files(dir)?;
     let is_writable = |name: &&String| modes.get(*name).is_some_and(|(mode, ..)| mode & 0o222 != 0);
@@ -212,7 +213,7 @@ fn answers() -> Outcome {
     if engine::is_in_tree() {
         return skip("compares rksm with the in-tree engine");
     }
-    // Nobody is registered, so even `run` can take anything.
+    // No process is registered, so `run` accepts any value, too.
     let names = common()?;
     let theirs = ask(IN_TREE, &names)?;
     module::load()?;

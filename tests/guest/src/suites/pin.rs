@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Pages that somebody else holds: they must not be merged away under him.
+//! Pages with references by others, such as DMA: they must not merge meanwhile.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -31,11 +31,10 @@ pub const SUITE: Suite = Suite {
 };
 
 const N: usize = 8;
-/// How long to watch pages that somebody holds.
+/// How many passes to watch pinned pages for.
 const PASSES: u64 = 6;
 
-/// Scans for several passes and checks at each that nothing of `region`,
-/// which is held by somebody, is merged.
+/// Scan for several passes. Check after each that no page of `region`, which is pinned, is merged.
 fn expect_left_alone(region: &Region) -> Result<()> {
     for _ in 0..PASSES {
         scan::passes(1)?;
@@ -45,7 +44,7 @@ fn expect_left_alone(region: &Region) -> Result<()> {
     Ok(())
 }
 
-/// Scans until `n` pages of `region`, which nobody holds any more, are merged.
+/// Scan until `n` pages of `region`, which are no longer pinned, are merged.
 fn expect_merge(region: &Region, n: usize) -> Result<()> {
     scan::until(
         "merge after release",
@@ -82,7 +81,7 @@ struct IoEvent {
     res2: i64,
 }
 
-/// An asynchronous read, by the kernel's own AIO; opcode 0 is a read.
+/// An asynchronous read by the kernel's own AIO. Opcode 0 is a read.
 struct AsyncRead {
     context: libc::c_ulong,
 }
@@ -100,21 +99,20 @@ impl AsyncRead {
             ..Iocb::default()
         };
         let mut list = [&raw mut iocb];
-        // SAFETY: the kernel copies the request; the buffer is a mapping that
-        // stays until the read is done.
+        // SAFETY: The kernel copies the request. The buffer is a mapping that stays until the read is done.
         let ret = unsafe { libc::syscall(libc::SYS_io_submit, context, 1, list.as_mut_ptr()) };
         ensure!(ret == 1, "io_submit: {}", std::io::Error::last_os_error());
         Ok(Self { context })
     }
 
-    /// The number of bytes read, once it is done; waits for at most `limit`.
+    /// Return the number of bytes read; `None` if the read takes longer than `limit`.
     fn result(&self, limit: Duration) -> Result<Option<i64>> {
         let mut event = IoEvent::default();
         let limit = libc::timespec {
             tv_sec: limit.as_secs() as libc::time_t,
             tv_nsec: 0,
         };
-        // SAFETY: `event` has room for the one event, and both outlive the call.
+        // SAFETY: `event` has room for one event, and both arguments outlive the call.
         let n = unsafe {
             libc::syscall(
                 libc::SYS_io_getevents,
@@ -132,7 +130,7 @@ impl AsyncRead {
 
 impl Drop for AsyncRead {
     fn drop(&mut self) {
-        // SAFETY: the context is ours; this waits for a read still in flight.
+        // SAFETY: The context is ours. The call waits for a read in flight.
         unsafe { libc::syscall(libc::SYS_io_destroy, self.context) };
     }
 }
@@ -142,13 +140,13 @@ fn o_direct() -> Outcome {
         return skip("no null_blk driver");
     };
     let file = disk.open()?;
-    // What the disk gives, zeroes, is what the partner holds already.
+    // The disk returns zeroes, which the partner holds already.
     let mut partner = Worker::with_pages(N)?;
     partner.fill(0, N, 0, 0)?;
     partner.advise(0, N, libc::MADV_MERGEABLE)?;
     let mut region = Region::new(N)?;
     region.advise(0, N, libc::MADV_MERGEABLE)?;
-    // On a machine so busy that the read is over before the scan, once more.
+    // On a busy machine the read may end before the scan; then retry.
     for _ in 0..5 {
         region.fill(0, N, 100, 1);
         scan::passes(2)?;
@@ -165,8 +163,8 @@ fn o_direct() -> Outcome {
     anyhow::bail!("no read lasted for {PASSES} passes")
 }
 
-/// Scans while `read` into `region` is in flight, then waits for its end;
-/// false if it ended too early to tell.
+/// Scan while `read` into `region` is in flight, then wait for its end. Return false if it ended too early to
+/// tell.
 fn left_alone_during(read: &AsyncRead, region: &Region) -> Result<bool> {
     let mut result = None;
     for _ in 0..PASSES {
@@ -200,12 +198,12 @@ fn registered_buffer() -> Outcome {
     region.register(&ring)?;
     region.advise(0, N, libc::MADV_MERGEABLE)?;
 
-    // A read into the held page 3 waits for data while the scan goes by; it
-    // writes to the frame that it holds, merged away or not.
+    // A read into the pinned page 3 waits for data during the scan. It writes to the frame that it pinned,
+    // merged or not.
     let (output, input) = crate::sys::pipe()?;
     let place = (region.at(3) + 100) as *mut u8;
     let read = opcode::ReadFixed::new(types::Fd(output.as_raw_fd()), place, 4, 0).build();
-    // SAFETY: the buffer is registered, and stays until the read is done.
+    // SAFETY: The buffer is registered, and stays until the read is done.
     unsafe { ring.submission().push(&read) }.context("push")?;
     ring.submit().context("submit")?;
     expect_left_alone(&region)?;
@@ -221,7 +219,7 @@ fn registered_buffer() -> Outcome {
 
     ring.submitter().unregister_buffers()?;
     drop(ring);
-    // All but the page that was written to.
+    // All but the page that was written.
     expect_merge(&region, N - 1)?;
     partner.verify()?;
     PASS
@@ -236,7 +234,7 @@ fn vmspliced() -> Outcome {
     region.advise(0, N, libc::MADV_MERGEABLE)?;
     expect_left_alone(&region)?;
 
-    // What the pipe holds is what the pages hold; reading it lets go of them.
+    // The pipe holds the same content as the pages. Reading it drops its references.
     let mut have = vec![0u8; N * PAGE];
     File::from(output).read_exact(&mut have)?;
     let mut want = [0u8; PAGE];

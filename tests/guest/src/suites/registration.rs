@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Who takes part in merging.
+//! Which processes take part in merging.
 
 use anyhow::{ensure, Result};
 
@@ -30,12 +30,12 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 16;
 
-/// A partner for whoever holds the content of seeds 100 and up.
+/// Start a partner for workers that hold the content of seeds 100 and up.
 fn partner() -> Result<Worker> {
     Worker::mergeable(N, 100)
 }
 
-/// Checks that `worker` merges with `partner` completely.
+/// Check that `worker` and `partner` merge completely.
 fn expect_merge(worker: &mut Worker, partner: &mut Worker) -> Result<()> {
     scan::until("both merged", 12, || {
         Ok(worker.merged()? == N && partner.merged()? == N)
@@ -99,7 +99,7 @@ fn prctl_exec() -> Outcome {
     worker.map(N)?;
     worker.fill(0, N, 100, 1)?;
     expect_merge(&mut worker, &mut partner()?)?;
-    // The new program's own memory took part, and it still works.
+    // The new program's own memory took part, and the program still works.
     worker.set_memory_merge(false)?;
     worker.exit()?;
     PASS
@@ -118,7 +118,7 @@ fn madvise_exec() -> Outcome {
     let mut worker = partner()?;
     let mut partner = partner()?;
     scan::until_merged(N as u64, N as u64)?;
-    // The old memory goes away, and the new program is not registered.
+    // The old memory is gone, and the new program is not registered.
     worker.exec()?;
     worker.map(N)?;
     worker.fill(0, N, 100, 1)?;
@@ -152,7 +152,7 @@ fn again() -> Outcome {
     for _ in 0..3 {
         scan::until_merged(N as u64, N as u64)?;
         workers[0].advise(0, N, libc::MADV_UNMERGEABLE)?;
-        // Long enough for the engine to notice that nothing is left of it.
+        // Long enough for the engine to notice that the process is gone.
         scan::passes(2)?;
         ensure!(workers[0].merged()? == 0);
         workers[0].advise(0, N, libc::MADV_MERGEABLE)?;
@@ -166,7 +166,7 @@ fn twenty() -> Outcome {
     let mut workers = (0..20).map(|_| partner()).collect::<Result<Vec<_>>>()?;
     scan::until_merged(N as u64, 19 * N as u64)?;
     verify_all(&mut workers)?;
-    // Half of them leave one after the other while the scan goes on.
+    // Half of them exit one after the other during the scan.
     for worker in workers.drain(..10) {
         worker.exit()?;
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What once went wrong in KSM: processes that come and go during a scan.
+//! Past defects of KSM: processes that come and go during a scan.
 
 use std::time::Duration;
 
@@ -42,15 +42,14 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 32;
 
-/// Starts the thread at full pace without registering this process, as
-/// `scan::start` would.
+/// Start the thread at full pace without registering this process, unlike `scan::start`.
 fn start_unanchored() -> Result<()> {
     engine::write("pages_to_scan", 1_000_000)?;
     engine::write("sleep_millisecs", 1)?;
     engine::write("run", 1)
 }
 
-/// The thread still does its work.
+/// Check that the thread still merges.
 fn still_merges() -> Result<()> {
     let mut pair = [Worker::mergeable(N, 9000)?, Worker::mergeable(N, 9000)?];
     scan::until_merged(N as u64, N as u64)?;
@@ -78,10 +77,9 @@ fn sole_mm() -> Outcome {
     PASS
 }
 
-/// The scan dropped its last hold on an exiting mm before it gave up that mm's
-/// `mmap_lock`, which lives in the mm. Needs mms whose last user goes while
-/// their pages are looked at; seen as a report of lockdep or KASAN, or as
-/// memory that changes under its next owner.
+/// The scan dropped its last reference to an exiting mm before it released that mm's `mmap_lock`, which is
+/// part of the mm. Needs mms whose last user goes while their pages are scanned; seen as a report of lockdep
+/// or KASAN, or as memory that changes under its next owner.
 fn freed_mm() -> Outcome {
     let mut keeper = Worker::mergeable(N, 100)?;
     scan::start()?;
@@ -101,7 +99,7 @@ fn freed_mm() -> Outcome {
     PASS
 }
 
-/// Cuts `region` into areas of one page each.
+/// Split `region` into VMAs of one page each.
 fn cut_up(region: &Region) -> Result<()> {
     for i in (1..region.pages()).step_by(2) {
         region.protect(i, 1, libc::PROT_READ)?;
@@ -109,10 +107,9 @@ fn cut_up(region: &Region) -> Result<()> {
     Ok(())
 }
 
-/// CVE-2023-53614: the scan walked the VMAs of an mm whose tree `exit_mmap`
-/// had already torn down. Needs an mm of many areas that is killed while the
-/// walk is between two of them; seen as a use after free (oops, KASAN), or as
-/// metadata that never goes.
+/// CVE-2023-53614: the scan walked the VMAs of an mm whose tree `exit_mmap` had already torn down. Needs an
+/// mm of many VMAs that is killed while the walk is between two of them; seen as a use after free (oops,
+/// KASAN), or as metadata that is never freed.
 fn vma_iteration() -> Outcome {
     const AREAS: usize = 600;
     let mut region = Region::new(AREAS)?;
@@ -129,10 +126,9 @@ fn vma_iteration() -> Outcome {
     PASS
 }
 
-/// CVE-2024-50263: a fork that failed half way still told KSM of the child,
-/// whose tree of areas was not complete. Needs the parent to get a fatal
-/// signal in the middle of copying many areas; seen as an oops, or as an mm
-/// that stays registered.
+/// CVE-2024-50263: a fork that failed half way still registered the child with KSM, although its VMA tree was
+/// incomplete. Needs a fatal signal for the parent in the middle of copying many VMAs; seen as an oops, or as
+/// an mm that stays registered.
 fn incomplete_fork() -> Outcome {
     const AREAS: usize = 1200;
     let mut region = Region::new(AREAS)?;
@@ -143,7 +139,7 @@ fn incomplete_fork() -> Outcome {
     for i in 0..40 {
         match sys::fork()? {
             Forked::Child => loop {
-                // Each of these forks copies all areas again.
+                // Each of these forks copies all VMAs again.
                 match sys::fork() {
                     Ok(Forked::Child) | Err(_) => sys::exit_now(0),
                     Ok(Forked::Parent(pid)) => {
@@ -169,10 +165,9 @@ fn reap(pid: libc::pid_t) -> Result<()> {
     Ok(())
 }
 
-/// A child got its parent's `ksm_merging_pages` and `ksm_rmap_items` with the
-/// copy of the mm, though none of the items is its own. Needs a fork of a
-/// process with merged pages while nothing is scanned; seen in `ksm_stat` of
-/// the child.
+/// A child inherited its parent's `ksm_merging_pages` and `ksm_rmap_items` with the copy of the mm, though it
+/// has no rmap items. Needs a fork of a process with merged pages and no scan; seen in `ksm_stat` of the
+/// child.
 fn fork_counters() -> Outcome {
     let mut region = Region::new(2 * N)?;
     region.fill(0, N, 100, 1);
@@ -190,7 +185,7 @@ fn fork_counters() -> Outcome {
     }
     ensure!(child.merged()? == 2 * N, "the mapping was not inherited");
     ensure!(proc::ksm_stat(me, "ksm_merging_pages")? == before);
-    // Registered as its parent is: a scan finds what the child maps.
+    // It is registered like its parent, so a scan finds its pages.
     scan::until_merged(N as u64, 3 * N as u64)?;
     let found = proc::ksm_stat(child.pid(), "ksm_merging_pages")?;
     ensure!(found == 2 * N as i64, "child has {found} after a scan");
@@ -278,7 +273,7 @@ fn storm() -> Outcome {
     PASS
 }
 
-/// The CPU time that the thread takes for one of `n` passes.
+/// The CPU time of the thread per pass, over `n` passes.
 fn cpu_per_pass(n: u64) -> Result<Duration> {
     let thread = proc::kernel_thread(engine::thread_name())?.context("no scanning thread")?;
     let (time, passes) = (proc::cpu_time(thread)?, engine::read("full_scans")?);
@@ -287,16 +282,15 @@ fn cpu_per_pass(n: u64) -> Result<Duration> {
     Ok((proc::cpu_time(thread)? - time) / passes as u32)
 }
 
-/// An area of 32 TiB with one page in it: a pass must skip what is empty a
-/// whole table at a time. A pass that looked at each of the 8 G entries, or
-/// even at each of the 16 M page tables, would not end within the test's time.
+/// A VMA of 32 TiB with one page in it: a pass must skip empty page tables as a whole. A pass that visited
+/// each of the 8 G entries, or even each of the 16 M page tables, would exceed the test's time.
 fn sparse() -> Outcome {
     const PAGES: usize = (32 << 40) / PAGE;
     const PASSES: u64 = 20;
     let mut other = Worker::mergeable(1, 100)?;
     scan::passes(3)?;
     let alone = cpu_per_pass(PASSES)?;
-    // SAFETY: a new mapping at an address that the kernel chooses.
+    // SAFETY: This is a new mapping at an address that the kernel chooses.
     let at = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -309,10 +303,10 @@ fn sparse() -> Outcome {
     };
     ensure!(at != libc::MAP_FAILED, "no room for 32 TiB");
     let middle = at as usize + PAGES / 2 * PAGE;
-    // Only the one page is given to `Region`, which keeps a record of each.
+    // Only the one page becomes a `Region`, which records each of its pages.
     let mut page = Region::adopt(middle, 1);
     page.fill(0, 1, 100, 0);
-    // SAFETY: the advice changes no content.
+    // SAFETY: The advice changes no content.
     let ret = unsafe { libc::madvise(at, PAGES * PAGE, libc::MADV_MERGEABLE) };
     ensure!(ret == 0, "madvise: {}", std::io::Error::last_os_error());
     scan::until_merged(1, 1)?;
@@ -337,7 +331,7 @@ fn sparse() -> Outcome {
     PASS
 }
 
-/// 20,000 areas of one page each in one process.
+/// 20,000 VMAs of one page each in one process.
 fn many_vmas() -> Outcome {
     const AREAS: usize = 20_000;
     let maps = || -> Result<usize> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Defects of 2026 in mm/ksm.c and in the kernel's swap-in code: whether rksm has those of mm/ksm.c, and
-//! whether the running kernel has the others, which concern merged pages of either engine.
+//! Defects of 2026 in mm/ksm.c and in the kernel's swap-in code. The former are tested in rksm; the latter in
+//! the running kernel, as they concern merged pages of either engine.
 
 use std::fs;
 use std::path::Path;
@@ -50,12 +50,12 @@ pub const SUITE: Suite = Suite {
 const N: usize = 512;
 const NO_SWAP: &str = "no zram or no memory cgroups";
 
-/// CVE-2026-99656: one process is left that maps a merged page and gives it up (`MADV_FREE`), which marks the
-/// page as one that reclaim may free. Then the page of another process is merged with it, and that process
-/// reads zeroes after the next reclaim. Needs a merged page with one mapping; seen as lost content.
+/// CVE-2026-99656: the only process that maps a merged page gives it up (`MADV_FREE`), which marks the page
+/// as one that reclaim may free. Then another process's page merges with it, and that process reads zeroes
+/// after the next reclaim. Needs a merged page with one mapping; seen as lost content.
 fn singly_mapped() -> Outcome {
     if engine::is_in_tree() {
-        return skip("it loses the pages of the process that came later");
+        return skip("in-tree KSM loses the pages of the process that merges later");
     }
     let (Some(_zram), Some(group)) = (Zram::new(64)?, Group::new("singly")?) else {
         return skip(NO_SWAP);
@@ -66,15 +66,15 @@ fn singly_mapped() -> Outcome {
     ];
     scan::until_merged(N as u64, N as u64)?;
     scan::stop()?;
-    // One way to become the only one: the other exits.
+    // One way to make it the only one: the other process exits.
     workers.remove(1).exit()?;
     ensure!(workers[0].merged()? == N, "given up with the other process");
     workers[0].advise(0, N, libc::MADV_FREE)?;
     workers.push(Worker::mergeable_in(&group, N, 100)?);
     let late = workers[1].span();
-    scan::until("merge of who came later", 12, || Ok(merged(late)? == N))?;
+    scan::until("merge of the later process", 12, || Ok(merged(late)? == N))?;
     scan::stop()?;
-    // Some pages may be busy: several times.
+    // Some pages may be busy, so try several times.
     for _ in 0..10 {
         let _ = group.reclaim(32 << 20)?;
         if swapped(late)? == N {
@@ -83,17 +83,17 @@ fn singly_mapped() -> Outcome {
     }
     println!("{} of {N} pages are swapped out", swapped(late)?);
     workers[1].verify()?;
-    // What was given up may still be there, and now is, as it was joined.
+    // The kernel need not have freed these pages. As they merged again, they must be intact.
     workers[0].verify()?;
     PASS
 }
 
-/// CVE-2026-99651: writing to `merge_across_nodes` in the middle of a pass left the pages of the unstable trees
-/// where the other setting does not look for them, and taking one out spoiled a tree. Needs pages that wait when
-/// the knob is written to, and that go afterwards; seen as an oops, or as pages that do not merge.
+/// CVE-2026-99651: writing to `merge_across_nodes` in the middle of a pass left pages in unstable trees where
+/// the new setting does not look for them. Removing one of them corrupted a tree. Needs pages in the trees
+/// when the file is written, and that go afterwards; seen as an oops, or as pages that do not merge.
 fn unstable_after_switch() -> Outcome {
     if engine::is_in_tree() {
-        return skip("it spoils its trees");
+        return skip("in-tree KSM corrupts its trees");
     }
     if two_nodes()?.is_none() {
         return skip("the machine has one memory node");
@@ -110,17 +110,17 @@ fn unstable_after_switch() -> Outcome {
     let mut switched = 0;
     for steps in 1..=9 {
         let mut pair = vec![on_node(1)?, on_node(1)?];
-        // Small steps, so that some of these end between a page and its equal.
+        // Small steps, so that some of them end between a page and its equal.
         let mut stepper = Stepper::new(FEW as u32 / 2)?;
         for _ in 0..steps {
             stepper.step()?;
         }
         let to = 1 - engine::read(KNOB)?;
-        // Not any more, if some were merged.
+        // The setting is refused once some pages are merged.
         let busy = engine::refused(KNOB, &to.to_string())?;
         ensure!(busy.is_none() || busy == Some(libc::EBUSY), "{busy:?}");
         switched += u32::from(busy.is_none());
-        // Those that wait are taken out of the tree: written to, and gone.
+        // Take the waiting pages out of the tree: by a write, and by an exit.
         pair[0].poke(0, FEW / 2, 0, 1)?;
         stepper.step()?;
         pair.remove(0).exit()?;
@@ -136,7 +136,7 @@ fn unstable_after_switch() -> Outcome {
     PASS
 }
 
-/// Lets anonymous memory be swapped in by four pages at once, as long as this lives.
+/// Lets the kernel swap in anonymous memory four pages at once, until dropped.
 struct Quads(String);
 
 const QUADS: &str = "/sys/kernel/mm/transparent_hugepage/hugepages-16kB/enabled";
@@ -159,7 +159,7 @@ impl Drop for Quads {
     }
 }
 
-/// Swaps out all pages of these processes.
+/// Swap out all pages of these processes.
 fn swap_out(group: &Group, workers: &[Worker]) -> Result<bool> {
     for _ in 0..20 {
         let _ = group.reclaim(32 << 20)?;
@@ -174,7 +174,7 @@ fn swap_out(group: &Group, workers: &[Worker]) -> Result<bool> {
     Ok(false)
 }
 
-/// Two processes with the same pages at the same addresses, which were merged and are swapped out.
+/// Start two processes with the same pages at the same addresses, merge these, and swap them out.
 fn swapped_pair(region: &mut Region, group: &Group) -> Result<Option<Vec<Worker>>> {
     let mut workers = Vec::new();
     for _ in 0..2 {
@@ -190,7 +190,7 @@ fn swapped_pair(region: &mut Region, group: &Group) -> Result<Option<Vec<Worker>
     Ok(swap_out(group, &workers)?.then_some(workers))
 }
 
-/// Pages that two processes map, and that are no merged ones, though neither inherited them from the other.
+/// Count the pages that two processes map and that are not merged, though neither process inherited them.
 fn wrongly_shared(a: &[Option<u64>], b: &Worker) -> Result<usize> {
     let merged = merged_frames(b.span())?;
     Ok(frames(b.span())?
@@ -201,11 +201,10 @@ fn wrongly_shared(a: &[Option<u64>], b: &Worker) -> Result<usize> {
         .count())
 }
 
-/// CVE-2026-99649: pages that were merged are swapped out, and one process swaps several of them in as one large
-/// folio, which then belongs to its address space. The other process, whose entries name the same places
-/// in swap, is given that folio, too, without a look at whom it belongs to; rmap walks do not find that
-/// mapping, so the page can be freed under it. It is the kernel's own code; seen as one frame in both
-/// processes that is no merged page.
+/// CVE-2026-99649: merged pages are swapped out, and one process swaps several of them in as one large folio,
+/// which then belongs to its address space. The other process, whose entries name the same swap slots, gets
+/// that folio without a check of its owner. rmap walks do not find that mapping, so the page can be freed
+/// under it. The defect is in the kernel's own code; seen as one frame in both processes that is not merged.
 fn large_of_another() -> Outcome {
     let (Some(_zram), Some(group)) = (Zram::new(64)?, Group::new("large")?) else {
         return skip(NO_SWAP);
@@ -226,7 +225,7 @@ fn large_of_another() -> Outcome {
         workers[1].verify()?;
         let wrong = wrongly_shared(&before, &workers[1])?;
         println!("{came} of {N} pages came in large folios; {wrong} of them are mapped by the other process");
-        // What is mapped wrongly must not stay.
+        // Wrong mappings must not stay.
         for worker in workers {
             worker.exit()?;
         }
@@ -244,20 +243,20 @@ fn large_of_another() -> Outcome {
     PASS
 }
 
-/// CVE-2026-99650: a page that was merged is swapped in by a process that then exits; it stays in the swap
-/// cache, for the other process, with a pointer to the freed anon_vma of the first. Swap-in for the other
-/// one looks at that anon_vma. If its memory belongs to an anon_vma of the same family by then, the page
-/// is mapped where rmap walks do not find it. It is the kernel's own code; seen as a page of the exited process
-/// that is mapped without having been copied.
+/// CVE-2026-99650: a page that was merged is swapped in by a process that then exits. For the other process
+/// it stays in the swap cache, with a pointer to the first one's freed anon_vma, which the next swap-in uses.
+/// If the memory belongs to a related anon_vma by then, the page is mapped where rmap walks do not find it.
+/// The defect is in the kernel's own code; seen as a page of the exited process that is mapped without a
+/// copy.
 fn freed_anon_vma() -> Outcome {
     let (Some(_zram), Some(group)) = (Zram::new(64)?, Group::new("freed")?) else {
         return skip(NO_SWAP);
     };
     let mut left = 0;
-    // What one process frees, the next one is given on the same CPU.
+    // Memory that one process frees is allocated by the next one on the same CPU.
     sys::run_on(0).context("sched_setaffinity")?;
     for _ in 0..8 {
-        // Only where the addresses are the same, the anon_vma is looked at.
+        // The kernel looks at the anon_vma only if the addresses are the same.
         let mut region = Region::new(N)?;
         let Some(mut workers) = swapped_pair(&mut region, &group)? else {
             return skip("not all pages could be swapped out");
@@ -265,12 +264,12 @@ fn freed_anon_vma() -> Outcome {
         let mut heir = workers.pop().context("two workers")?;
         let mut first = workers.pop().context("two workers")?;
         first.verify()?;
-        // The engine keeps the anon_vma as long as it lists the mapping that was.
+        // The engine keeps the anon_vma as long as it lists the former mapping.
         scan::passes(3)?;
         scan::stop()?;
         left += in_swap_cache(first.span())?;
         let before = frames(first.span())?;
-        // A fork makes an anon_vma for each area, so let there be many.
+        // A fork creates an anon_vma for each VMA, so make many VMAs.
         for i in (0..N).step_by(8) {
             heir.protect(i, 4, libc::PROT_READ)?;
         }

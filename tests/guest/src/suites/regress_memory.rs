@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What once went wrong in KSM: swap, memory that goes away, huge and zero pages.
+//! Past defects of KSM: swap, memory that goes offline, huge and zero pages.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -41,10 +41,9 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 64;
 const NO_SWAP: &str = "no zram or no memory cgroups";
-/// When there was no memory for the head of a new chain, the lookup still went
-/// on with the node that should have become its first member. Needs nodes that
-/// become full while allocations of the thread fail; seen as an oops, or as a
-/// page mapped more often than it may be.
+/// When there was no memory for the head of a new chain, the lookup continued with the node that should have
+/// become its first member. Needs nodes that become full while allocations of the thread fail; seen as an
+/// oops, or as a page with more mappings than allowed.
 fn failed_chain() -> Outcome {
     const KNOB: &str = "max_page_sharing";
     if !engine::path(engine::dir(), KNOB).exists() {
@@ -66,7 +65,7 @@ fn failed_chain() -> Outcome {
         scan::passes(4)?;
         worker.verify()?;
         injection.end_random()?;
-        // The files are read one after the other.
+        // The files are read one after the other, so nothing may change meanwhile.
         scan::stop()?;
         let c = engine::counters()?;
         ensure!(c.sharing <= c.shared, "two places a page at most: {c:?}");
@@ -81,14 +80,14 @@ fn failed_chain() -> Outcome {
     PASS
 }
 
-/// Workers with the same pages in a group of their own.
+/// Start workers with the same pages in a group of their own.
 fn in_group(group: &Group, pages: usize) -> Result<Vec<Worker>> {
     (0..2)
         .map(|_| Worker::mergeable_in(group, pages, 100))
         .collect()
 }
 
-/// Reclaims from the group until most pages of all workers are out.
+/// Reclaim from the group until most pages of all workers are swapped out.
 fn swap_out(group: &Group, workers: &[Worker]) -> Result<()> {
     let mut counts = Vec::new();
     for _ in 0..20 {
@@ -104,9 +103,8 @@ fn swap_out(group: &Group, workers: &[Worker]) -> Result<()> {
     anyhow::bail!("only {counts:?} pages are swapped out");
 }
 
-/// A merged page in the swap cache was mapped again, still marked as merged,
-/// by a fault after `run=2` had passed that place. Needs faults from swap all
-/// through the unmerging; seen as a page that is merged afterwards.
+/// After `run=2` had passed an address, a fault mapped a merged page from the swap cache there, still marked
+/// as merged. Needs faults from swap all through the unmerging; seen as a page that is merged afterwards.
 fn refault() -> Outcome {
     let (Some(_zram), Some(group)) = (Zram::new(64)?, Group::new("regress")?) else {
         return skip(NO_SWAP);
@@ -131,10 +129,9 @@ fn refault() -> Outcome {
     PASS
 }
 
-/// Memory went away while nodes still named frames of it, for their pages were
-/// free and no scan had noticed; the next lookup read the `struct page`s that
-/// were gone. Needs such nodes and memory that goes offline; seen as an oops
-/// or in the counters.
+/// Memory was removed while nodes still named frames of it, as their pages were free and no scan had noticed.
+/// The next lookup read `struct page`s that no longer existed. Needs such nodes and memory that goes offline;
+/// seen as an oops or in the counters.
 fn hot_remove() -> Outcome {
     let Some(memory) = Plugged::new()? else {
         return skip(NO_DIMM);
@@ -158,9 +155,8 @@ fn hot_remove() -> Outcome {
     PASS
 }
 
-/// The copy of a merged page that a fault from swap makes was not charged to
-/// any memory cgroup. Needs a merged page of which two places are written
-/// after it was swapped out; seen in the group's `anon`.
+/// The copy of a merged page that a fault from swap makes was not charged to any memory cgroup. Needs a
+/// merged page with two mappings, both written after it was swapped out; seen in the group's `anon`.
 fn swap_in_charge() -> Outcome {
     const PAGES: usize = 2048;
     const SLACK: usize = 400;
@@ -187,8 +183,7 @@ fn swap_in_charge() -> Outcome {
     PASS
 }
 
-/// A huge page with the content of `seed + k * step` in part `k`; `None` if
-/// the kernel gives none.
+/// Map a huge page with the content of `seed + k * step` in part `k`. `None` if the kernel provides none.
 fn huge_region(seed: u64, step: u64) -> Result<Option<Region>> {
     let mut region = Region::aligned(PARTS, HUGE)?;
     region.advise(0, PARTS, libc::MADV_HUGEPAGE)?;
@@ -196,13 +191,13 @@ fn huge_region(seed: u64, step: u64) -> Result<Option<Region>> {
     if huge_kib(&region)? == 0 {
         let _ = region.advise(0, PARTS, libc::MADV_COLLAPSE);
     }
-    // It stays as it is, and its parts are not put together again.
+    // Keep khugepaged from collapsing the parts again.
     region.advise(0, PARTS, libc::MADV_NOHUGEPAGE)?;
     Ok((huge_kib(&region)? != 0).then_some(region))
 }
 
 const PARTS: usize = HUGE / PAGE;
-const NO_HUGE: &str = "the kernel gives no huge page";
+const NO_HUGE: &str = "the kernel provides no huge page";
 
 fn huge_kib(region: &Region) -> Result<i64> {
     proc::anon_huge_kib(std::process::id(), region.addr())
@@ -216,9 +211,8 @@ fn own(region: &Region, first: usize, pages: usize) -> Span {
     }
 }
 
-/// Two equal parts of one huge page: both its locks are one lock, and after
-/// the split the merge had lost one of its two pages. Needs only such a huge
-/// page, again and again at full speed; seen as a hang, or as parts that do
+/// Two equal parts of one huge page share one page lock, and after the split the merge had lost one of its
+/// two pages. Needs only such a huge page, again and again at full speed; seen as a hang, or as parts that do
 /// not merge with each other.
 fn two_parts() -> Outcome {
     for round in 0..6usize {
@@ -241,10 +235,9 @@ fn two_parts() -> Outcome {
     PASS
 }
 
-/// Zero pages were counted down when they were unmapped, also those that KSM
-/// had not placed. Needs both kinds side by side, dropped, written, and left
-/// by an exit; seen in `ksm_zero_pages`, which must not wrap or differ from
-/// what was placed.
+/// Unmapping a zero page decremented the counter even if KSM had not placed it. Needs both kinds side by
+/// side, dropped, written, and left by an exit; seen in `ksm_zero_pages`, which must not wrap and must match
+/// the number of placed ones.
 fn zero_counters() -> Outcome {
     const KNOB: &str = "use_zero_pages";
     if !engine::path(engine::dir(), KNOB).exists() {
@@ -252,7 +245,7 @@ fn zero_counters() -> Outcome {
     }
     engine::write(KNOB, 1)?;
     let mut worker = Worker::with_pages(2 * N)?;
-    // Reading maps the zero page in the second half without anybody's doing.
+    // Reading maps the zero page in the second half, without the engine.
     worker.fill(0, N, 0, 0)?;
     worker.verify()?;
     worker.advise(0, 2 * N, libc::MADV_MERGEABLE)?;
@@ -269,14 +262,14 @@ fn zero_counters() -> Outcome {
         Ok(engine::read("ksm_zero_pages")? == N as u64)
     })?;
     expect(&worker, N)?;
-    // Not placed by the engine: dropping or writing these counts nothing.
+    // The engine did not place these, so dropping or writing them counts nothing.
     scan::stop()?;
     worker.dontneed(N, N / 2)?;
     worker.poke(N + N / 2, N / 2, 1, 1)?;
     expect(&worker, N)?;
     worker.dontneed(0, N / 2)?;
     expect(&worker, N / 2)?;
-    // A read brings the plain zero page back to where a placed one was.
+    // A read maps the plain zero page where a placed one was.
     worker.verify()?;
     worker.dontneed(0, N / 2)?;
     expect(&worker, N / 2)?;
@@ -290,7 +283,7 @@ fn zero_counters() -> Outcome {
     PASS
 }
 
-/// How many pages of `span` are the kernel's zero page.
+/// Count the pages of `span` that map the kernel's zero page.
 fn zeroes(span: Span) -> Result<usize> {
     const KPF_ZERO_PAGE: u64 = 1 << 24;
     let flags = File::open("/proc/kpageflags").context("kpageflags")?;
@@ -303,8 +296,8 @@ fn zeroes(span: Span) -> Result<usize> {
     Ok(count)
 }
 
-/// A huge page of zeroes: all its parts are equal, and the split itself may
-/// map the zero page for them. None of it may keep memory of its own.
+/// A huge page of zeroes: all its parts are equal, and the split itself may map the zero page for them. No
+/// part may keep memory of its own.
 fn huge_zero() -> Outcome {
     let Some(mut region) = huge_region(0, 0)? else {
         return skip(NO_HUGE);

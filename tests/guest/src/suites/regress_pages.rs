@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What once went wrong in KSM: pages that move, and their marks and counts.
+//! Past defects of KSM: pages that migrate, and their marks and counts.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -69,12 +69,12 @@ pub(super) fn ioctl<const W: usize>(
     Ok(())
 }
 
-/// A userfaultfd for `pages` pages from `addr` on.
+/// Open a userfaultfd for `pages` pages from `addr` on.
 pub(super) fn userfaultfd(addr: usize, pages: usize, mode: u64, features: u64) -> Result<OwnedFd> {
-    // SAFETY: the call takes flags only.
+    // SAFETY: The call takes flags only.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
     ensure!(fd >= 0, "userfaultfd: {}", std::io::Error::last_os_error());
-    // SAFETY: the call succeeded, so the descriptor is open and ours alone.
+    // SAFETY: The call succeeded, so the descriptor is open, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     ioctl(&fd, UFFDIO_API, [0xaa, features, 0])?;
     ioctl(
@@ -85,7 +85,7 @@ pub(super) fn userfaultfd(addr: usize, pages: usize, mode: u64, features: u64) -
     Ok(fd)
 }
 
-/// The flags of the area that starts at `addr`.
+/// Return the flags of the VMA that starts at `addr`.
 fn vm_flags(addr: usize) -> Result<String> {
     let text = fs::read_to_string("/proc/self/smaps").context("smaps")?;
     let start = format!("{addr:x}-");
@@ -93,18 +93,17 @@ fn vm_flags(addr: usize) -> Result<String> {
         .skip_while(|l| !l.starts_with(&start))
         .find_map(|l| l.strip_prefix("VmFlags:"))
         .map(|flags| format!("{} ", flags.trim_end()))
-        .context("no such area")
+        .context("no such VMA")
 }
 
-/// CVE-2025-40040: `MADV_UNMERGEABLE` cleared the upper half of the area's
-/// flags with a mask that was too narrow, and with it the userfaultfd minor
-/// mark. Needs such an area; seen in `VmFlags`, and as a warning when the
-/// userfaultfd is closed.
+/// CVE-2025-40040: `MADV_UNMERGEABLE` cleared the upper half of the VMA's flags with a mask that was too
+/// narrow, and with it the userfaultfd minor mark. Needs such a VMA; seen in `VmFlags`, and as a warning when
+/// the userfaultfd is closed.
 fn madvise_flags() -> Outcome {
-    // SAFETY: the name is a C string.
+    // SAFETY: The name is a C string.
     let file = unsafe { libc::memfd_create(c"regress".as_ptr(), libc::MFD_CLOEXEC) };
     ensure!(file >= 0, "memfd");
-    // SAFETY: the descriptor is ours; a new mapping at an address that the kernel chooses.
+    // SAFETY: The descriptor is ours; this is a new mapping at an address that the kernel chooses.
     let at = unsafe {
         libc::ftruncate(file, (N * PAGE) as i64);
         libc::mmap(
@@ -129,10 +128,9 @@ fn madvise_flags() -> Outcome {
     PASS
 }
 
-/// Unmerging a page by a write fault never ended when a userfaultfd had
-/// write-protected it, for the fault went to the userfaultfd. Needs merged
-/// pages that are write-protected so; seen as a call that does not return, or
-/// as pages still merged.
+/// Unmerging a page by a write fault never ended when a userfaultfd had write-protected it, as the fault went
+/// to the userfaultfd. Needs merged pages that are write-protected in this way; seen as a call that does not
+/// return, or as pages still merged.
 fn unmerge_uffd_wp() -> Outcome {
     for by_run_2 in [false, true] {
         let mut region = Region::new(2 * N)?;
@@ -161,10 +159,9 @@ fn unmerge_uffd_wp() -> Outcome {
     PASS
 }
 
-/// After mremap, the item of a merged page named the old address, and the rmap
-/// walk missed the mapping. Needs merged pages that are moved, forked, and
-/// migrated; seen as pages that cannot be unmapped, or as a merged page in the
-/// new place.
+/// After mremap, the rmap item of a merged page named the old address, and the rmap walk missed the mapping.
+/// Needs merged pages that are moved, forked, and migrated; seen as pages that cannot be unmapped, or as a
+/// merged page at the new address.
 fn mremap_rmap() -> Outcome {
     let mut other = Worker::mergeable(N, 100)?;
     let mut region = Region::new(N)?;
@@ -197,9 +194,8 @@ fn compact() -> Result<()> {
     fs::write("/proc/sys/vm/compact_memory", "1").context("compact_memory")
 }
 
-/// Any number of places could share one page, and an rmap walk over them held
-/// its locks for minutes. Needs many equal pages; seen in how often one frame
-/// is mapped.
+/// Any number of mappings could share one page, and an rmap walk over them held its locks for minutes. Needs
+/// many equal pages; seen in the number of mappings of one frame.
 fn sharing_limit() -> Outcome {
     const PAGES: usize = 700;
     let mut region = Region::new(PAGES)?;
@@ -221,17 +217,16 @@ fn sharing_limit() -> Outcome {
     PASS
 }
 
-/// A lookup took a node for stale, and dropped it, because its page was just
-/// being migrated and its pointer read as nothing. Needs migration (here by
-/// compaction) all the time while pages join and leave nodes; seen as a
-/// merged page without a node, in the counters or after `run=2`.
+/// A lookup took a node for stale and dropped it, because its page was being migrated and its pointer was
+/// NULL for a moment. Needs migration (here by compaction) all the time while pages join and leave nodes;
+/// seen as a merged page without a node, in the counters or after `run=2`.
 fn stale_migrated() -> Outcome {
     let compactor = match sys::fork()? {
         Forked::Child => loop {
             if sys::die_with_parent().is_err() || compact().is_err() {
                 sys::exit_now(1);
             }
-            // A page that is being migrated all the time cannot join.
+            // A page that is migrated all the time cannot merge.
             std::thread::sleep(Duration::from_millis(3));
         },
         Forked::Parent(pid) => pid,
@@ -239,7 +234,7 @@ fn stale_migrated() -> Outcome {
     let mut keeper = Worker::mergeable(N, 100)?;
     for round in 0..6 {
         let mut joiners = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
-        // The keeper's pages are written to in each round, and have to hold still the longer.
+        // The keeper's pages are written in each round, and must stay unchanged ever longer.
         let joined = scan::until_still("joined", || {
             Ok(keeper.merged()? > 0 && joiners[0].merged()? > 0)
         });
@@ -269,15 +264,15 @@ fn stale_migrated() -> Outcome {
     PASS
 }
 
-/// Nodes whose pages were gone stayed in the trees when `merge_across_nodes`
-/// was switched, which the trees then did not fit. Needs the switch right
-/// after the last sharer left; seen as an oops, or as pages that do not merge.
+/// Nodes whose pages were gone stayed in the trees when a write to `merge_across_nodes` made the trees wrong
+/// for them. Needs the switch right after the last sharer left; seen as an oops, or as pages that do not
+/// merge.
 fn switch_nodes() -> Outcome {
     const KNOB: &str = "merge_across_nodes";
     if !engine::path(engine::dir(), KNOB).exists() {
         return skip("no merge_across_nodes");
     }
-    // All on one node, so that they merge whatever the knob says.
+    // All on one node, so that they merge with either setting.
     numa::bind(Some(0))?;
     for value in [0, 1, 0, 1] {
         let pair = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Loading and unloading again and again while everything is in use, and a thread that nothing kills.
+//! Repeated loading and unloading with everything in use, and a thread that no signal kills.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -19,7 +19,7 @@ use crate::{module, proc, scan, sys};
 
 pub const SUITE: Suite = Suite {
     name: "reload",
-    about: "loading and unloading under load, many times; a thread that nothing kills",
+    about: "loading and unloading under load, many times; a thread that no signal kills",
     module: Module::Unloaded,
     tests: tests![
         ("nothing-kills-the-thread", 60, nothing_kills),
@@ -32,7 +32,7 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-/// How often to load and unload, unless `RKSM_CYCLES` says.
+/// How often to load and unload, unless `RKSM_CYCLES` is set.
 const CYCLES: usize = 60;
 const PAGES: usize = 16;
 
@@ -49,13 +49,13 @@ fn nothing_kills() -> Outcome {
     let thread = proc::kernel_thread("rksmd")?.context("no thread")?;
     let group = Group::new("thread")?;
     for signal in 1..=64 {
-        // The two that belong to the C library are signals like any other.
+        // The two signals reserved for the C library count as well.
         sys::kill(thread as libc::pid_t, signal).with_context(|| format!("signal {signal}"))?;
         if [libc::SIGKILL, libc::SIGSTOP, libc::SIGTERM].contains(&signal) {
             scan::passes(2)?;
         }
     }
-    // Whatever the kernel says to these, the thread must not mind.
+    // Whatever the kernel answers, the thread must survive.
     let _ = fs::write(format!("/proc/{thread}/oom_score_adj"), "1000");
     if let Some(group) = &group {
         let moved = group.enter(thread).is_ok();
@@ -88,7 +88,7 @@ fn nothing_kills() -> Outcome {
     PASS
 }
 
-/// Reads every file of the engine, and writes those that take what they read, as long as there are any.
+/// Read every file of the engine, and write the value back to writable ones, until there are no files.
 fn use_files() -> Result<()> {
     let Ok(files) = fs::read_dir(engine::RKSM) else {
         std::thread::sleep(Duration::from_millis(1));
@@ -102,7 +102,7 @@ fn use_files() -> Result<()> {
             continue;
         };
         let mut text = String::new();
-        // Gone while it is open: `ENODEV`.
+        // The module went while the file was open: `ENODEV`.
         match file.read_to_string(&mut text) {
             Ok(_) => ensure!(text.ends_with('\n'), "{:?} reads {text:?}", entry.path()),
             Err(e) => ensure!(
@@ -118,7 +118,7 @@ fn use_files() -> Result<()> {
     Ok(())
 }
 
-/// Unloads, whatever is going on: writes 2 to `run` when pages are merged. Says how often that was
+/// Unload in spite of all activity: write 2 to `run` when pages are merged. Return how often unloading was
 /// refused.
 fn unload_busy(limit: Duration) -> Result<usize> {
     let end = Instant::now() + crate::timeout::scaled(limit);
@@ -130,7 +130,8 @@ fn unload_busy(limit: Duration) -> Result<usize> {
         match e.raw_os_error() {
             Some(libc::EBUSY) => {
                 refused += 1;
-                // Others write and exit meanwhile, and what is merged since stays so: stopped first.
+                // Stop first: other processes write and exit meanwhile, and pages that merge since then stay
+                // merged.
                 engine::write("run", 0)?;
                 engine::write("run", 2)?;
             }
@@ -148,7 +149,7 @@ fn files_in_use() -> Outcome {
     let mut users = (0..4)
         .map(|_| Background::repeat(use_files))
         .collect::<Result<Vec<_>>>()?;
-    // A file that stays open over all of it.
+    // A file that stays open over loading and unloading.
     module::load()?;
     let mut kept = File::open(engine::path(Path::new(engine::RKSM), "run"))?;
     for _ in 0..30 {
@@ -161,7 +162,7 @@ fn files_in_use() -> Outcome {
     ensure!(
         late.as_ref()
             .is_err_and(|e| e.raw_os_error() == Some(libc::ENODEV)),
-        "a file of what is gone reads {text:?}, {late:?}"
+        "a file of the unloaded module reads {text:?}, {late:?}"
     );
     for user in &mut users {
         ensure!(user.ended()?.is_none(), "a reader failed");
@@ -170,7 +171,7 @@ fn files_in_use() -> Outcome {
     PASS
 }
 
-/// Holds mergeable pages, writes to them, forks, verifies and starts anew, for ever.
+/// Map mergeable pages, write to them, fork, verify and start again, in an endless loop.
 fn load_of(seed: u64) -> Result<()> {
     let mut region = Region::new(PAGES)?;
     region.fill(0, PAGES, seed, 1);
@@ -202,7 +203,7 @@ fn load_of(seed: u64) -> Result<()> {
     region.verify()
 }
 
-/// What the kernel has in use that a leak would show in.
+/// Kernel memory in use, in which a leak would show.
 struct Usage {
     free_kib: i64,
     all: proc::Figures,
@@ -210,8 +211,8 @@ struct Usage {
 
 impl Usage {
     fn now() -> Result<Self> {
-        // More than once: the first time round, dentries used lately are only marked as not so lately
-        // used, and each of a file that is gone holds its node of sysfs.
+        // Shrink more than once: the first round only clears the referenced mark of recently used dentries,
+        // and the dentry of a removed file holds its sysfs node.
         for _ in 0..4 {
             fs::write("/proc/sys/vm/drop_caches", "3").context("drop_caches")?;
         }
@@ -221,14 +222,15 @@ impl Usage {
         })
     }
 
-    /// Checks that nothing grew since `before` with each of so many cycles.
+    /// Check that nothing grew since `before` with each of `cycles` cycles.
     fn check(&self, before: &Self, cycles: usize) -> Result<()> {
         let lost = before.free_kib - self.free_kib;
         println!("free memory: {} KiB, then {lost} KiB less", before.free_kib);
         for (what, more) in self.all.grown(&before.all) {
             println!("{what}: {more:+}");
         }
-        // One object in ten cycles shows in 1,000 of them; processes of the kernel and of the test come and go.
+        // One object in ten cycles shows in 1,000 cycles. Processes of the kernel and of the test come and
+        // go.
         let objects = (cycles / 10).max(16) as i64;
         for (what, most) in [
             ("mm_struct", objects),
@@ -238,14 +240,14 @@ impl Usage {
             ("VmallocUsed", 1 << 10),
         ] {
             let more = self.all.get(what)? - before.all.get(what)?;
-            ensure!(more < most, "{what}: {more} are left");
+            ensure!(more < most, "{what}: {more} are left over");
         }
         ensure!(lost < 16 << 10, "{lost} KiB are left");
         Ok(())
     }
 }
 
-/// One load and unload, beside everything else. Says how often unloading was refused.
+/// Load and unload once, beside all other activity. Return how often unloading was refused.
 fn cycle(i: usize) -> Result<usize> {
     module::load()?;
     let rksm = |knob, value: &str| {
@@ -258,7 +260,7 @@ fn cycle(i: usize) -> Result<usize> {
     rksm("merge_eagerly", if i % 2 == 0 { "1" } else { "0" })?;
     rksm("run", "1")?;
     match i % 8 {
-        // Until something is merged, most often: unloading is refused then.
+        // Usually wait until something is merged, so that unloading is refused.
         0 => {
             let _ = wait_for("merged pages", Duration::from_secs(2), || {
                 Ok(engine::read("pages_shared")? != 0)
@@ -295,11 +297,11 @@ fn cycles() -> Outcome {
             ensure!(one.ended()?.is_none(), "a process of the load failed");
         }
         all.into_iter().try_for_each(Background::stop)?;
-        // Their children die with them.
+        // The children of these processes die with them.
         std::thread::sleep(Duration::from_millis(500));
         Ok(())
     };
-    // Once before measuring: caches fill.
+    // Run once before measuring, to fill caches.
     let load = start()?;
     (0..20).try_for_each(|i| cycle(i).map(drop))?;
     stop(load)?;
@@ -321,10 +323,10 @@ fn cycles() -> Outcome {
     verify_all(&mut keepers)?;
     ensure!(
         !Path::new(engine::RKSM).exists() && !module::loaded(),
-        "left in sysfs"
+        "left over in sysfs"
     );
-    ensure!(refused >= cycles / 20, "hardly ever anything was merged");
-    // What was given up last may not have come back yet.
+    ensure!(refused >= cycles / 20, "pages were hardly ever merged");
+    // Memory that was freed last may not be back yet.
     for attempt in 1.. {
         match Usage::now()?.check(&before, cycles) {
             Err(_) if attempt < 5 => std::thread::sleep(Duration::from_secs(1)),
@@ -335,7 +337,7 @@ fn cycles() -> Outcome {
     in_tree_works(&mut keepers)
 }
 
-/// The in-tree engine merges and unmerges, as if there had never been a module.
+/// Check that the in-tree engine merges and unmerges as if the module had never been loaded.
 fn in_tree_works(workers: &mut [Worker; 2]) -> Outcome {
     let run = |value: &str| {
         engine::write_to(Path::new(IN_TREE), "run", value.as_bytes()).context("in-tree run")

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Finding the mappings of merged pages among very many areas.
+//! Finding the mappings of merged pages among very many VMAs.
 
 use std::time::{Duration, Instant};
 
@@ -15,17 +15,18 @@ use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
     name: "rmap",
-    about: "merged pages are found and moved among 20,480 areas of one anon_vma",
+    about: "merged pages are found and moved among 20,480 VMAs of one anon_vma",
     module: Module::Loaded,
     tests: tests![("many-areas-of-one-anon-vma", 240, many_areas)],
 };
 
-/// Areas, and how many of them have a merged page.
+/// The number of VMAs.
 const AREAS: usize = 20_480;
 const MERGED: usize = 512;
 const EVERY: usize = AREAS / MERGED;
 
-/// A walk that looked at each area of the anon_vma for each page, as it once did, would take seconds here.
+/// A walk that visited each VMA of the anon_vma for each page, as an earlier one did, would take seconds
+/// here.
 fn many_areas() -> Outcome {
     let Some((a, b)) = numa::two_nodes()? else {
         return skip("one node");
@@ -34,7 +35,7 @@ fn many_areas() -> Outcome {
     let mut region = Region::new(AREAS)?;
     region.advise(0, AREAS, libc::MADV_NOHUGEPAGE)?;
     for nth in 0..MERGED {
-        // The area has its anon_vma before it is divided.
+        // The VMA gets its anon_vma before it is split.
         region.fill(nth * EVERY, 1, 100 + nth as u64, 1);
     }
     region.advise(0, AREAS, libc::MADV_MERGEABLE)?;
@@ -58,7 +59,7 @@ fn many_areas() -> Outcome {
             let began = Instant::now();
             let status = numa::move_to(page, to)?;
             times.push(began.elapsed());
-            // Something may have held it for a moment.
+            // A transient reference may have blocked the move.
             if status[0] == to as i32 || numa::move_all_to(page, to).is_ok() {
                 moved += 1;
             }
@@ -71,7 +72,7 @@ fn many_areas() -> Outcome {
             at(99),
             at(100)
         );
-        ensure!(moved == MERGED, "{moved} of {MERGED} pages can be moved");
+        ensure!(moved == MERGED, "{moved} of {MERGED} pages could be moved");
         ensure!(twin.merged()? == MERGED, "pages were split");
     }
     region.verify()?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The pace of the scan and the patience before a page merges.
+//! The pace of the scan, and the wait before a page merges.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "scanning",
-    about: "pace, patience with changing pages, and a thread that sleeps when idle",
+    about: "pace, waiting for pages to stop changing, and a thread that sleeps when idle",
     module: Module::Loaded,
     tests: tests![
         ("first-pass-merges-nothing", 60, first_pass),
@@ -34,14 +34,14 @@ pub const SUITE: Suite = Suite {
 };
 
 const N: usize = 16;
-/// More than any test has registered, so that a batch is a pass.
+/// More pages than any test registers, so that a batch is a pass.
 const ALL: u32 = 1_000_000;
 
 fn pair() -> Result<[Worker; 2]> {
     Ok([Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?])
 }
 
-/// Steps until everything is merged; at most `max` batches.
+/// Step until everything is merged, for at most `max` batches.
 fn step_until_merged(stepper: &mut Stepper, max: u32) -> Result<()> {
     for _ in 0..max {
         if stepper.step()?.sharing == N as u64 {
@@ -75,7 +75,7 @@ fn changed() -> Outcome {
     let mut workers = pair()?;
     let mut stepper = Stepper::new(ALL)?;
     stepper.step()?;
-    // Equal to each other all the time, yet not what they were at the first look.
+    // Always equal to each other, but changed since the first look.
     for worker in &mut workers {
         worker.fill(0, N, 500, 1)?;
     }
@@ -98,7 +98,7 @@ fn volatile() -> Outcome {
         ensure!(c.unshared == 0, "round {round}: {c:?}");
         ensure!(c.volatile == 2 * N as u64, "round {round}: {c:?}");
     }
-    // They settle down, and are no longer volatile.
+    // Once they stop changing, they are no longer volatile.
     step_until_merged(&mut stepper, 5)?;
     ensure!(engine::read("pages_volatile")? == 0);
     verify_all(&mut workers)?;
@@ -140,7 +140,7 @@ fn pass_millisecs() -> Outcome {
     if engine::is_in_tree() {
         return skip("the in-tree engine has no pass_millisecs");
     }
-    // More pages than those of which a few passes may follow each other at once.
+    // So many pages that passes over them do not follow each other at once.
     const EACH: usize = 64;
     let mut workers = [Worker::mergeable(EACH, 100)?, Worker::mergeable(EACH, 100)?];
     engine::write("pass_millisecs", 600_000)?;
@@ -150,14 +150,14 @@ fn pass_millisecs() -> Outcome {
     wait_for("first pass", Duration::from_secs(30), || {
         Ok(engine::read("full_scans")? == 1)
     })?;
-    // Neither another pace nor a process that comes or goes brings the next pass nearer.
+    // Neither another pace nor a process that comes or goes brings the next pass forward.
     engine::write("sleep_millisecs", 1)?;
     let third = Worker::mergeable(N, 100)?;
     third.exit()?;
     std::thread::sleep(Duration::from_millis(300));
     let c = engine::counters()?;
     ensure!(c.full_scans == 1 && c.sharing == 0, "{c:?}");
-    // A shorter distance counts at once.
+    // A shorter interval takes effect at once.
     engine::write("pass_millisecs", 0)?;
     wait_for("merging", Duration::from_secs(30), || {
         Ok(engine::read("pages_sharing")? == EACH as u64)
@@ -177,7 +177,7 @@ fn sleep_millisecs() -> Outcome {
     std::thread::sleep(Duration::from_millis(3500));
     engine::write("run", 0)?;
     let pages = engine::read("pages_scanned")? - before;
-    // One batch at once, and one each second; a busy machine may lose some.
+    // One batch at once, and one each second. A busy machine may lose some.
     let took = start.elapsed();
     ensure!(pages >= 2 * BATCH, "only {pages} pages in {took:?}");
     let most = (took.as_secs() + 2) * BATCH;
@@ -186,7 +186,7 @@ fn sleep_millisecs() -> Outcome {
     PASS
 }
 
-/// Processes that take part and exit wake the thread, for it to forget them, and for no more.
+/// Registered processes that exit wake the thread only to free their metadata, and not to scan.
 fn exits() -> Outcome {
     const BATCH: u64 = 5;
     const SLEEP: u64 = 500;
@@ -226,15 +226,15 @@ fn exits() -> Outcome {
     PASS
 }
 
-/// The pid of the scanning thread.
+/// Return the pid of the scanning thread.
 fn thread() -> Result<u32> {
     proc::kernel_thread(engine::thread_name())?.context("no scanning thread")
 }
 
-/// Checks that the thread sleeps and uses no CPU time.
+/// Check that the thread sleeps and uses no CPU time.
 fn expect_idle(what: &str) -> Result<()> {
     let pid = thread()?;
-    // It may have something to finish first.
+    // It may have to finish something first.
     wait_for("sleep", Duration::from_secs(5), || {
         Ok(proc::stat(pid)?.state == 'S')
     })?;
@@ -273,8 +273,7 @@ fn wakes() -> Outcome {
     PASS
 }
 
-/// Freezes all tasks for `seconds` and thaws them; false where the kernel
-/// has no test mode for that.
+/// Freeze all tasks for `seconds`, and thaw them. Return false if the kernel has no test mode for that.
 fn freeze(seconds: u64) -> Result<bool> {
     let delay = "/sys/module/suspend/parameters/pm_test_delay";
     let set = fs::write("/sys/power/pm_test", "freezer")
@@ -292,13 +291,13 @@ fn freezes() -> Outcome {
     const SECONDS: u64 = 2;
     let mut workers = pair()?;
     scan::passes(3)?;
-    // What it scans in a while when nothing stops it.
+    // The pages that the thread scans within `limit` if nothing stops it.
     let rate = |limit: Duration| -> Result<u64> {
         let before = engine::read("pages_scanned")?;
         std::thread::sleep(limit);
         Ok(engine::read("pages_scanned")? - before)
     };
-    // A machine that is busy with other things may have had no time for it while it was awake.
+    // On a busy machine the thread may have had no CPU while it was not frozen.
     for attempt in 1.. {
         let awake = rate(Duration::from_secs(SECONDS))?;
         let (before, start) = (engine::read("pages_scanned")?, Instant::now());
@@ -312,7 +311,7 @@ fn freezes() -> Outcome {
         if frozen < awake / 2 {
             break;
         }
-        ensure!(attempt < 3, "it went on scanning while frozen");
+        ensure!(attempt < 3, "it scanned while frozen");
     }
     ensure!(rate(Duration::from_secs(1))? > 0, "it did not thaw");
     verify_all(&mut workers)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Nothing that users can read, or the log, has an address of the kernel.
+//! No file that users can read shows a kernel address, nor does the log.
 
 use std::fs;
 use std::io::{self, ErrorKind, Read};
@@ -30,24 +30,24 @@ pub const SUITE: Suite = Suite {
 
 const NOBODY: libc::uid_t = 65534;
 
-/// The first word of `text` that is, in base 10 or 16, a number of the upper
-/// half of the address space.
+/// Return the first word of `text` that is, in base 10 or 16, a number in the upper half of the address
+/// space.
 fn address_in(text: &str) -> Option<&str> {
     text.split(|c: char| !c.is_ascii_alphanumeric())
         .find(|word| {
             let digits = word.trim_start_matches("0x");
             let high = |number: Result<u64, _>| number.is_ok_and(|n| n >= 0xff00_0000_0000_0000);
-            // Minus one, for one that is not known, is no address.
+            // A value of -1 stands for an unknown number, and is no address.
             let hex = u64::from_str_radix(digits, 16);
             digits.len() == 16 && high(hex) && digits != "ffffffffffffffff" || high(digits.parse())
         })
 }
 
-/// Runs `work` in a child without any privilege.
+/// Run `work` in a child without any privilege.
 fn as_nobody(work: impl FnOnce() -> Result<()>) -> Result<()> {
     match sys::fork()? {
         Forked::Child => {
-            // SAFETY: these take integers only.
+            // SAFETY: These calls take integers only.
             let ret = unsafe {
                 libc::setgroups(0, std::ptr::null()) | libc::setgid(NOBODY) | libc::setuid(NOBODY)
             };
@@ -71,7 +71,7 @@ fn as_nobody(work: impl FnOnce() -> Result<()>) -> Result<()> {
     }
 }
 
-/// Looks into every file below `dir` that can be read. Returns how many.
+/// Read every readable file below `dir`, and check it for addresses. Return the number of files.
 fn look_into(dir: &Path) -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir(dir).with_context(|| format!("{}", dir.display()))? {
@@ -109,7 +109,7 @@ fn files() -> Outcome {
     ensure!(address_in("12 345 -7 scan-time").is_none(), "found");
     let _workers = merge_some()?;
     let dir = engine::dir();
-    // Root may read these, and general_profit may be below zero, but not an address.
+    // For root, as general_profit may be negative, but must not be an address.
     ensure!(look_into(dir)? >= 20, "few files in {}", dir.display());
     as_nobody(|| {
         ensure!(look_into(engine::dir())? >= 20, "few files for users");
@@ -190,7 +190,7 @@ fn flood() -> Outcome {
     })?;
     let lines = log.lines()?;
     ensure!(!lines.iter().any(|l| l.contains("rksm")), "{lines:?}");
-    // Root is told why.
+    // Root gets to know the reason.
     let error = sys::delete_module("rksm").err();
     let errno = error.as_ref().and_then(io::Error::raw_os_error);
     ensure!(errno == Some(libc::EBUSY), "{error:?}");

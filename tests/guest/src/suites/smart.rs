@@ -20,8 +20,7 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "smart",
-    about:
-        "smart_scan: what does not merge is looked at less often, and nothing is missed for that",
+    about: "smart_scan: pages that do not merge are scanned less often, and no merge is missed",
     module: Module::Loaded,
     tests: tests![
         ("old-pages-are-skipped", 90, skipped),
@@ -36,14 +35,14 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-/// A few page tables full.
+/// Several page tables of pages.
 const MANY: usize = 1200;
-/// More passes than in-tree KSM or rksm skips in a row, twice.
+/// More than twice as many passes as in-tree KSM or rksm skips in a row.
 const MANY_PASSES: u64 = 20;
 const IN_TREE_MISSES: &str =
-    "in-tree KSM merges two unmerged pages only if one pass looks at both, which may not come to be for long";
+    "in-tree KSM merges two unmerged pages only if one pass looks at both, which may take long";
 
-/// A process with pages that have no equal, after so many passes that they are old.
+/// Start a worker with pages that have no equal. Scan until they are old.
 fn old() -> Result<Worker> {
     engine::write("smart_scan", 1)?;
     let mut worker = Worker::mergeable(MANY, 0)?;
@@ -58,7 +57,7 @@ fn skipped() -> Outcome {
     scan::stop()?;
     let skipped = engine::read("pages_skipped")? - before;
     ensure!(skipped >= 10 * MANY as u64, "{skipped} skipped");
-    // Most passes do not look at them.
+    // Most passes skip them.
     let (scanned, skipped) = (
         engine::read("pages_scanned")?,
         engine::read("pages_skipped")?,
@@ -70,7 +69,7 @@ fn skipped() -> Outcome {
     let scanned = engine::read("pages_scanned")? - scanned;
     let skipped = engine::read("pages_skipped")? - skipped;
     println!("{scanned} scanned, {skipped} skipped in {scans} passes");
-    // The pass under way may have begun before.
+    // The pass in progress may have begun before.
     let all = (scans - 1) * MANY as u64;
     ensure!(scanned + skipped >= all, "{scanned} + {skipped} < {all}");
     ensure!(
@@ -93,8 +92,8 @@ fn off() -> Outcome {
     PASS
 }
 
-/// A tool that registers one page, has it scanned without a pause, and waits for three full scans, sees that most
-/// of what was to be scanned was skipped.
+/// A program registers one page, lets it be scanned without a pause, and waits for three full scans. It finds
+/// that most of them skipped the page.
 fn one_page() -> Outcome {
     for round in 0..8 {
         engine::write("run", 0)?;
@@ -113,7 +112,8 @@ fn one_page() -> Outcome {
             Ok((scans, engine::read("pages_skipped")?))
         };
         let before = read()?;
-        // Such tools look once a second, and not in the few milliseconds in which those passes follow each other.
+        // Such a program reads the counters once a second, and not within the few milliseconds in which those
+        // passes follow each other.
         let mut after = before;
         wait_for("three scans", Duration::from_secs(30), || {
             std::thread::sleep(Duration::from_millis(100));
@@ -137,7 +137,7 @@ fn new_equals() -> Outcome {
     let mut other = Worker::mergeable(MANY, 0)?;
     other.fill(0, MANY, 1000, 1)?;
     let mut workers = [worker, other];
-    // Enough for the new ones to be tried, and for the old ones to have their turn.
+    // Enough for a look at the new pages and for the turn of the old ones.
     scan::passes(MANY_PASSES)?;
     scan::until_merged(MANY as u64, MANY as u64)?;
     for worker in &workers {
@@ -153,7 +153,7 @@ fn forgotten() -> Outcome {
     worker.truncate(16)?;
     scan::passes(MANY_PASSES)?;
     let c = engine::counters()?;
-    // Besides these there may be the test's own few pages.
+    // The test itself may have a few more pages.
     ensure!(c.unshared + c.volatile < 64, "{c:?}");
     worker.verify()?;
     worker.exit()?;
@@ -167,7 +167,7 @@ fn changed() -> Outcome {
     let mut workers = [old()?, Worker::mergeable(8, 0)?];
     let [many, few] = &mut workers;
     many.poke(0, MANY, 9, 0x77)?;
-    // Equal to old pages that change while nobody looks.
+    // Equal to old pages that change while the scan skips them.
     many.fill(MANY - 8, 8, 5000, 1)?;
     few.fill(0, 8, 5000, 1)?;
     scan::passes(MANY_PASSES)?;
@@ -176,7 +176,7 @@ fn changed() -> Outcome {
     PASS
 }
 
-/// New pages of an area, behind old ones and beginning with a batch, make all of it worth looking at.
+/// New pages of a VMA, behind old ones and at the start of a batch, make the whole VMA worth scanning.
 fn behind() -> Outcome {
     const OLD: usize = 300;
     const NEW: usize = 100;
@@ -184,11 +184,11 @@ fn behind() -> Outcome {
         return skip(IN_TREE_MISSES);
     }
     engine::write("smart_scan", 1)?;
-    // What is merged is looked at in every pass.
+    // Merged pages are scanned in every pass.
     let mut others = [Worker::mergeable(NEW, 9000)?, Worker::mergeable(NEW, 9000)?];
     scan::until_merged(NEW as u64, NEW as u64)?;
     let mut worker = Worker::with_pages(2 * HUGE / PAGE)?;
-    // All of one area: those of another one would be seen, and merged, while this one is skipped.
+    // All in one page table. Those of another would be scanned, and merge, while this one is skipped.
     let old = worker.first_aligned();
     let new = old + OLD;
     worker.advise(old, OLD + NEW, libc::MADV_NOHUGEPAGE)?;
@@ -198,7 +198,7 @@ fn behind() -> Outcome {
     // Each page is a batch.
     engine::write("pages_to_scan", 1)?;
     engine::write("sleep_millisecs", 0)?;
-    // Not so fast that passes go by between two looks at the counters, on a busy machine.
+    // Slow enough that no pass is missed between two reads of the counters on a busy machine.
     engine::write("pass_millisecs", 1000)?;
     worker.fill(new, NEW, 9000, 1)?;
     let until = |what: &str, most: u64, probe: &dyn Fn() -> Result<bool>| -> Result<u64> {
@@ -212,7 +212,7 @@ fn behind() -> Outcome {
         );
         Ok(passes)
     };
-    // The old ones' rest may have to be over first. Seen once, they count as volatile.
+    // The skipping of the old pages may have to end first. A page counts as volatile after one look.
     let seen = until("seen", MANY_PASSES, &|| {
         let c = engine::counters()?;
         Ok(c.volatile >= NEW as u64 || c.sharing > NEW as u64)
@@ -226,13 +226,12 @@ fn behind() -> Outcome {
     PASS
 }
 
-/// More than any test has registered, so that a batch is a pass.
+/// More pages than any test registers, so that a batch is a pass.
 const ALL: u32 = 1_000_000;
-/// More passes than it takes until eight of nine are skipped.
+/// More passes than it takes until the scan skips eight of nine.
 const OLD: u32 = 40;
 
-/// Lets passes go by until one looks at areas with so many pages which are so old that it skips them for the next
-/// eight passes.
+/// Scan until a pass finds `pages` pages so old that it skips them for the next eight passes.
 fn grow_old(stepper: &mut Stepper, pages: u64) -> Result<()> {
     let mut skips = 0;
     for _ in 0..2 * OLD {
@@ -249,27 +248,28 @@ fn grow_old(stepper: &mut Stepper, pages: u64) -> Result<()> {
     anyhow::bail!("no eight passes in a row skipped {pages} pages")
 }
 
-/// A page that a child shares with its parent, whose area is skipped, is merged through the child; then the child
-/// exits, and what led to the parent is gone.
+/// A page that a child shares with its parent merges through the child, while the parent's range is skipped.
+/// Then the child exits, and with it the rmap item that led to the parent.
 fn relatives() -> Outcome {
     const N: usize = 48;
     let Some((a, b)) = numa::two_nodes()? else {
         return skip("one node");
     };
     engine::write("smart_scan", 1)?;
-    // Forked before there is anything to inherit.
+    // Fork before there is anything to inherit.
     let mut twin = Worker::with_pages(N)?;
     let mut region = Region::aligned(N, HUGE)?;
     region.fill(0, N, 7000, 1);
     region.advise(0, N, libc::MADV_MERGEABLE)?;
     let mut stepper = Stepper::new(ALL)?;
-    // Nobody has an equal, so nobody waits for one.
+    // No page has an equal, so none waits for one.
     grow_old(&mut stepper, N as u64)?;
-    // Who comes by second is published, and that is the child.
+    // The page that is scanned second becomes the KSM page, and that is the child's.
     twin.fill(0, N, 7000, 1)?;
     twin.advise(0, N, libc::MADV_MERGEABLE)?;
     let mut child = Worker::inheriting(&mut region)?;
-    // Has all CPUs put their pages on the LRU lists, so that none of the twin's is held and published in its stead.
+    // Let all CPUs put their pages on the LRU lists. Otherwise a page of the twin may be busy, and the other
+    // page becomes the KSM page.
     std::fs::write("/proc/sys/vm/drop_caches", "1")?;
     let skipped = engine::read("pages_skipped")?;
     let mut passes = 0;
@@ -284,13 +284,13 @@ fn relatives() -> Outcome {
     child.verify()?;
     child.kill()?;
     let span = region.span();
-    // Those of the twin that were held for a moment were published in their stead.
+    // Where the twin's page was busy for a moment, the other page became the KSM page.
     let have = merged(span)?;
     ensure!(have > N / 4, "{have} of {N} pages became merged pages");
     stepper.step()?;
     let have = merged(span)?;
     let listed = proc::ksm_stat(span.pid, "ksm_merging_pages")?;
-    println!("a pass later {listed} of {have} places are listed");
+    println!("a pass later {listed} of {have} mappings are listed");
     ensure!(listed == have as i64);
     for node in [a, b] {
         numa::move_all_to(twin.span(), node)?;
@@ -300,9 +300,9 @@ fn relatives() -> Outcome {
     PASS
 }
 
-/// Merged pages that were swapped out come back, out of the swap cache, in an area that is old by then.
+/// Merged pages that were swapped out come back from the swap cache, in a range that is old by then.
 fn swapped_in() -> Outcome {
-    // As many as a pipe has room for.
+    // The capacity of a pipe.
     const N: usize = 16;
     const OTHERS: usize = 32;
     const ROUNDS: usize = 10;
@@ -316,7 +316,7 @@ fn swapped_in() -> Outcome {
     for seed in [20_000, 30_000] {
         let mut worker = Worker::new()?;
         group.enter(worker.pid())?;
-        // All of one page table, in any case.
+        // In one page table in any case.
         worker.map(2 * HUGE / PAGE)?;
         first = worker.first_aligned();
         worker.advise(first, N + OTHERS, libc::MADV_NOHUGEPAGE)?;
@@ -333,7 +333,7 @@ fn swapped_in() -> Outcome {
         passes += 1;
         ensure!(passes < 12, "{:?}", engine::counters()?);
     }
-    // As long as they are in a pipe they stay in the swap cache.
+    // While they are in a pipe, they stay in the swap cache.
     let (_output, input) = sys::pipe()?;
     region.splice(N, &input)?;
     region.unmap()?;
@@ -371,7 +371,7 @@ fn swapped_in() -> Outcome {
     }
     ensure!(
         merged(span)? >= ROUNDS,
-        "they did not come back out of the swap cache"
+        "they did not come back from the swap cache"
     );
     ensure!(late == 0, "not listed after {late} of {N} passes");
     verify_all(&mut workers)?;

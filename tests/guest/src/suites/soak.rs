@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Random work on memory that merges all the time.
+//! Random operations on memory that merges all the time.
 
 use std::time::{Duration, Instant};
 
@@ -25,10 +25,10 @@ pub const SUITE: Suite = Suite {
 
 const PAGES: usize = 48;
 const LENGTH: Duration = Duration::from_secs(8);
-/// So few contents that most pages have a partner nearly always.
+/// So few contents that most pages have an equal nearly always.
 const CONTENTS: usize = 5;
 
-/// The seed of the run: `RKSM_SEED`, so that a failure can be repeated.
+/// Return the seed of the run. `RKSM_SEED` sets it, to repeat a failure.
 fn seed() -> u64 {
     let fixed = std::env::var("RKSM_SEED").ok().and_then(|s| s.parse().ok());
     fixed.unwrap_or(20_240_229)
@@ -68,8 +68,8 @@ fn soak(forks: bool) -> Outcome {
     for (pid, how) in ended {
         ensure!(how == Ended::Exit(0), "process {pid} ended by {how:?}");
     }
-    // Without merging going on all the time the soak would prove nothing. (On a busy machine the workers may
-    // leave the thread little time.)
+    // Without constant merging, the soak would prove nothing. On a busy machine the workers may leave the
+    // thread little time.
     ensure!(
         busy * 4 > samples,
         "pages were merged in {busy} of {samples} samples"
@@ -104,7 +104,7 @@ fn work(seed: u64, forks: bool) -> Result<()> {
             .with_context(context)?;
         if step % 32 == 0 {
             region.verify().with_context(context)?;
-            // Give the scan a moment to find pages that held still.
+            // Give the scan a moment to find unchanged pages.
             std::thread::sleep(Duration::from_millis(prng.next_u64() % 24));
         }
     }
@@ -138,7 +138,7 @@ fn random_act(prng: &mut Prng, region: &mut Region, forks: bool) -> Result<()> {
     Ok(())
 }
 
-/// A child writes to all it inherited; neither sees the other's writes.
+/// Fork a child that writes to all it inherited. Neither process sees the other's writes.
 fn fork_and_verify(region: &mut Region) -> Result<()> {
     let pid = match sys::fork()? {
         Forked::Child => {

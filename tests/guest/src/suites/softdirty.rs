@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What trackers of writes are told of pages that merge: neither too little nor too much.
+//! The reports of write tracking about pages that merge are exact.
 
 use std::fs;
 
@@ -18,7 +18,7 @@ use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
     name: "softdirty",
-    about: "a page is soft-dirty if it was written to, whatever became of it since",
+    about: "a page is soft-dirty if it was written, whatever happened to it since",
     module: Module::Loaded,
     tests: tests![
         ("zero-pages", 90, zero_pages),
@@ -31,9 +31,9 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 64;
 const IN_TREE: &str =
-    "the in-tree engine reports what nobody wrote to, and misses what somebody did";
+    "the in-tree engine reports pages that were not written, and misses written ones";
 
-/// Begins tracking: nothing of this process counts as written to.
+/// Begin to track: no page of this process counts as written.
 fn clear(region: &Region) -> Result<()> {
     fs::write("/proc/self/clear_refs", "4").context("clear_refs")?;
     let left = soft_dirty(region.span())?;
@@ -41,7 +41,7 @@ fn clear(region: &Region) -> Result<()> {
     Ok(())
 }
 
-/// Every fourth page is written to, with what it held before.
+/// Return whether page `i` is written: every fourth is, with its old content.
 fn is_written(i: usize) -> bool {
     i % 4 == 1
 }
@@ -49,12 +49,12 @@ fn is_written(i: usize) -> bool {
 fn write_some(region: &Region) {
     for i in (0..region.pages()).filter(|&i| is_written(i)) {
         let byte = region.at(i) as *mut u8;
-        // SAFETY: the byte lies in our own mapping, and no reference into it exists.
+        // SAFETY: The byte lies in our own mapping, and no reference into it exists.
         unsafe { byte.write_volatile(byte.read_volatile()) };
     }
 }
 
-/// Checks that what was written to is reported, and nothing else.
+/// Check that the written pages are reported, and no others.
 fn ensure_exact(what: &str, region: &Region) -> Result<()> {
     let have = soft_dirty(region.span())?;
     let missed = (0..N).filter(|&i| is_written(i) && !have[i]).count();
@@ -66,12 +66,12 @@ fn ensure_exact(what: &str, region: &Region) -> Result<()> {
     );
     ensure!(
         invented == 0,
-        "{what}: {invented} pages are reported that nobody wrote to"
+        "{what}: {invented} pages are reported that were not written"
     );
     Ok(())
 }
 
-/// A region of `N` pages whose page `k` holds the content of `seed + k * step`, open to merging.
+/// Map `N` pages, open to merging. Page `k` holds the content of `seed + k * step`.
 fn mergeable(seed: u64, step: u64) -> Result<Region> {
     let mut region = Region::new(N)?;
     region.advise(0, N, libc::MADV_NOHUGEPAGE)?;
@@ -80,7 +80,7 @@ fn mergeable(seed: u64, step: u64) -> Result<Region> {
     Ok(region)
 }
 
-/// Pages of zeroes that become the kernel's zero page, and get pages of their own again.
+/// Pages of zeroes become the kernel's zero page, and then get memory of their own again.
 fn zero_pages() -> Outcome {
     if engine::is_in_tree() {
         return skip(IN_TREE);
@@ -99,7 +99,8 @@ fn zero_pages() -> Outcome {
     scan::stop()?;
     ensure_exact("zero page", &region)?;
     region.verify()?;
-    // Tracking goes on over zero pages: the mark that tells the engine's from others is none of a write.
+    // Tracking works over zero pages: the mark of a zero page that the engine placed does not count as a
+    // write.
     clear(&region)?;
     ensure!(engine::read("ksm_zero_pages")? == N as u64);
     write_some(&region);
@@ -156,7 +157,7 @@ fn merged_and_moved() -> Outcome {
     engine::write("use_zero_pages", 1)?;
     let mut other = Worker::mergeable(N, 100)?;
     let mut region = mergeable(100, 1)?;
-    // Some are zeroes: these stay where they are.
+    // Some are zeroes, which stay where they are.
     region.fill(0, 8, 0, 0);
     clear(&region)?;
     write_some(&region);
@@ -231,7 +232,7 @@ fn huge() -> Outcome {
     let dirty = soft_dirty(region.span())?;
     ensure!(
         dirty.iter().all(|&dirty| !dirty),
-        "reported, and nobody wrote to it"
+        "reported, and not written"
     );
     write_some(&region);
     let have = soft_dirty(region.span())?;

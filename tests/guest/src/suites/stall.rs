@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a process holds for as long as it likes stops neither the scan nor those who write to `run`; and what
-//! rksm holds does not keep a process from exiting.
+//! A lock or reference that a process holds for as long as it likes delays neither the scan nor writers of
+//! `run`. The locks of rksm do not keep a process from exiting.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -20,7 +20,8 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "stall",
-    about: "neither scanning nor run waits for what a process holds, nor an exit for the scan",
+    about:
+        "neither scan nor run waits for a process's locks and references, nor an exit for the scan",
     module: Module::Loaded,
     tests: tests![
         ("busy-cpu", 120, busy_cpu),
@@ -34,13 +35,13 @@ const IN_TREE: &str = "the in-tree engine waits";
 const SCHED: &str = "/sys/kernel/debug/sched/fair_server";
 const DEBUGFS: &str = "/sys/kernel/debug";
 
-/// Runs this process on one CPU only.
+/// Restrict this process to one CPU.
 fn pin_to(cpu: usize) -> Result<()> {
-    // SAFETY: plain data, for which zeroes are a valid value.
+    // SAFETY: The type is plain data, for which zeroes are a valid value.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: writes a bit of the set.
+    // SAFETY: CPU_SET writes a bit of the set.
     unsafe { libc::CPU_SET(cpu, &mut set) };
-    // SAFETY: the set outlives the call.
+    // SAFETY: The set outlives the call.
     let ret = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) };
     ensure!(
         ret == 0,
@@ -50,10 +51,10 @@ fn pin_to(cpu: usize) -> Result<()> {
     Ok(())
 }
 
-/// Makes this process one that no ordinary task can take a CPU from.
+/// Give this process a priority above all ordinary tasks.
 fn be_first() -> Result<()> {
     let param = libc::sched_param { sched_priority: 50 };
-    // SAFETY: the parameter outlives the call.
+    // SAFETY: The parameter outlives the call.
     let ret = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) };
     ensure!(
         ret == 0,
@@ -63,7 +64,7 @@ fn be_first() -> Result<()> {
     Ok(())
 }
 
-/// A CPU on which ordinary tasks get no time from one that comes first, until this is dropped.
+/// A CPU on which a real-time task starves ordinary tasks, until dropped.
 struct Unfair {
     knob: String,
     before: String,
@@ -72,7 +73,7 @@ struct Unfair {
 impl Unfair {
     fn new(cpu: usize) -> Result<Option<Self>> {
         if !std::path::Path::new(SCHED).exists() {
-            // SAFETY: all strings outlive the call.
+            // SAFETY: All strings outlive the call.
             unsafe {
                 libc::mount(
                     c"debugfs".as_ptr(),
@@ -99,7 +100,7 @@ impl Drop for Unfair {
     }
 }
 
-/// Uses CPU 1 alone, with new pages in that CPU's batches, for so long at most.
+/// Occupy CPU 1 for at most `limit`, with new pages in that CPU's batches.
 fn spin(limit: Duration) -> Result<Background> {
     Background::once(move || {
         pin_to(1)?;
@@ -114,7 +115,7 @@ fn spin(limit: Duration) -> Result<Background> {
     })
 }
 
-/// How long the CPU is busy at most, so that nothing in the kernel complains.
+/// The longest time that the CPU is busy, so that the kernel does not report a stall.
 const SPIN: Duration = Duration::from_secs(12);
 
 fn busy_cpu() -> Outcome {
@@ -123,10 +124,10 @@ fn busy_cpu() -> Outcome {
     }
     pin_to(0)?;
     let Some(_unfair) = Unfair::new(1)? else {
-        return skip("ordinary tasks always get some time");
+        return skip("the kernel never starves ordinary tasks");
     };
     if let Some(thread) = proc::kernel_thread(engine::thread_name())? {
-        // It would be kept from running at all on that CPU.
+        // Otherwise the thread could not run at all on that CPU.
         let mask = std::process::Command::new("taskset")
             .args(["-pc", "0", &thread.to_string()])
             .output()?;
@@ -140,15 +141,18 @@ fn busy_cpu() -> Outcome {
     engine::write("run", 1)?;
     scan::passes(2)?;
     engine::write("run", 0)?;
-    // All that was done while nobody else got that CPU.
-    ensure!(spinner.ended()?.is_none(), "only when the CPU was free");
+    // All of this happened while the CPU was occupied.
+    ensure!(
+        spinner.ended()?.is_none(),
+        "done only after the CPU was free"
+    );
     let ended = spinner.join(SPIN + scaled(Duration::from_secs(5)))?;
     ensure!(ended == Ended::Exit(0), "{ended:?}");
     verify_all(&mut workers)?;
     PASS
 }
 
-/// Whether reading something for which the `mmap_lock` of `pid` is needed comes to nothing.
+/// Return whether a read that needs the `mmap_lock` of `pid` gets no answer.
 fn is_locked(pid: u32) -> Result<bool> {
     let mut reader = Background::once(move || {
         fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
@@ -164,8 +168,8 @@ fn is_locked(pid: u32) -> Result<bool> {
     Ok(true)
 }
 
-/// A process that forks all the time, with so many areas that its `mmap_lock` is held for long each time: when
-/// it gets no CPU in the middle of that, for as long as that lasts.
+/// A process forks all the time, with so many VMAs that it holds its `mmap_lock` for long. It gets no CPU in
+/// the middle of that for as long as the CPU is occupied.
 fn held_lock() -> Outcome {
     const AREAS: usize = 12_000;
     if engine::is_in_tree() {
@@ -173,7 +177,7 @@ fn held_lock() -> Outcome {
     }
     pin_to(0)?;
     let Some(_unfair) = Unfair::new(1)? else {
-        return skip("ordinary tasks always get some time");
+        return skip("the kernel never starves ordinary tasks");
     };
     let forker = Background::once(|| {
         pin_to(1)?;
@@ -208,8 +212,11 @@ fn held_lock() -> Outcome {
         println!("locked at attempt {attempt}");
         scan::until_merged(N as u64, N as u64)?;
         engine::write("run", 0)?;
-        ensure!(spinner.ended()?.is_none(), "only when the lock was free");
-        // And the one that holds it is killed to let all of it end.
+        ensure!(
+            spinner.ended()?.is_none(),
+            "done only after the lock was free"
+        );
+        // Killing the task that occupies the CPU lets all of it end.
         spinner.kill()?;
         verify_all(&mut workers)?;
         drop(forker);
@@ -218,7 +225,8 @@ fn held_lock() -> Outcome {
     skip("the lock was never found held")
 }
 
-/// A process with much memory exits while it is scanned: its memory is back when it has been waited for.
+/// A process with much memory exits during its scan. All memory must be free when the process has been
+/// reaped.
 fn exits() -> Outcome {
     const BIG: usize = 24_000;
     const ROUNDS: u64 = 10;

@@ -48,7 +48,7 @@ fn pages() -> u64 {
     N as u64
 }
 
-/// Workers in a cgroup of their own, with swap space. Dropped in this order.
+/// Workers in a cgroup of their own, with swap space. The fields are dropped in this order.
 struct Bench {
     workers: Vec<Worker>,
     group: Group,
@@ -56,7 +56,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// Two workers with the same pages, merged; `None` without the means.
+    /// Start two workers with the same pages, and merge these. `None` without cgroups or swap.
     fn new() -> Result<Option<Self>> {
         let (Some(zram), Some(group)) = (Zram::new(64)?, Group::new("swap")?) else {
             return Ok(None);
@@ -86,7 +86,7 @@ impl Bench {
         self.workers[i].span()
     }
 
-    /// Reclaims all it can; some pages may be busy, so more than once.
+    /// Reclaim as much as possible, several times, as some pages may be busy.
     fn reclaim(&self) -> Result<()> {
         for _ in 0..5 {
             if !self.group.reclaim(8 * N * PAGE)? {
@@ -96,7 +96,7 @@ impl Bench {
         Ok(())
     }
 
-    /// As `reclaim`, and checks that most pages of each worker are swapped out.
+    /// Reclaim, and check that most pages of each worker are swapped out.
     fn swap_out(&self) -> Result<()> {
         let mut counts = Vec::new();
         for _ in 0..20 {
@@ -113,7 +113,7 @@ impl Bench {
         anyhow::bail!("only {counts:?} of {N} pages are swapped out");
     }
 
-    /// Merges what is equal, with nothing in the way, and checks all bytes.
+    /// Merge all equal pages without disturbance, and check all bytes.
     fn merge_again(&mut self) -> Outcome {
         verify_all(&mut self.workers)?;
         scan::until_merged(pages(), pages() * (self.workers.len() as u64 - 1))?;
@@ -142,12 +142,12 @@ fn pageout() -> Outcome {
     let Some(mut bench) = Bench::new()? else {
         return skip(NO_SWAP);
     };
-    // The kernel spares pages that others map, too.
+    // MADV_PAGEOUT skips pages that other processes map as well.
     bench.workers[0].advise(0, N, libc::MADV_PAGEOUT)?;
     verify_all(&mut bench.workers)?;
     bench.workers.pop().context("two workers")?.kill()?;
     scan::stop()?;
-    // Its address space may be torn down a little later: the thread was looking at it.
+    // The thread may have been scanning its address space, which is then torn down a little later.
     let mut out = 0;
     wait_for("most pages swapped out", Duration::from_secs(5), || {
         bench.workers[0].advise(0, N, libc::MADV_PAGEOUT)?;
@@ -199,7 +199,7 @@ fn exit_swapped() -> Outcome {
         bench.add()?;
         bench.merge_again()?;
     }
-    // Their nodes go, too: this test's end unmerges, the last one of all unloads.
+    // The stable nodes go as well, as run=2 at the end of this test and the final unload confirm.
     scan::until_merged(0, 0)?;
     PASS
 }
@@ -213,7 +213,7 @@ fn fork_swapped() -> Outcome {
     bench.workers[0].fork()?;
     bench.workers[0].poke(0, N / 2, 3, 3)?;
     verify_all(&mut bench.workers)?;
-    // The child has the other half of the pages, and the old content of these.
+    // The child has the other half of the pages, and the old content of this half.
     bench.workers[0].verify_child()?;
     scan::passes(4)?;
     bench.swap_out()?;
@@ -242,14 +242,13 @@ fn swapoff() -> Outcome {
     PASS
 }
 
-/// Reclaims from the group for ever.
+/// Reclaim from the group again and again in the background.
 fn reclaiming(bench: &Bench) -> Result<Background> {
     let group = bench.group.again();
     Background::repeat(move || group.reclaim(N * PAGE).map(drop))
 }
 
-/// A process that reads swapped pages in again, as fast as it can, is part of
-/// what goes on: `verify_all` is.
+/// Pages merge while reclaim swaps them out and `verify_all` reads them in again.
 fn while_merging() -> Outcome {
     let Some(mut bench) = Bench::new()? else {
         return skip(NO_SWAP);
@@ -287,7 +286,7 @@ fn unmerge_swapped() -> Outcome {
     PASS
 }
 
-/// What comes back from the swap cache while everything is unmerged must not be a merged page.
+/// Pages that come back from the swap cache while everything is unmerged must not stay merged.
 fn while_unmerging() -> Outcome {
     let Some(mut bench) = Bench::new()? else {
         return skip(NO_SWAP);
@@ -309,11 +308,11 @@ fn while_unmerging() -> Outcome {
     PASS
 }
 
-/// The last process that maps a merged page gives its content up (`MADV_FREE`); then another
-/// process's page is merged with it. That one's content must not go with the first reclaim.
+/// The last process that maps a merged page gives it up (`MADV_FREE`), then another process's page merges
+/// with it. The first reclaim must not drop that process's content.
 fn given_up() -> Outcome {
     if engine::is_in_tree() {
-        return skip("it loses the third process's pages: they read as zeroes");
+        return skip("in-tree KSM loses the third process's pages: they read as zeroes");
     }
     let Some(mut bench) = Bench::new()? else {
         return skip(NO_SWAP);
@@ -331,14 +330,14 @@ fn given_up() -> Outcome {
     PASS
 }
 
-/// Pages that `run=2` has unmerged are shared over a fork, and one of the two gives them up: the other
-/// one's content must not go with the first reclaim.
+/// Two processes share pages that `run=2` has unmerged over a fork, and one gives them up. The first reclaim
+/// must not drop the other one's content.
 fn unmerged_given_up() -> Outcome {
     let Some(mut bench) = Bench::new()? else {
         return skip(NO_SWAP);
     };
     if engine::is_in_tree() {
-        return skip("it loses the other one's pages: they read as zeroes");
+        return skip("in-tree KSM loses the other process's pages: they read as zeroes");
     }
     engine::write("run", 2)?;
     bench.workers[0].fork()?;
@@ -348,8 +347,8 @@ fn unmerged_given_up() -> Outcome {
     PASS
 }
 
-/// Pages that a fork once shared, and that came back from a disk: nobody else has them any more, though the
-/// swap cache has them still.
+/// Pages that a fork once shared and that came back from a disk have one owner, although the swap cache still
+/// holds them.
 fn shared_once() -> Outcome {
     let Some(_disk) = SwapDisk::new()? else {
         return skip("no null_blk driver");

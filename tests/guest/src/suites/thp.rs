@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Huge pages that are to stay whole, and what khugepaged puts together again.
+//! Huge pages that must stay whole, and huge pages that khugepaged collapses again.
 
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -54,10 +54,10 @@ const MODE_RWP: u64 = 8;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const FEATURE_RWP: u64 = 1 << 17;
 
-/// Passes after which everything that can merge has merged.
+/// Passes after which all equal pages have merged.
 const PASSES: u64 = 8;
 
-/// Passes after which that is also true of pages whose content changed where a sample does not see it.
+/// Passes after which that is also true of pages that changed outside their sample.
 const MANY_PASSES: u64 = 60;
 
 /// Why a test does not run with the in-tree engine.
@@ -65,11 +65,11 @@ const IN_TREE_SPLITS: &str = "the in-tree engine splits first, and then sees tha
 const IN_TREE_FIGHTS: &str = "the in-tree engine splits again and again";
 
 fn ensure_whole(what: &str, region: &Region) -> Result<()> {
-    ensure!(huge_kib(region)? != 0, "{what}: split for nothing");
+    ensure!(huge_kib(region)? != 0, "{what}: split in vain");
     Ok(())
 }
 
-/// The byte at `offset` of a page with the content of `seed`, and another value for it.
+/// Return the byte at `offset` of a page with the content of `seed`, and another value for it.
 fn two_values(seed: u64, offset: usize) -> (u8, u8) {
     let mut page = [0; PAGE];
     prng::fill(seed, &mut page);
@@ -80,7 +80,7 @@ fn unmap(mut region: Region) -> Result<()> {
     region.truncate(0)
 }
 
-/// Marks `region` by a userfaultfd until the result is dropped.
+/// Mark `region` by a userfaultfd until the result is dropped.
 fn mark(region: &Region, kind: Mark) -> Result<OwnedFd> {
     let (mode, features, request) = match kind {
         Mark::Write => (MODE_WP, FEATURE_WP, UFFDIO_WRITEPROTECT),
@@ -100,20 +100,20 @@ enum Mark {
     ReadWrite,
 }
 
-/// Holds a reference on page `i` of `region` until the result is dropped.
+/// Hold a reference to page `i` of `region` until the result is dropped.
 fn hold(region: &Region, i: usize) -> Result<(OwnedFd, OwnedFd)> {
     let (output, input) = crate::sys::pipe()?;
     let page = libc::iovec {
         iov_base: region.at(i) as *mut libc::c_void,
         iov_len: PAGE,
     };
-    // SAFETY: the range is our own mapping; the kernel only takes a reference.
+    // SAFETY: The range is our own mapping; the kernel only takes a reference.
     let n = unsafe { libc::vmsplice(input.as_raw_fd(), &raw const page, 1, 0) };
     ensure!(n == PAGE as isize, "vmsplice gave {n}");
     Ok((output, input))
 }
 
-/// Huge pages with one part that is like a merged page but for one byte, which a sample hardly ever sees.
+/// Huge pages with one part that differs from a merged page in one byte, mostly outside its sample.
 fn a_byte_differs_from_merged() -> Outcome {
     const COUNT: usize = 3;
     for (all_like_one, seed) in [(false, 100), (true, 200)] {
@@ -140,7 +140,7 @@ fn a_byte_differs_from_merged() -> Outcome {
             ensure_whole("differs in a byte", region)?;
             region.verify()?;
         }
-        // The same, when there is something to be gained.
+        // The same, but other parts can merge.
         for (k, region) in regions.iter_mut().enumerate() {
             let offset = 1001 + 80 * k;
             region.poke(100, offset, two_values(twin_seed(k), offset).0);
@@ -166,7 +166,7 @@ fn a_byte_differs_from_merged() -> Outcome {
     PASS
 }
 
-/// Huge pages with a part that is equal to a merged page, and that a userfaultfd watches.
+/// Huge pages with a part that is equal to a merged page and marked by a userfaultfd.
 fn marked() -> Outcome {
     if engine::is_in_tree() {
         return skip(IN_TREE_SPLITS);
@@ -207,7 +207,7 @@ fn marked() -> Outcome {
     PASS
 }
 
-/// What keeps two equal pages from being merged.
+/// What keeps two equal pages from merging.
 #[derive(Clone, Copy, Debug)]
 enum Obstacle {
     /// They differ in one byte.
@@ -216,7 +216,7 @@ enum Obstacle {
     Held,
 }
 
-/// An area with page `i` of content `seed`, and nothing else that anybody has.
+/// A VMA with page `i` of content `seed`. No other page has an equal.
 struct Side {
     region: Region,
     i: usize,
@@ -224,7 +224,7 @@ struct Side {
 }
 
 impl Side {
-    /// `None`: the kernel gives no huge page.
+    /// Map it. `None` if the kernel provides no huge page.
     fn new(huge: bool, seed: u64, others: u64) -> Result<Option<Self>> {
         let (mut region, i) = if huge {
             match huge_region(others)? {
@@ -243,7 +243,7 @@ impl Side {
     }
 }
 
-/// Two pages, neither of them merged, that cannot merge: neither huge page is given up for it.
+/// Two pages, neither of them merged, that cannot merge. Neither huge page is split for that.
 fn pairs() -> Outcome {
     if engine::is_in_tree() {
         return skip(IN_TREE_SPLITS);
@@ -306,11 +306,11 @@ fn pairs() -> Outcome {
     PASS
 }
 
-/// Two huge pages with an equal part, each of which a child has at another address, where no item of a
-/// merged page leads.
+/// Two huge pages with an equal part. A child maps each at another address, which no rmap item of a merged
+/// page leads to.
 fn at_another_address() -> Outcome {
     if engine::is_in_tree() {
-        return skip("the in-tree engine merges what a child has elsewhere");
+        return skip("the in-tree engine merges pages that a child has at another address");
     }
     let (Some(mut a), Some(mut b)) = (huge_region(100_000)?, huge_region(200_000)?) else {
         return skip(NONE);
@@ -325,7 +325,7 @@ fn at_another_address() -> Outcome {
     }
     scan::passes(2 * PASSES)?;
     for region in [&a, &b] {
-        ensure_whole("a child has it elsewhere", region)?;
+        ensure_whole("a child has it at another address", region)?;
         region.verify()?;
     }
     for mut child in children {
@@ -368,7 +368,8 @@ fn zeroes_that_cannot() -> Outcome {
         if matches!(obstacle, Obstacle::Byte) {
             region.poke(5, 1609, 0);
         }
-        // By the kernel, which does so for each part of a huge page that it splits, or by the engine.
+        // The kernel maps the zero page for such parts of a huge page that it splits; for others the engine
+        // does.
         scan::until(&format!("{what}: no zeroes left"), MANY_PASSES, || {
             Ok(zeroes(part(&region, 5))? == 1)
         })?;
@@ -378,7 +379,7 @@ fn zeroes_that_cannot() -> Outcome {
     PASS
 }
 
-/// A file of transparent huge pages with another value until this is dropped.
+/// A changed value in a file of transparent huge pages, restored when dropped.
 struct Setting {
     path: PathBuf,
     before: String,
@@ -387,13 +388,13 @@ struct Setting {
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
 impl Setting {
-    /// `None` if the kernel has no such file.
+    /// Change it. `None` if the kernel has no such file.
     fn new(name: &str, value: &str) -> Result<Option<Self>> {
         let path = PathBuf::from(THP).join(name);
         let Ok(text) = fs::read_to_string(&path) else {
             return Ok(None);
         };
-        // Of several words the one in brackets is chosen.
+        // The selected one of several words is in brackets.
         let chosen = text.split(['[', ']']).nth(1).unwrap_or(text.trim());
         let before = chosen.to_string();
         fs::write(&path, value).with_context(|| format!("{value} to {}", path.display()))?;
@@ -407,7 +408,7 @@ impl Drop for Setting {
     }
 }
 
-/// khugepaged in a hurry, until this is dropped.
+/// Let khugepaged run without pauses, until dropped.
 fn hurried_khugepaged() -> Result<Vec<Setting>> {
     let mut all = Vec::new();
     for (name, value) in [
@@ -421,15 +422,15 @@ fn hurried_khugepaged() -> Result<Vec<Setting>> {
     Ok(all)
 }
 
-/// Reads every page, since khugepaged leaves alone what nobody uses.
+/// Read every page, as khugepaged ignores unused ones.
 fn touch(region: &Region) {
     for i in 0..region.pages() {
-        // SAFETY: the page lies in our own mapping and is readable.
+        // SAFETY: The page lies in our own mapping and is readable.
         unsafe { (region.at(i) as *const u8).read_volatile() };
     }
 }
 
-/// When the huge page at `region` was split: `count` times, or as often as there was time for.
+/// Return when the huge page at `region` was split: `count` times, or fewer until `limit`.
 fn splits(region: &Region, count: usize, limit: Duration) -> Result<Vec<Duration>> {
     let began = Instant::now();
     let limit = scaled(limit);
@@ -447,11 +448,11 @@ fn splits(region: &Region, count: usize, limit: Duration) -> Result<Vec<Duration
     Ok(times)
 }
 
-/// Whether khugepaged makes `region` a huge page again before `limit`. It may be split again already.
+/// Return whether khugepaged collapses `region` before `limit`. The engine may have split it again already.
 fn is_put_together(region: &Region, limit: Duration) -> Result<bool> {
     let end = Instant::now() + scaled(limit);
     let before = vmstat("thp_collapse_alloc")?;
-    // From here on the area is one that khugepaged looks at.
+    // From now on khugepaged scans the VMA.
     region.advise(0, PARTS, libc::MADV_HUGEPAGE)?;
     while Instant::now() < end {
         touch(region);
@@ -463,7 +464,7 @@ fn is_put_together(region: &Region, limit: Duration) -> Result<bool> {
     Ok(false)
 }
 
-/// Has khugepaged and the engine at each other over `region`, of which a part was just merged.
+/// Let khugepaged and the engine compete for `region`, of which a part just merged.
 fn fight(region: &Region) -> Outcome {
     const COUNT: usize = 4;
     if engine::is_in_tree() {
@@ -473,18 +474,18 @@ fn fight(region: &Region) -> Outcome {
     let _settings = hurried_khugepaged()?;
     let before = vmstat("thp_collapse_alloc")?;
     if !is_put_together(region, Duration::from_secs(20))? {
-        return skip("khugepaged does not put it together again");
+        return skip("khugepaged does not collapse it again");
     }
     let times = splits(region, COUNT, Duration::from_secs(40))?;
     let took = began.elapsed();
     let together = vmstat("thp_collapse_alloc")? - before;
-    println!("put together {together} times, split again after {times:.2?}");
+    println!("collapsed {together} times, split again after {times:.2?}");
     if times.len() < COUNT && together <= times.len() as i64 {
-        return skip("khugepaged does not put it together again");
+        return skip("khugepaged does not collapse it again");
     }
     ensure!(times.len() == COUNT, "it did not merge again");
-    // Before each of them the area had to wait: 2, 4, 8, 16 s, in which whole seconds are counted. That it took
-    // longer, or was seen late, says nothing.
+    // Before each split the VMA had to wait, for 2, 4, 8 and 16 s, counted in whole seconds. A longer wait,
+    // or one that was seen late, proves nothing.
     ensure!(
         took >= Duration::from_secs(2 + 4 + 8 + 16 - COUNT as u64),
         "{COUNT} splits in {took:.2?}"
@@ -492,18 +493,19 @@ fn fight(region: &Region) -> Outcome {
     PASS
 }
 
-/// One equal part, which is split off, put back by khugepaged, split off again: ever more rarely.
+/// The engine splits off one equal part, khugepaged collapses the page, the engine splits it again: ever more
+/// rarely.
 fn put_together_again() -> Outcome {
     engine::write("smart_scan", 1)?;
-    // Not the other way round: it would inherit the huge page, and khugepaged leaves alone what is shared.
+    // In this order: otherwise the worker inherits the huge page, and khugepaged ignores shared ones.
     let mut small = Worker::mergeable(1, 1000 + 77)?;
     let Some(region) = huge_region(1000)? else {
         return skip(NONE);
     };
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
     scan::until_merged(1, 1)?;
-    // A pass that comes by while khugepaged has the page table emptied forgets the area, and how often it was
-    // split: then it begins again.
+    // A pass that finds the page table emptied by khugepaged forgets the VMA and how often it was split. Then
+    // start again.
     let mut outcome = fight(&region);
     for _ in 0..3 {
         if outcome.is_ok() {
@@ -537,7 +539,7 @@ fn put_together_again_with_zeroes() -> Outcome {
     Ok(outcome)
 }
 
-/// How many pages are locked in memory, when no CPU has any left to count.
+/// Wait until `pages` pages are locked in memory and no CPU has uncounted ones.
 fn until_locked(what: &str, base: i64, pages: usize) -> Result<()> {
     let mut have = 0;
     let result = wait_for(what, Duration::from_secs(10), || {
@@ -549,8 +551,8 @@ fn until_locked(what: &str, base: i64, pages: usize) -> Result<()> {
     result
 }
 
-/// Locked pages, huge, large and small, that merge: each merged page counts once, and none is left when
-/// nobody locks it any more.
+/// Locked pages, huge, large and small, merge. Each merged page counts once, and none is left when no process
+/// locks it any more.
 fn locked() -> Outcome {
     const N: usize = 2 * PARTS;
     for size in ["hugepages-2048kB", "hugepages-64kB", "small"] {
@@ -569,7 +571,7 @@ fn locked() -> Outcome {
             libc::MADV_HUGEPAGE
         };
         region.advise(0, N, advice)?;
-        // SAFETY: our own memory.
+        // SAFETY: The range is our own memory.
         let ret = unsafe { libc::mlock(region.addr() as *const libc::c_void, N * PAGE) };
         ensure!(ret == 0, "mlock: {}", std::io::Error::last_os_error());
         for half in [0, N / 2] {
@@ -595,18 +597,18 @@ fn locked() -> Outcome {
         scan::stop()?;
         let merged_to = frames(all)?;
         until_locked(&format!("{size}, merged"), base, merged_to)?;
-        // Again, after each page was one of its own.
+        // Again, after each page had its own memory.
         engine::write("run", 2)?;
         until_locked(&format!("{size}, unmerged"), base, N)?;
         scan::until("merge of all", 24, || Ok(merged(all)? == N))?;
         scan::stop()?;
         until_locked(&format!("{size}, merged again"), base, frames(all)?)?;
-        // Half of those that share each page.
-        // SAFETY: our own memory.
+        // Unlock half of the pages that share each merged page.
+        // SAFETY: The range is our own memory.
         let ret = unsafe { libc::munlock(region.addr() as *const libc::c_void, N / 2 * PAGE) };
         ensure!(ret == 0, "munlock: {}", std::io::Error::last_os_error());
         until_locked(&format!("{size}, half unlocked"), base, frames(all)?)?;
-        // The rest is unmapped while it is locked.
+        // Unmap the rest while it is locked.
         region.verify()?;
         unmap(region)?;
         until_locked(&format!("{size}, unmapped"), base, 0)?;
@@ -614,14 +616,14 @@ fn locked() -> Outcome {
     PASS
 }
 
-/// Has every CPU hand in what it keeps: pages that are to be locked or unlocked, and counts. (Compacting memory
-/// would do so, too, but may split what it moves.)
+/// Flush each CPU's batches: pages to be locked or unlocked, and counts. Compacting memory would do so, too,
+/// but may split pages that it moves.
 fn drain() -> Result<()> {
     fs::write("/proc/sys/vm/drop_caches", "1").context("drop_caches")?;
     fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")
 }
 
-/// Waits until the number of locked pages stands still.
+/// Wait until the number of locked pages is stable.
 fn until_stable() -> Result<()> {
     let mut last = -1;
     for _ in 0..100 {
@@ -632,5 +634,5 @@ fn until_stable() -> Result<()> {
         }
         last = now;
     }
-    bail!("nr_mlock does not stand still")
+    bail!("nr_mlock does not become stable")
 }

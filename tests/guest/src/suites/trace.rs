@@ -15,7 +15,7 @@ use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
     name: "trace",
-    about: "who records the events of the group ksm sees the engine",
+    about: "the events of the group ksm show the engine's work",
     module: Module::Loaded,
     tests: tests![
         ("merging-and-unmerging-is-seen", 90, merging),
@@ -30,7 +30,7 @@ const N: usize = 8;
 pub(super) fn mounted() -> Result<PathBuf> {
     let dir = Path::new(TRACEFS);
     if !dir.join("trace").exists() {
-        // SAFETY: C strings, and no data.
+        // SAFETY: The arguments are C strings that outlive the call, and no data.
         let ret = unsafe {
             libc::mount(
                 c"tracefs".as_ptr(),
@@ -45,11 +45,11 @@ pub(super) fn mounted() -> Result<PathBuf> {
     Ok(dir.into())
 }
 
-/// The events of the group, recorded until this is dropped.
+/// The events of the group, recorded until dropped.
 pub(super) struct Recorder(PathBuf);
 
 impl Recorder {
-    /// `None`: the kernel has no such events.
+    /// Start to record. `None` if the kernel has no such events.
     pub(super) fn start() -> Result<Option<Self>> {
         let dir = mounted()?;
         if !dir.join("events/ksm/enable").exists() {
@@ -67,7 +67,7 @@ impl Recorder {
         fs::write(self.0.join(file), what).with_context(|| format!("{file} in tracefs"))
     }
 
-    /// The lines of one event so far: who, and what it says.
+    /// Return the lines of one event so far: the task and the text.
     fn lines(&self, event: &str) -> Result<Vec<(String, String)>> {
         let text = fs::read_to_string(self.0.join("trace"))?;
         let mark = format!(": {event}: ");
@@ -79,7 +79,7 @@ impl Recorder {
         Ok(text.lines().filter_map(split).collect())
     }
 
-    /// How many lines of an event are by the engine's thread and say something.
+    /// Count the lines of an event that are by the engine's thread and whose text satisfies `says`.
     pub(super) fn count(&self, event: &str, says: impl Fn(&str) -> bool) -> Result<usize> {
         let name = format!("{}-", engine::thread_name());
         let lines = self.lines(event)?;
@@ -111,7 +111,7 @@ fn merging() -> Outcome {
     scan::stop()?;
     let entered = recorder.lines("ksm_enter")?.len();
     ensure!(entered >= 3, "{entered} processes entered");
-    // What became a merged page, and what was mapped to one.
+    // Pages that became KSM pages, and pages that merged with one.
     let merged = "ksm_merge_with_ksm_page";
     let ok = |what: &str| what.ends_with(" error 0");
     let published = recorder.count(merged, |what| ok(what) && what.starts_with("pfn "))?;
@@ -127,7 +127,7 @@ fn merging() -> Outcome {
     );
     let full = recorder.count("ksm_stop_scan", |what| what.ends_with(&size))?;
     ensure!(full > 0, "no pass ended with {} pages", 3 * N);
-    // Removed by whoever writes.
+    // The writer of `run` removes them.
     engine::write("run", 2)?;
     let removed = recorder.lines("ksm_remove_ksm_page")?.len();
     ensure!(removed == N, "{removed} merged pages were removed");

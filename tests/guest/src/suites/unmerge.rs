@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Ways to split merged pages again.
+//! Ways to unmerge pages.
 
 use anyhow::{ensure, Result};
 
@@ -11,7 +11,7 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "unmerge",
-    about: "MADV_UNMERGEABLE, prctl and run=2 give everyone pages of their own",
+    about: "MADV_UNMERGEABLE, prctl and run=2 give every process its own pages",
     module: Module::Loaded,
     tests: tests![
         ("madv-unmergeable", 60, madv),
@@ -39,7 +39,7 @@ fn madv() -> Outcome {
     workers[0].advise(0, N, libc::MADV_UNMERGEABLE)?;
     ensure!(workers[0].merged()? == 0 && workers[1].merged()? == N);
     verify_all(&mut workers)?;
-    // Neither merges again: one is not registered, the other has no partner.
+    // Neither merges again: one is not registered, the other has no equal.
     scan::passes(3)?;
     ensure!(workers[0].merged()? == 0);
     verify_all(&mut workers)?;
@@ -82,7 +82,7 @@ fn prctl_off() -> Outcome {
     PASS
 }
 
-/// Checks that nothing of anybody is merged and all counters say so.
+/// Check that no page is merged and that all counters agree.
 fn check_unmerged(workers: &mut [Worker]) -> Result<()> {
     ensure!(engine::read("run")? == 2);
     let c = engine::counters()?;
@@ -101,7 +101,7 @@ fn run_2() -> Outcome {
     let mut workers = pair()?;
     engine::write("run", 2)?;
     check_unmerged(&mut workers)?;
-    // It starts counting anew.
+    // The count of passes starts again.
     let full_scans = engine::read("full_scans")?;
     ensure!(full_scans == 0, "full_scans reads {full_scans} after run=2");
     std::thread::sleep(std::time::Duration::from_millis(300));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Merged pages that cannot be given back, because a userfaultfd monitor protects them from any access: they stay
-//! listed, movable and counted, and `run=2` says so.
+//! Merged pages that cannot be unmerged, because a userfaultfd monitor protects them from any access. They
+//! stay listed, movable and counted, and `run=2` fails.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -21,7 +21,7 @@ use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
     name: "unserved",
-    about: "merged pages that cannot be given back stay listed, and run=2 says so",
+    about: "merged pages that cannot be unmerged stay listed, and run=2 fails",
     module: Module::Loaded,
     tests: tests![
         ("run-2-on-protected-pages", 90, run_2),
@@ -43,7 +43,7 @@ fn part(span: Span, pages: usize) -> Span {
     Span { pages, ..span }
 }
 
-/// Two halves with the same content, merged, and a descriptor that all of it is registered with.
+/// Map two halves with the same content, merge them, and register all of it with a userfaultfd.
 fn two_halves() -> Result<Option<(Region, Span, Rwp)>> {
     two_halves_of(N)
 }
@@ -60,7 +60,7 @@ fn two_halves_of(n: usize) -> Result<Option<(Region, Span, Rwp)>> {
     Ok(Rwp::new(span)?.map(|uffd| (region, span, uffd)))
 }
 
-/// Checks that `count` pages are merged and listed, and that rmap finds all of them.
+/// Check that `count` pages are merged and listed, and that rmap finds all of them.
 fn ensure_listed(span: Span, count: usize) -> Result<()> {
     ensure!(
         merged(span)? == count,
@@ -87,7 +87,7 @@ fn ensure_refused() -> Result<()> {
     Ok(())
 }
 
-/// When the protection is gone, everything is given back.
+/// Check that without the protection all pages are unmerged.
 fn ensure_served(region: &Region, span: Span) -> Outcome {
     engine::write("run", 2)?;
     ensure!(
@@ -131,15 +131,15 @@ fn one() -> Outcome {
     };
     uffd.protect(part(span, 1), true)?;
     ensure_refused()?;
-    // All others are served, also those behind it.
+    // All other pages are unmerged, also those behind the protected one.
     ensure_listed(part(span, 1), 1)?;
     ensure!(merged(span)? == 1, "{} pages are merged", merged(span)?);
     uffd.protect(part(span, 1), false)?;
     ensure_served(&region, span)
 }
 
-/// Other threads of the process wait for the `mmap_lock` that `run=2` has, and for the CPU when they get it: what was
-/// given back is listed no more all the same.
+/// Other threads of the process wait for the `mmap_lock` that `run=2` holds, and then for the CPU. Pages that
+/// were unmerged are no longer listed all the same.
 fn while_mapping() -> Outcome {
     if engine::is_in_tree() {
         return skip(IN_TREE);
@@ -201,13 +201,13 @@ fn zeroes() -> Outcome {
     PASS
 }
 
-/// In-tree `MADV_UNMERGEABLE` says that it was done, and leaves protected pages merged in an area that is not
-/// mergeable any more.
+/// In-tree `MADV_UNMERGEABLE` succeeds, but leaves protected pages merged in a VMA that is no longer
+/// mergeable.
 fn unmergeable() -> Outcome {
     left_behind(ALL, ALL)
 }
 
-/// It even stops at the first one.
+/// In-tree `MADV_UNMERGEABLE` even stops at the first protected page.
 fn behind_one() -> Outcome {
     left_behind(1, ALL)
 }
@@ -225,17 +225,17 @@ fn left_behind(protected: usize, left: usize) -> Outcome {
     if merged(span)? != left {
         return Ok(Verdict::Skip("the kernel unshares such pages".into()));
     }
-    // They are not forgotten by the scan,
+    // The scan keeps them listed,
     for _ in 0..3 {
         scan::passes(1)?;
         ensure_listed(span, left)?;
     }
     scan::stop()?;
-    // nor by run=2.
+    // and so does run=2.
     ensure_served(&region, span)
 }
 
-/// A child has them in an area that never was mergeable.
+/// A child has them in a VMA that was never mergeable.
 fn children() -> Outcome {
     if engine::is_in_tree() {
         return skip(IN_TREE);
@@ -250,7 +250,7 @@ fn children() -> Outcome {
     let mut child = Worker::inheriting(&mut region)?;
     scan::passes(2)?;
     ensure_listed(child.span(), child.merged()?)?;
-    // Their parent goes, and with it what led to its children.
+    // The parent's pages go, and with them the rmap items that led to its children.
     region.dontneed(0, ALL)?;
     scan::passes(2)?;
     scan::stop()?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Breakpoints of the kernel's in merged pages.
+//! The kernel's breakpoints in merged pages.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -32,13 +32,13 @@ pub const SUITE: Suite = Suite {
 const EVENTS: &str = "/sys/kernel/tracing/uprobe_events";
 const GROUP: &str = "rksm_test";
 const FILE: &str = "/dev/shm/rksm-uprobe";
-/// How many pages, each with the function at its beginning.
+/// The number of pages, each with the function at its beginning.
 const N: usize = 4;
-/// How often probes are put in and taken out.
+/// How often probes are inserted and removed.
 const FLIPS: usize = 25;
-/// What the function returns.
+/// The return value of the function.
 const ANSWER: u32 = 42;
-/// mov $42, %eax; ret
+/// The machine code of: mov $42, %eax; ret
 const CODE: [u8; 6] = [0xb8, ANSWER as u8, 0, 0, 0, 0xc3];
 const BREAKPOINT: u8 = 0xcc;
 
@@ -48,10 +48,11 @@ struct Code {
 }
 
 impl Code {
-    /// Two mappings of the same file must not be neighbours, or they become one.
+    /// Map one page more than the file has. Otherwise two mappings of the file could be neighbours, and
+    /// become one.
     fn map(file: &File) -> Result<Self> {
-        // SAFETY: a new mapping at an address that the kernel chooses; one page more than the file
-        // has, which nobody touches.
+        // SAFETY: This is a new mapping at an address that the kernel chooses. The page beyond the end of the
+        // file is never accessed.
         let addr = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -70,20 +71,20 @@ impl Code {
         let code = Self {
             addr: addr as usize,
         };
-        // Merging is about anonymous pages: have one of its own made of each, that is not like the
-        // file's. The kernel maps the file's again when it takes a breakpoint out of one that is.
+        // Only anonymous pages merge, so make each page anonymous, with content that differs from the file's.
+        // The kernel maps the file's page again when it removes a breakpoint from an equal one.
         for i in 0..N {
-            // SAFETY: the byte lies in our mapping.
+            // SAFETY: The byte lies in our mapping.
             unsafe {
                 let at = (code.page(i) as *mut u8).add(PAGE - 1);
                 at.write_volatile(!at.read_volatile());
             }
         }
-        // Probes are not put into writable mappings.
-        // SAFETY: the mapping is ours, and nobody writes to it any more.
+        // The kernel inserts no probes into writable mappings.
+        // SAFETY: The mapping is ours, and nothing writes to it any more.
         let ret = unsafe { libc::mprotect(addr, N * PAGE, libc::PROT_READ | libc::PROT_EXEC) };
         ensure!(ret == 0, "mprotect: {}", io::Error::last_os_error());
-        // SAFETY: the mapping is ours.
+        // SAFETY: The mapping is ours.
         let ret = unsafe { libc::madvise(addr, N * PAGE, libc::MADV_MERGEABLE) };
         ensure!(ret == 0, "madvise: {}", io::Error::last_os_error());
         Ok(code)
@@ -93,10 +94,10 @@ impl Code {
         self.addr + i * PAGE
     }
 
-    /// Calls the function in page `i`.
+    /// Call the function in page `i`.
     fn call(&self, i: usize) -> u32 {
-        // SAFETY: CODE, or CODE with a breakpoint that the kernel handles, is at the beginning
-        // of the page; it takes nothing, and returns a number in a register.
+        // SAFETY: The page begins with CODE, or with CODE and a breakpoint that the kernel handles. The code
+        // takes no arguments and returns a number in a register.
         let function: extern "C" fn() -> u32 = unsafe { std::mem::transmute(self.page(i)) };
         function()
     }
@@ -109,9 +110,9 @@ impl Code {
         Ok(())
     }
 
-    /// The first byte of page `i`.
+    /// Return the first byte of page `i`.
     fn first(&self, i: usize) -> u8 {
-        // SAFETY: the byte lies in our mapping.
+        // SAFETY: The byte lies in our mapping.
         unsafe { (self.page(i) as *const u8).read_volatile() }
     }
 
@@ -137,12 +138,12 @@ impl Code {
 
 impl Drop for Code {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody calls into it any more.
+        // SAFETY: The mapping is ours, and nothing calls into it any more.
         unsafe { libc::munmap(self.addr as *mut libc::c_void, (N + 1) * PAGE) };
     }
 }
 
-/// A file of code. Each page of it is another, so that two mappings of it merge page by page.
+/// Create a file of code. All its pages differ, so that two mappings of it merge page by page.
 fn code_file() -> Result<File> {
     let mut file = File::options()
         .read(true)
@@ -159,11 +160,11 @@ fn code_file() -> Result<File> {
     Ok(file)
 }
 
-/// A probe on each function in the file; gone when dropped.
+/// Probes on each function in the file; removed when dropped.
 struct Probes(());
 
 impl Probes {
-    /// `None` if the kernel has no uprobes.
+    /// Insert the probes. `None` if the kernel has no uprobes.
     fn new() -> Result<Option<Self>> {
         if !Path::new(EVENTS).exists() {
             return Ok(None);
@@ -179,7 +180,7 @@ impl Probes {
         enable(on)
     }
 
-    /// How often the functions were entered with the probes enabled.
+    /// Return how often the functions were entered with the probes enabled.
     fn hits(&self) -> Result<u64> {
         let text = fs::read_to_string("/sys/kernel/tracing/uprobe_profile")?;
         let mut sum = 0;
@@ -209,14 +210,14 @@ impl Drop for Probes {
             let _ = append(&format!("-:{GROUP}/f{i}"));
         }
         let path = CString::new(FILE).unwrap_or_default();
-        // SAFETY: the path is a C string that outlives the call.
+        // SAFETY: The path is a C string that outlives the call.
         unsafe { libc::unlink(path.as_ptr()) };
     }
 }
 
 const NO_PROBES: &str = "the kernel has no uprobe events";
 
-/// Scans until page `i` of both is in one frame, for all of them.
+/// Scan until each page `i` of `a` and `b` is in one frame.
 fn merge(a: &Code, b: &Code) -> Result<()> {
     scan::until_still("merged code", || {
         let frames = a.frames()?;
@@ -268,7 +269,7 @@ fn merge_with_probe() -> Outcome {
     a.call_all()?;
     b.call_all()?;
     ensure!(probes.hits()? - before == 2 * N as u64);
-    // The breakpoint is taken out of a merged page, for each by itself.
+    // The kernel removes the breakpoint from a merged page in each process separately.
     scan::stop()?;
     probes.enable(false)?;
     a.expect_first(CODE[0])?;
@@ -289,7 +290,7 @@ fn come_and_go() -> Outcome {
     };
     let (a, b) = (Code::map(&file)?, Code::map(&file)?);
     scan::start()?;
-    // Not to be killed: the kernel leaves breakpoints behind when whoever takes them out is.
+    // This process must not be killed: the kernel leaves breakpoints behind if the task that removes them is.
     let mut flipping = Background::once(|| {
         for _ in 0..FLIPS {
             enable(true)?;

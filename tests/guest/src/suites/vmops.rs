@@ -37,7 +37,7 @@ fn munmap_part() -> Outcome {
     let mut workers = pair()?;
     workers[0].truncate(N / 3)?;
     verify_all(&mut workers)?;
-    // The pages that only one has left are still that one's merged pages.
+    // Pages that only one worker has left are still merged pages.
     scan::until_merged(N as u64, N as u64 / 3)?;
     verify_all(&mut workers)?;
     workers[1].truncate(N / 3)?;
@@ -51,10 +51,10 @@ fn mremap() -> Outcome {
     scan::stop()?;
     workers[0].relocate()?;
     verify_all(&mut workers)?;
-    // The kernel unmerges what it moves.
+    // The kernel unmerges the pages that it moves.
     ensure!(workers[0].merged()? == 0 && workers[1].merged()? == N);
     scan::until_merged(N as u64, N as u64)?;
-    ensure!(workers[0].merged()? == N, "not merged at the new place");
+    ensure!(workers[0].merged()? == N, "not merged at the new address");
     verify_all(&mut workers)?;
     PASS
 }
@@ -87,7 +87,7 @@ fn mprotect_read() -> Outcome {
     workers[0].protect(0, N, libc::PROT_READ)?;
     verify_all(&mut workers)?;
     ensure!(workers[0].merged()? == N, "mprotect split the pages");
-    // Becoming writable again must not let a write through to the shared page.
+    // Becoming writable again must not let a write reach the shared page.
     workers[0].protect(0, N, RW)?;
     workers[0].poke(0, N, 3, 3)?;
     verify_all(&mut workers)?;
@@ -117,7 +117,7 @@ fn dontneed() -> Outcome {
     workers[0].dontneed(0, N / 2)?;
     verify_all(&mut workers)?;
     ensure!(workers[1].merged()? == N);
-    // Reading mapped the kernel's zero page, which is nobody's to merge.
+    // Reading mapped the kernel's zero page, which never merges.
     ensure!(workers[0].merged()? == N / 2);
     scan::until_merged(N as u64, N as u64 / 2)?;
     verify_all(&mut workers)?;

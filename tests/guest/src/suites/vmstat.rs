@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What the core kernel counts of merged pages: it must count rksm's like the in-tree engine's.
+//! What the core kernel counts of merged pages: rksm's must count like the in-tree engine's.
 
 use std::fs;
 
@@ -24,7 +24,7 @@ pub const SUITE: Suite = Suite {
 const N: usize = 32;
 const KIB: i64 = 4;
 
-/// The `KSM:` of all mappings of a process together, in KiB.
+/// Return the sum of `KSM:` over all mappings of a process, in KiB.
 fn smaps_ksm(pid: u32) -> Result<i64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).context("smaps")?;
     let lines: Vec<_> = text
@@ -38,7 +38,7 @@ fn smaps_ksm(pid: u32) -> Result<i64> {
         .sum()
 }
 
-/// Two processes with the same pages, merged; the thread is stopped.
+/// Start two processes with the same pages, merge these, and stop the thread.
 fn merged() -> Result<[Worker; 2]> {
     let workers = [Worker::mergeable(N, 100)?, Worker::mergeable(N, 100)?];
     scan::until_merged(N as u64, N as u64)?;
@@ -53,7 +53,7 @@ fn cow() -> Outcome {
     workers[1].poke(8, 2, 0, 0xdd)?;
     let counted = proc::vmstat("cow_ksm")? - before;
     ensure!(counted == 7, "{counted} counted for 7 pages");
-    // What is not merged any more does not count.
+    // Pages that are no longer merged do not count.
     workers[0].poke(0, 5, 8, 0xee)?;
     let counted = proc::vmstat("cow_ksm")? - before;
     ensure!(counted == 7, "{counted} counted after writing again");

@@ -38,7 +38,7 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 32;
 
-/// A worker with `n` pages of zeroes that were written, so they are its own.
+/// Start a worker with `n` pages of zeroes that were written, so they are its own.
 fn with_zeroes(n: usize) -> Result<Worker> {
     let mut worker = Worker::with_pages(n)?;
     worker.fill(0, n, 0, 0)?;
@@ -46,14 +46,14 @@ fn with_zeroes(n: usize) -> Result<Worker> {
     Ok(worker)
 }
 
-/// Scans until so many pages are counted as zero pages.
+/// Scan until `n` pages are counted as zero pages.
 fn until_zero(n: usize) -> Result<()> {
     scan::until(&format!("{n} zero pages"), 12, || {
         Ok(engine::read("ksm_zero_pages")? == n as u64)
     })
 }
 
-/// Checks the count overall, and that of a process.
+/// Check the count of all zero pages, and that of a process.
 fn ensure_count(all: usize, worker: &Worker, own: usize) -> Result<()> {
     let have = engine::read("ksm_zero_pages")?;
     ensure!(have == all as u64, "{have} zero pages, not {all}");
@@ -72,7 +72,7 @@ fn counted() -> Outcome {
     until_zero(N)?;
     ensure_count(N, &worker, N)?;
     ensure!(zeroes(worker.span())? == N && worker.merged()? == 0);
-    // Another pass finds nothing there to look at.
+    // Another pass finds nothing to do there.
     scan::passes(2)?;
     let c = engine::counters()?;
     ensure!(
@@ -92,7 +92,7 @@ fn written() -> Outcome {
     worker.poke(3, 1, 17, 1)?;
     ensure_count(N - 1, &worker, N - 1)?;
     worker.verify()?;
-    // The whole page again, and zero again.
+    // Write the whole page, with zeroes again.
     worker.fill(3, 1, 0, 0)?;
     until_zero(N)?;
     worker.fill(0, N, 100, 1)?;
@@ -114,7 +114,7 @@ fn off() -> Outcome {
     let mut worker = with_zeroes(N)?;
     scan::until_merged(1, N as u64 - 1)?;
     ensure_count(0, &worker, 0)?;
-    // What is merged stays so.
+    // Merged pages stay merged.
     engine::write("use_zero_pages", 1)?;
     scan::passes(3)?;
     ensure_count(0, &worker, 0)?;
@@ -169,7 +169,7 @@ fn one_byte() -> Outcome {
     PASS
 }
 
-/// Pages that differ from zeroes in one byte, which a sample does not see most often, and which changes.
+/// Pages differ from zeroes in one byte, mostly outside the sample, and that byte changes.
 fn nearly_zero() -> Outcome {
     let mark = |worker: &mut Worker, value: u8| {
         (0..N).try_for_each(|i| worker.poke(i, 1, 16 + 100 * i, value))
@@ -224,8 +224,8 @@ fn run_2() -> Outcome {
     PASS
 }
 
-/// Waits until so many are left of those of a process that has exited: where the thread was looking at its
-/// address space, that is torn down a little later.
+/// Wait until `count` zero pages of an exited process are left. If the thread was scanning its address space,
+/// that is torn down a little later.
 fn until_count(count: usize) -> Result<()> {
     wait_for("zero pages to go", Duration::from_secs(5), || {
         Ok(engine::read("ksm_zero_pages")? == count as u64)
@@ -258,7 +258,7 @@ fn gone() -> Outcome {
     until_zero(N)?;
     worker.dontneed(0, 4)?;
     ensure_count(N - 4, &worker, N - 4)?;
-    // Moving the area unmerges it.
+    // Moving the VMA unmerges its pages.
     worker.relocate()?;
     until_zero(N - 4)?;
     ensure_count(N - 4, &worker, N - 4)?;
@@ -274,7 +274,7 @@ fn read_fault() -> Outcome {
     engine::write("use_zero_pages", 1)?;
     let region = Region::new(N)?;
     region.advise(0, N, libc::MADV_MERGEABLE)?;
-    // Reads, which maps the zero page without anybody's doing.
+    // Reading maps the zero page, without the engine.
     region.verify()?;
     let span = region.span();
     ensure!(zeroes(span)? == N);
