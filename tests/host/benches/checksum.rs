@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What it costs to look at a page: our sample and our checksum, and others that could take their
-//! place. Each iteration is one page of 4 KiB.
+//! The cost of looking at a page: our sample and our checksum, and alternatives to them. Each iteration is
+//! one page of 4 KiB.
 //!
 //! `warm`: one page again and again, which stays in the first-level cache. `cold`: pages at random from
 //! a buffer of 1 GiB, much larger than any cache. Pages do not depend on each other, so the processor
@@ -19,7 +19,7 @@ use twox_hash::{XxHash3_64, XxHash64};
 
 type Page = [u64; PAGE_WORDS];
 
-/// Pages of the large buffer, of which there are few when `cargo test` only tries each bench once.
+/// The number of pages in the large buffer. It is small when `cargo test` only tries each bench once.
 fn many() -> usize {
     if std::env::args().any(|arg| arg == "--bench") {
         1 << 18
@@ -28,18 +28,18 @@ fn many() -> usize {
     }
 }
 
-/// Random content, in huge pages where the system gives them: the module sees all memory through
+/// Allocate random content, in huge pages if the system provides them: the module sees all memory through
 /// huge mappings.
 fn pages(count: usize) -> &'static mut [Page] {
     const HUGE: usize = 2 << 20;
     let size = count * size_of::<Page>();
     let layout = Layout::from_size_align(size, HUGE).expect("a size that can be");
-    // SAFETY: the layout is not of size 0.
+    // SAFETY: The layout is not of size 0.
     let start = unsafe { std::alloc::alloc_zeroed(layout) };
     assert!(!start.is_null(), "no memory");
-    // SAFETY: advice about memory that is ours. It may be refused.
+    // SAFETY: The memory is ours. The system may refuse the advice.
     unsafe { libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE) };
-    // SAFETY: zeroed memory of this size and alignment, which is never freed.
+    // SAFETY: This is zeroed memory of this size and alignment, which is never freed.
     let pages = unsafe { std::slice::from_raw_parts_mut(start.cast::<Page>(), count) };
     let mut random = Random::new(1);
     for word in pages.as_flattened_mut() {
@@ -49,7 +49,7 @@ fn pages(count: usize) -> &'static mut [Page] {
 }
 
 fn bytes(page: &Page) -> &[u8] {
-    // SAFETY: words have no padding, and bytes have no alignment.
+    // SAFETY: Words have no padding, and bytes have no alignment.
     unsafe { std::slice::from_raw_parts(page.as_ptr().cast(), size_of::<Page>()) }
 }
 

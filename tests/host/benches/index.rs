@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What it costs to keep what is known of pages: the trees, the filter and the page map, with ten
-//! thousand, a million and ten million entries. Each iteration is one page.
+//! The cost of the per-page metadata: the trees, the filter and the page map, with ten thousand, a million
+//! and ten million entries. Each iteration is one page.
 //!
-//! Keys come at random, as checksums do, so the larger trees are not in any cache. The page map is
-//! gone through in the order of addresses, as the scan does.
+//! Keys are random, as checksums are, so the larger trees are not in any cache. The page map is visited in
+//! the order of addresses, as the scan does.
 
 #[path = "../../../src/hash.rs"]
 #[allow(dead_code, clippy::style, clippy::precedence)]
@@ -30,7 +30,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Few when `cargo test` only tries each bench once.
+/// Small sizes only, when `cargo test` only tries each bench once.
 fn sizes() -> &'static [usize] {
     if std::env::args().any(|arg| arg == "--bench") {
         &[10_000, 1_000_000, 10_000_000]
@@ -39,15 +39,15 @@ fn sizes() -> &'static [usize] {
     }
 }
 
-/// Pages of a leaf, and of a batch.
+/// The number of pages of a leaf, and of a batch.
 const LEAF_PAGES: usize = 512;
-/// Entries that are added or removed at a time, between which the time does not count.
+/// How many entries to add or remove between two timed sections.
 const CHUNK: u64 = 1000;
 
 type Group<'a> = BenchmarkGroup<'a, WallTime>;
 
-/// Measures `timed` for one page after the other. `before` gets ready for the next few, and `after`
-/// cleans up behind them, neither of which counts.
+/// Measure `timed` for one page after the other. `before` prepares the next few, and `after` cleans up after
+/// them; neither counts.
 fn measure<S, T>(
     group: &mut Group<'_>,
     name: &str,
@@ -77,26 +77,26 @@ fn measure<S, T>(
     });
 }
 
-/// Where all pages are that wait.
+/// The address of all pages in the unstable tree.
 const PLACE: PageAddr = PageAddr { mm_id: 1, addr: 0 };
 
 fn sum(random: &mut Random) -> Checksum {
     Checksum::from_raw(random.draw())
 }
 
-/// An index, what is in it, and where more comes from.
+/// An index, its content, and a source of more.
 struct Trees {
     index: Index<u64>,
-    /// What is in it, in no order.
+    /// Its content, in no order.
     waiting: Vec<Checksum>,
     nodes: Vec<StableKey>,
-    /// Which of these are next.
+    /// The index of the next one.
     at: usize,
     random: Random,
 }
 
 impl Trees {
-    /// With so many entries in each of the two trees that are large.
+    /// Fill each of the two large trees with `size` entries.
     fn with(size: usize) -> Self {
         let mut trees = Self {
             index: Index::new(),
@@ -123,13 +123,13 @@ impl Trees {
         self.index.new_key(sum)
     }
 
-    /// Adds a node and notes that it has mappings, as is done with a page that is merged.
+    /// Add a node and note that it has mappings, as for a merged page.
     fn add(&mut self, key: StableKey) {
         assert!(self.index.insert(key, 0, GFP_NOWAIT).is_ok());
         self.index.move_to_stable(key);
     }
 
-    /// Which one is next. None comes twice in a chunk.
+    /// Return the index of the next one. None repeats within a chunk.
     fn next(&mut self) -> usize {
         self.at = (self.at + 1) % self.nodes.len();
         self.at
@@ -222,7 +222,7 @@ fn filter(group: &mut Group<'_>, size: usize) {
     group.bench_function(BenchmarkId::new("filter: has_two", size), |b| {
         b.iter(|| filter.has_two(next()))
     });
-    // Coming and going, so that it is as full as before.
+    // Add and remove in turn, so that the filter stays equally full.
     group.bench_function(BenchmarkId::new("filter: add and remove", size), |b| {
         b.iter(|| {
             let sample = next();
@@ -250,7 +250,7 @@ fn filter(group: &mut Group<'_>, size: usize) {
     });
 }
 
-/// Goes through the pages of one leaf, all of which are known, at once. Returns how many changed.
+/// Visit the pages of one leaf, all of which are known, at once. Return how many changed.
 fn look_at_run(map: &mut PageMap<u64>, addr: usize) -> usize {
     let Ok(mut leaf) = map.leaf_from(addr, 0, GFP_NOWAIT) else {
         return 0;
@@ -261,7 +261,7 @@ fn look_at_run(map: &mut PageMap<u64>, addr: usize) -> usize {
     }
 }
 
-/// Goes through every other page of one leaf, all of which are known, one after the other.
+/// Visit every other page of one leaf, all of which are known, one after the other.
 fn look_at_each(map: &mut PageMap<u64>, addr: usize) -> usize {
     let Ok(mut leaf) = map.leaf_from(addr, 0, GFP_NOWAIT) else {
         return 0;
@@ -276,7 +276,7 @@ fn look_at_each(map: &mut PageMap<u64>, addr: usize) -> usize {
     changed
 }
 
-/// Remembers pages, every `step`th, and nothing else of their leaf.
+/// Add every `step`th page of a leaf, and no others.
 fn fill(map: &mut PageMap<u64>, addr: usize, step: usize) {
     if let Ok(mut leaf) = map.leaf_from(addr, 0, GFP_NOWAIT) {
         if step == 1 {
@@ -292,7 +292,7 @@ fn fill(map: &mut PageMap<u64>, addr: usize, step: usize) {
     }
 }
 
-/// With every `step`th page of so many leaves that it is `size` pages.
+/// Build a map with every `step`th page of as many leaves as give `size` pages.
 fn map_of(size: usize, step: usize) -> PageMap<u64> {
     let mut map = PageMap::new();
     for leaf in 0..(size * step).div_ceil(LEAF_PAGES) {
@@ -312,7 +312,7 @@ fn page_map(group: &mut Group<'_>, size: usize) {
         let mut at = (0..leaves).cycle();
         group.bench_function(BenchmarkId::new(name, size), |b| {
             b.iter_custom(|iters| {
-                // Whole leaves, of which the part that was asked for counts.
+                // Whole leaves, of which only the requested part counts.
                 let pages = LEAF_PAGES / step;
                 let rounds = (iters as usize).div_ceil(pages);
                 let start = Instant::now();

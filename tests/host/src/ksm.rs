@@ -2,8 +2,8 @@
 
 //! The module's `ksm`, as far as it is pure logic.
 
-// Much is used only by the rest of the module: what nobody uses is found when the module is built.
-// And it is the module's own clippy that judges its style, by the kernel's settings.
+// Only the rest of the module uses many items. The module's build finds unused ones, and its own clippy
+// checks the style, by the kernel's settings.
 #![allow(dead_code, clippy::style, clippy::precedence)]
 
 #[path = "../../../src/ksm/advisor.rs"]

@@ -2,9 +2,9 @@
 
 //! Tests, on the host, of those parts of the module that are pure logic.
 //!
-//! [`ksm`] and [`mm`] take the module's own files as they are; the crate `kernel` beside this one stands
-//! in for the kernel's. To test another file: name it in `ksm.rs` or `mm.rs`, add a file of tests to
-//! `tests.rs`, and add to the stand-in what the compiler misses.
+//! [`ksm`] and [`mm`] include the module's own files unchanged. The crate `kernel` beside this one stands in for
+//! the kernel's. To test another file, name it in `ksm.rs` or `mm.rs`, add a file of tests to `tests.rs`, and
+//! add the missing items to the stand-in.
 
 /// The examples in the module's documentation: see `build.rs`.
 #[cfg(test)]

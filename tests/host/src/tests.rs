@@ -15,7 +15,7 @@ mod probation;
 mod standin;
 mod unlisted;
 
-/// So many cases of a property; two under Miri, which is a thousand times slower.
+/// Run `count` cases of a property; only two under Miri, which is a thousand times slower.
 fn cases(count: u32) -> proptest::test_runner::Config {
     proptest::test_runner::Config::with_cases(if cfg!(miri) { 2 } else { count })
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Checks which files of the module import which.
+//! Check which files of the module import which.
 //!
-//! A file that imports another, directly or not, is never imported by that, and no layer knows of one above
-//! it: see [`LAYERS`]. What counts is every `use`, and every path that leads through a module of the crate, also
-//! in the arguments of macros. A call of a method is no import, nor is a `mod` line.
+//! A file never imports one that imports it, directly or indirectly, and no layer imports one above it: see
+//! [`LAYERS`]. Every `use` counts, and every path through a module of the crate, also in the arguments of
+//! macros. Method calls and `mod` lines do not count.
 
 use petgraph::{algo::tarjan_scc, graphmap::DiGraphMap};
 use proc_macro2::{TokenStream, TokenTree};
@@ -18,7 +18,8 @@ use syn::{visit::Visit, UseTree};
 /// The parts of the module (files or directories in `src/`), and what each may import.
 const LAYERS: &[(&str, &[&str])] = &[
     ("hash.rs", &[]),
-    // The layout of the kernel's structures is for mm/; what checks it calls mm/ and is called from the top.
+    // The layout of the kernel's structures is for mm/. The code that checks it calls mm/, and the top calls
+    // that.
     ("abi", &["mm"]),
     ("mm", &["hash.rs", "abi"]),
     ("sys", &["mm"]),
@@ -30,7 +31,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// The circles that are still to be opened. No file may be added to one.
+/// The known import cycles. No file may be added to one.
 const KNOWN_CIRCLES: &[&[&str]] = &[&[
     "ksm/candidate.rs",
     "ksm/metadata.rs",
@@ -44,7 +45,7 @@ const KNOWN_CIRCLES: &[&[&str]] = &[&[
     "sys/module_pin.rs",
 ]];
 
-/// The imports of a layer above that are still to go. None may be added.
+/// The known imports of a layer above. None may be added.
 const KNOWN_UPWARD: &[&str] = &[
     "mm/entry.rs imports ksm/probation.rs",
     "mm/rmap_item.rs imports ksm/probation.rs",
@@ -54,20 +55,20 @@ const KNOWN_UPWARD: &[&str] = &[
 /// The path of a module, from the crate's root.
 type ModPath = Vec<String>;
 
-/// Files by their paths in the source directory, which may be on disk or made up.
+/// Files by their paths in the source directory, on disk or made up.
 type Files = BTreeMap<PathBuf, String>;
 
-/// Which file imports which others.
+/// The files that each file imports.
 type Imports = BTreeMap<PathBuf, BTreeSet<PathBuf>>;
 
-/// A file's modules, and what they refer to.
+/// The modules of a file, and what they refer to.
 #[derive(Default)]
 struct Found {
     /// Modules in files of their own: `mod x;`.
     outside: Vec<ModPath>,
     /// Modules with a body here.
     inside: Vec<ModPath>,
-    /// The paths that are used, and in which module.
+    /// The paths in use, with the module that uses them.
     paths: Vec<(ModPath, Vec<String>)>,
     module: ModPath,
 }
@@ -100,7 +101,7 @@ impl Found {
         }
     }
 
-    /// Adds the paths among the arguments of a macro, which need not be Rust's syntax.
+    /// Add the paths among the arguments of a macro, which need not have Rust's syntax.
     fn add_tokens(&mut self, tokens: TokenStream) {
         let mut path: Vec<String> = Vec::new();
         let mut colons = 0;
@@ -127,7 +128,7 @@ impl Found {
         self.add_long(path);
     }
 
-    /// Adds a path, unless it is a name by itself, which somebody else has brought in.
+    /// Add a path, unless it is a single name, which some `use` has brought in.
     fn add_long(&mut self, path: Vec<String>) {
         if path.len() > 1 {
             self.add_path(path);
@@ -160,7 +161,7 @@ impl<'ast> Visit<'ast> for Found {
         syn::visit::visit_path(self, path);
     }
 
-    // Also `pub(in crate::x)`, which imports nothing.
+    // Skip `pub(in crate::x)`, which imports nothing.
     fn visit_visibility(&mut self, _: &'ast syn::Visibility) {}
 
     fn visit_macro(&mut self, item: &'ast syn::Macro) {
@@ -168,7 +169,7 @@ impl<'ast> Visit<'ast> for Found {
     }
 }
 
-/// Reads the crate whose root is `root`.
+/// Read the crate with the root file `root`.
 fn imports(files: &Files, root: &str) -> Imports {
     let mut modules: BTreeMap<ModPath, PathBuf> = BTreeMap::new();
     let mut paths = Vec::new();
@@ -210,7 +211,7 @@ fn imports(files: &Files, root: &str) -> Imports {
     imports
 }
 
-/// The file of the innermost module that a path leads through. `None`: it leads into another crate.
+/// Return the file of the innermost module in a path; `None` if the path leads into another crate.
 fn resolve<'a>(
     modules: &'a BTreeMap<ModPath, PathBuf>,
     module: &[String],
@@ -244,7 +245,7 @@ fn resolve<'a>(
     modules.get(&at)
 }
 
-/// The files of each circle.
+/// Return the files of each cycle.
 fn circles(imports: &Imports) -> Vec<Vec<String>> {
     let mut graph: DiGraphMap<&Path, ()> = DiGraphMap::new();
     for (file, others) in imports {
@@ -262,7 +263,7 @@ fn circles(imports: &Imports) -> Vec<Vec<String>> {
     named.collect()
 }
 
-/// The imports that no layer may have.
+/// Return the imports of a layer above.
 fn upward(imports: &Imports) -> Vec<String> {
     let layer = |file: &Path| {
         let top = file.iter().next().and_then(|name| name.to_str());
@@ -310,7 +311,7 @@ fn made_up(files: &[(&str, &str)]) -> Imports {
 
 #[test]
 fn no_file_of_the_module_imports_in_a_new_circle() {
-    // Less than is known fails, too, so that what was opened stays open.
+    // Fewer than the known ones fail as well, so that an opened cycle stays open.
     let circles = circles(&imports(&module_files(), "rksm_main.rs"));
     let circles: BTreeSet<_> = circles.into_iter().collect();
     let known = KNOWN_CIRCLES.iter();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory. All of it is counted in [`crate::testing`], which also decides what fails.
+//! Memory. [`crate::testing`] counts all of it, and decides which allocations fail.
 
 pub mod allocator;
 pub mod kbox;
@@ -9,26 +9,26 @@ pub mod kvec;
 pub use self::kbox::{Box, KBox, KVBox, VBox};
 pub use self::kvec::{KVVec, KVec, VVec, Vec};
 
-/// There was no memory.
+/// An allocation failed.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub struct AllocError;
 
-/// How to allocate.
+/// Flags of an allocation.
 #[derive(Clone, Copy, PartialEq)]
 pub struct Flags(u32);
 
 impl Flags {
-    /// Whether all of `flags` are set.
+    /// Return whether all of `flags` are set.
     pub fn contains(self, flags: Flags) -> bool {
         self & flags == flags
     }
 
-    /// Whether an allocation is charged to a memory cgroup.
+    /// Return whether an allocation is charged to a memory cgroup.
     pub(crate) fn is_accounted(self) -> bool {
         self.0 & bits::ACCOUNT != 0
     }
 
-    /// Whether an allocation may sleep.
+    /// Return whether an allocation may sleep.
     pub(crate) fn may_sleep(self) -> bool {
         self.0 & bits::DIRECT_RECLAIM != 0
     }
@@ -58,7 +58,7 @@ impl core::ops::Not for Flags {
     }
 }
 
-/// One bit for each property that flags are made of. The values mean nothing.
+/// One bit for each property that flags consist of. The values are arbitrary.
 mod bits {
     pub(super) const DIRECT_RECLAIM: u32 = 1 << 0;
     pub(super) const KSWAPD_RECLAIM: u32 = 1 << 1;
@@ -77,9 +77,9 @@ pub mod flags {
 
     /// Zeroed memory.
     pub const __GFP_ZERO: Flags = Flags(bits::ZERO);
-    /// Highmem will do.
+    /// Memory from highmem is acceptable.
     pub const __GFP_HIGHMEM: Flags = Flags(bits::HIGHMEM);
-    /// Say nothing on failure.
+    /// No warning on failure.
     pub const __GFP_NOWARN: Flags = Flags(bits::NOWARN);
     /// May not sleep, may take reserves.
     pub const GFP_ATOMIC: Flags = Flags(bits::HIGH | bits::KSWAPD_RECLAIM);

@@ -1,39 +1,38 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the kernel's C side gives.
+//! Items of the kernel's C side.
 
 use crate::testing;
 use std::sync::atomic::{AtomicIsize, Ordering};
 
-/// An address space, of which only the reference count is left. Made by
-/// [`TestMm`](crate::testing::TestMm).
+/// An address space, reduced to its reference count. [`TestMm`](crate::testing::TestMm) makes them.
 #[allow(non_camel_case_types)]
 pub struct mm_struct {
-    /// The references, of which one is the maker's own.
+    /// The references, including the maker's own.
     pub(crate) mm_count: AtomicIsize,
 }
 
-/// Takes a reference.
+/// Take a reference.
 ///
 /// # Safety
 ///
 /// `mm` is valid, and the caller has a reference or a borrow.
 pub unsafe fn mmgrab(mm: *mut mm_struct) {
-    // SAFETY: valid by the contract.
+    // SAFETY: `mm` is valid by the contract.
     let before = unsafe { (*mm).mm_count.fetch_add(1, Ordering::Relaxed) };
     testing::note_mm_get();
     testing::must(before >= 1, "mmgrab() of an mm that was freed");
 }
 
-/// Gives up a reference.
+/// Drop a reference.
 ///
 /// # Safety
 ///
-/// `mm` is valid, and the caller has a reference, which it no longer uses.
+/// `mm` is valid, and the caller owns a reference, which it no longer uses.
 pub unsafe fn mmdrop(mm: *mut mm_struct) {
-    // SAFETY: valid by the contract.
+    // SAFETY: `mm` is valid by the contract.
     let before = unsafe { (*mm).mm_count.fetch_sub(1, Ordering::Relaxed) };
     testing::note_mm_drop();
-    // The last one belongs to the maker, who does not come this way.
-    testing::must(before >= 2, "mmdrop() of a reference that nobody had");
+    // The last reference belongs to the maker, which does not use this function.
+    testing::must(before >= 2, "mmdrop() of a reference that did not exist");
 }

@@ -9,7 +9,7 @@ use std::{fmt, num::NonZeroI32};
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Error(NonZeroI32);
 
-/// A result whose error is an errno unless said otherwise.
+/// A result whose error is an errno by default.
 pub type Result<T = (), E = Error> = core::result::Result<T, E>;
 
 const MAX_ERRNO: i32 = 4095;
@@ -25,12 +25,12 @@ impl Error {
         }
     }
 
-    /// The error with this (negative) errno; `EINVAL` when there is no such.
+    /// Create the error with this (negative) errno; `EINVAL` if there is no such errno.
     pub fn from_errno(errno: i32) -> Self {
         Self::try_from_errno(errno).unwrap_or(code::EINVAL)
     }
 
-    /// The errno, negative.
+    /// Return the errno, negative.
     pub fn to_errno(self) -> i32 {
         self.0.get()
     }

@@ -2,10 +2,9 @@
 
 //! A stand-in for the kernel's Rust crate, for tests on the host.
 //!
-//! Names, signatures, trait bounds and meaning are those of the kernel's; what the module's pure
-//! logic does not use is left out. A file that needs more of it gets it added here. Only
-//! [`testing`] has no counterpart in the kernel: it makes allocations fail, and counts them and the
-//! references on address spaces.
+//! Names, signatures, trait bounds and meaning are the kernel's. Items that the module's pure logic does not
+//! use are left out; add them here when a file needs them. Only [`testing`] has no counterpart in the kernel:
+//! it makes allocations fail, and counts them and the references on address spaces.
 
 pub mod alloc;
 pub mod bindings;

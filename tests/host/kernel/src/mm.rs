@@ -12,27 +12,27 @@ use std::{cell::UnsafeCell, ptr::NonNull};
 ///
 /// # Invariants
 ///
-/// Counted by `mmgrab()`.
+/// `mmgrab()` counts its references.
 #[repr(transparent)]
 pub struct Mm {
     mm: UnsafeCell<bindings::mm_struct>,
 }
 
-// SAFETY: all there is to an `Mm` is an atomic count.
+// SAFETY: An `Mm` consists of an atomic count only.
 unsafe impl Send for Mm {}
-// SAFETY: as above.
+// SAFETY: An `Mm` consists of an atomic count only.
 unsafe impl Sync for Mm {}
 
-// SAFETY: by the type invariant; the object lives as long as its `TestMm`, which does not go before
-// all references are back.
+// SAFETY: The object is counted by the type invariant. It lives as long as its `TestMm`, which does not go
+// before all references are dropped.
 unsafe impl AlwaysRefCounted for Mm {
     fn inc_ref(&self) {
-        // SAFETY: valid, since borrowed.
+        // SAFETY: The object is valid, since borrowed.
         unsafe { bindings::mmgrab(self.as_raw()) }
     }
 
     unsafe fn dec_ref(obj: NonNull<Self>) {
-        // SAFETY: the caller gives up its reference.
+        // SAFETY: The caller gives up its reference.
         unsafe { bindings::mmdrop(obj.cast().as_ptr()) }
     }
 }
@@ -43,13 +43,13 @@ impl Mm {
         self.mm.get()
     }
 
-    /// Borrows from the C structure.
+    /// Borrow from the C structure.
     ///
     /// # Safety
     ///
-    /// `ptr` points at an `mm_struct` that is not freed within `'a`.
+    /// `ptr` points to an `mm_struct` that is not freed within `'a`.
     pub unsafe fn from_raw<'a>(ptr: *const bindings::mm_struct) -> &'a Mm {
-        // SAFETY: valid by the contract; the layout is the same, since transparent.
+        // SAFETY: `ptr` is valid by the contract. The layout is the same, since `Mm` is transparent.
         unsafe { &*ptr.cast::<Mm>() }
     }
 }

@@ -2,16 +2,16 @@
 
 //! Page sizes, of x86-64.
 
-/// Bits of an address within its page.
+/// The number of address bits within a page.
 pub const PAGE_SHIFT: usize = 12;
 
 /// Bytes per page.
 pub const PAGE_SIZE: usize = 1 << PAGE_SHIFT;
 
-/// Bits of an address that say which page it is in.
+/// The bits of an address that select its page.
 pub const PAGE_MASK: usize = !(PAGE_SIZE - 1);
 
-/// Rounds up to whole pages; `None` when that overflows.
+/// Round up to whole pages; `None` if that overflows.
 pub const fn page_align(addr: usize) -> Option<usize> {
     match addr.checked_add(PAGE_SIZE - 1) {
         Some(end) => Some(end & PAGE_MASK),

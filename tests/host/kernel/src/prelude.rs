@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a file gets by `use kernel::prelude::*`.
+//! The items that `use kernel::prelude::*` brings in.
 
 pub use crate::{
     alloc::{flags::*, Box, KBox, KVBox, KVVec, KVec, VBox, VVec, Vec},

@@ -2,9 +2,9 @@
 
 //! Trees of owned nodes.
 //!
-//! Red-black trees like the kernel's, each node an allocation of the size that the kernel's has, so
-//! that benches on the host say something about the module: [`links`] is the tree, this is the
-//! kernel's interface to it.
+//! Red-black trees like the kernel's. Each node is an allocation of the same size as in the kernel, so that
+//! benches on the host tell something about the module. [`links`] is the tree; this module is the kernel's
+//! interface to it.
 
 mod cursor;
 mod links;
@@ -22,8 +22,7 @@ use std::{marker::PhantomData, mem::MaybeUninit, ptr};
 ///
 /// # Invariants
 ///
-/// The nodes that `root` leads to are owned by the tree, and are linked as a red-black tree ordered by
-/// their keys.
+/// The tree owns the nodes that `root` leads to. They are linked as a red-black tree ordered by their keys.
 pub struct RBTree<K, V> {
     root: Ptr<K, V>,
     _owned: PhantomData<KBox<Node<K, V>>>,
@@ -37,16 +36,16 @@ struct Node<K, V> {
 }
 
 impl<K, V> RBTree<K, V> {
-    /// An empty tree, without memory.
+    /// Create an empty tree, without memory.
     pub fn new() -> Self {
-        // INVARIANT: no nodes.
+        // INVARIANT: There are no nodes.
         Self {
             root: ptr::null_mut(),
             _owned: PhantomData,
         }
     }
 
-    /// Whether there is no node.
+    /// Return whether there are no nodes.
     pub fn is_empty(&self) -> bool {
         self.root.is_null()
     }
@@ -59,7 +58,7 @@ impl<K, V> RBTree<K, V> {
         }
     }
 
-    /// The nodes, by key, with values to be changed.
+    /// The nodes, by key, with mutable values.
     pub fn iter_mut(&mut self) -> IterMut<'_, K, V> {
         IterMut {
             at: self.end(0),
@@ -77,57 +76,57 @@ impl<K, V> RBTree<K, V> {
         self.iter().map(|(_, value)| value)
     }
 
-    /// The values, by key, to be changed.
+    /// The values, by key, mutable.
     pub fn values_mut(&mut self) -> impl Iterator<Item = &'_ mut V> {
         self.iter_mut().map(|(_, value)| value)
     }
 
-    /// At the smallest key.
+    /// A cursor at the smallest key.
     pub fn cursor_front(&self) -> Option<Cursor<'_, K, V>> {
         self.cursor_at(self.end(0))
     }
 
-    /// At the smallest key.
+    /// A mutable cursor at the smallest key.
     pub fn cursor_front_mut(&mut self) -> Option<CursorMut<'_, K, V>> {
         self.cursor_at_mut(self.end(0))
     }
 
-    /// At the largest key.
+    /// A cursor at the largest key.
     pub fn cursor_back(&self) -> Option<Cursor<'_, K, V>> {
         self.cursor_at(self.end(1))
     }
 
-    /// At the largest key.
+    /// A mutable cursor at the largest key.
     pub fn cursor_back_mut(&mut self) -> Option<CursorMut<'_, K, V>> {
         self.cursor_at_mut(self.end(1))
     }
 
     /// The node with the smallest (0) or largest (1) key; null if there is none.
     fn end(&self, side: usize) -> Ptr<K, V> {
-        // SAFETY: a node of the tree or null, by the type invariant.
+        // SAFETY: `root` is a node of the tree or null, by the type invariant.
         unsafe { links::end(self.root, side) }
     }
 
-    /// Takes a node out.
+    /// Take a node out.
     ///
     /// # Safety
     ///
-    /// `at` is a node of this tree, to which no reference is left.
+    /// `at` is a node of this tree, and no reference to it is left.
     unsafe fn take(&mut self, at: Ptr<K, V>) -> RBTreeNode<K, V> {
-        // SAFETY: a node of this tree by the contract.
+        // SAFETY: `at` is a node of this tree by the contract.
         unsafe { links::unlink(&mut self.root, at) };
-        // SAFETY: came from a box, and is not in the tree any more.
+        // SAFETY: The node came from a box, and is not in the tree any more.
         let node = unsafe { KBox::from_raw(at) };
         RBTreeNode { node }
     }
 
-    /// Fails unless the tree is what the kernel's would be: ordered, balanced, with links that agree.
-    /// Returns how many nodes there are. The kernel has no such function.
+    /// Check that the tree is what the kernel's would be: ordered, balanced, with consistent links. Return
+    /// the number of nodes. The kernel has no such function.
     pub fn check(&self) -> usize
     where
         K: Ord,
     {
-        // SAFETY: by the type invariant; shared for as long as `self` is.
+        // SAFETY: The links are valid by the type invariant, and shared for as long as `self` is.
         let len = unsafe { links::check(self.root) };
         assert!(self.keys().is_sorted_by(|a, b| a < b));
         len
@@ -135,11 +134,11 @@ impl<K, V> RBTree<K, V> {
 }
 
 impl<K: Ord, V> RBTree<K, V> {
-    /// Where `key` is, or else where it would go.
+    /// Return the node of `key`, or else the place where it would go.
     fn search(&self, key: &K) -> core::result::Result<Ptr<K, V>, Place<K, V>> {
         let mut place = Place::ROOT;
         let mut at = self.root;
-        // SAFETY: nodes of the tree, by the type invariant, until it is null.
+        // SAFETY: `at` is a node of the tree or null, by the type invariant.
         while let Some(node) = unsafe { at.as_ref() } {
             let side = match key.cmp(&node.key) {
                 std::cmp::Ordering::Less => 0,
@@ -152,7 +151,7 @@ impl<K: Ord, V> RBTree<K, V> {
         Err(place)
     }
 
-    /// Inserts a new node and returns the one with the same key that it replaced.
+    /// Insert a new node. Return the one with the same key that it replaced.
     pub fn try_create_and_insert(
         &mut self,
         key: K,
@@ -162,20 +161,20 @@ impl<K: Ord, V> RBTree<K, V> {
         Ok(self.insert(RBTreeNode::new(key, value, flags)?))
     }
 
-    /// Inserts a node and returns the one with the same key that it replaced.
+    /// Insert a node. Return the one with the same key that it replaced.
     pub fn insert(&mut self, node: RBTreeNode<K, V>) -> Option<RBTreeNode<K, V>> {
         match self.search(&node.node.key) {
             Ok(at) => {
                 let new = KBox::into_raw(node.node);
-                // SAFETY: `at` is a node of this tree, the new one is in none.
+                // SAFETY: `at` is a node of this tree; the new one is in none.
                 unsafe { links::replace(&mut self.root, at, new) };
-                // SAFETY: came from a box, and is not in the tree any more.
+                // SAFETY: The node came from a box, and is not in the tree any more.
                 let node = unsafe { KBox::from_raw(at) };
                 Some(RBTreeNode { node })
             }
             Err(place) => {
                 let new = KBox::into_raw(node.node);
-                // SAFETY: the place was found in this tree; the node is in none.
+                // SAFETY: The place was found in this tree; the node is in none.
                 unsafe { links::link(&mut self.root, place, new) };
                 None
             }
@@ -194,7 +193,7 @@ impl<K: Ord, V> RBTree<K, V> {
         }
     }
 
-    /// The place of `key`, if there is such a node.
+    /// The entry of `key`, if there is such a node.
     pub fn find_mut(&mut self, key: &K) -> Option<OccupiedEntry<'_, K, V>> {
         let at = self.search(key).ok()?;
         Some(OccupiedEntry { tree: self, at })
@@ -203,21 +202,21 @@ impl<K: Ord, V> RBTree<K, V> {
     /// The value of `key`.
     pub fn get(&self, key: &K) -> Option<&V> {
         let at = self.search(key).ok()?;
-        // SAFETY: a node of the tree, shared for as long as `self` is.
+        // SAFETY: `at` is a node of the tree, shared for as long as `self` is.
         Some(unsafe { &(*at).value })
     }
 
-    /// The value of `key`, to be changed.
+    /// The value of `key`, mutable.
     pub fn get_mut(&mut self, key: &K) -> Option<&mut V> {
         self.find_mut(key).map(OccupiedEntry::into_mut)
     }
 
-    /// Takes a node out.
+    /// Take a node out.
     pub fn remove_node(&mut self, key: &K) -> Option<RBTreeNode<K, V>> {
         self.find_mut(key).map(OccupiedEntry::remove_node)
     }
 
-    /// Takes a value out and frees its node.
+    /// Take a value out and free its node.
     pub fn remove(&mut self, key: &K) -> Option<V> {
         self.find_mut(key).map(OccupiedEntry::remove)
     }
@@ -227,17 +226,17 @@ impl<K: Ord, V> RBTree<K, V> {
         match self.search(key) {
             Ok(at) => at,
             Err(place) if place.side == 0 => place.parent,
-            // SAFETY: a node of the tree, or null where the tree is empty.
+            // SAFETY: The parent is a node of the tree, or null if the tree is empty.
             Err(place) => unsafe { links::step(place.parent, 1) },
         }
     }
 
-    /// At `key`, or at the first larger one.
+    /// A cursor at `key`, or at the first larger one.
     pub fn cursor_lower_bound(&self, key: &K) -> Option<Cursor<'_, K, V>> {
         self.cursor_at(self.lower_bound(key))
     }
 
-    /// At `key`, or at the first larger one.
+    /// A mutable cursor at `key`, or at the first larger one.
     pub fn cursor_lower_bound_mut(&mut self, key: &K) -> Option<CursorMut<'_, K, V>> {
         self.cursor_at_mut(self.lower_bound(key))
     }
@@ -252,10 +251,10 @@ impl<K, V> Default for RBTree<K, V> {
 impl<K, V> Drop for RBTree<K, V> {
     fn drop(&mut self) {
         let free = |at| {
-            // SAFETY: came from a box, and nothing leads to it any more.
+            // SAFETY: The node came from a box, and nothing leads to it any more.
             drop(unsafe { KBox::from_raw(at) });
         };
-        // SAFETY: by the type invariant; the tree is gone afterwards.
+        // SAFETY: The links are valid by the type invariant; the tree is gone afterwards.
         unsafe { links::for_each_bottom_up(self.root, free) };
     }
 }
@@ -270,15 +269,15 @@ impl<'a, K, V> Iterator for Iter<'a, K, V> {
     type Item = (&'a K, &'a V);
 
     fn next(&mut self) -> Option<Self::Item> {
-        // SAFETY: a node of the tree, which is shared for `'a`, or null.
+        // SAFETY: `at` is null or a node of the tree, which is shared for `'a`.
         let node = unsafe { self.at.as_ref() }?;
-        // SAFETY: as above.
+        // SAFETY: `at` is a node of the tree, which is shared for `'a`.
         self.at = unsafe { links::step(self.at, 1) };
         Some((&node.key, &node.value))
     }
 }
 
-/// The nodes of a tree, with values to be changed.
+/// The nodes of a tree, with mutable values.
 pub struct IterMut<'a, K, V> {
     at: Ptr<K, V>,
     _tree: PhantomData<&'a mut RBTree<K, V>>,
@@ -292,9 +291,9 @@ impl<'a, K, V> Iterator for IterMut<'a, K, V> {
         if at.is_null() {
             return None;
         }
-        // SAFETY: a node of the tree, which is borrowed for `'a`; only its links are read.
+        // SAFETY: `at` is a node of the tree, which is borrowed for `'a`; only its links are read.
         self.at = unsafe { links::step(at, 1) };
-        // SAFETY: as above, and each node comes once.
+        // SAFETY: The tree is borrowed for `'a`, and the iterator returns each node once.
         Some(unsafe { (&(*at).key, &mut (*at).value) })
     }
 }
@@ -317,20 +316,20 @@ impl<'a, K, V> IntoIterator for &'a mut RBTree<K, V> {
     }
 }
 
-/// The memory for a node.
+/// Memory for a node.
 pub struct RBTreeNodeReservation<K, V> {
     node: KBox<MaybeUninit<Node<K, V>>>,
 }
 
 impl<K, V> RBTreeNodeReservation<K, V> {
-    /// Allocates it.
+    /// Allocate the memory.
     pub fn new(flags: Flags) -> Result<Self> {
         Ok(Self {
             node: KBox::new_uninit(flags)?,
         })
     }
 
-    /// Makes it a node.
+    /// Turn it into a node.
     pub fn into_node(self, key: K, value: V) -> RBTreeNode<K, V> {
         RBTreeNode {
             node: KBox::write(
@@ -351,18 +350,18 @@ pub struct RBTreeNode<K, V> {
 }
 
 impl<K, V> RBTreeNode<K, V> {
-    /// Allocates it. Drops key and value on failure.
+    /// Allocate a node. Drop key and value on failure.
     pub fn new(key: K, value: V, flags: Flags) -> Result<Self> {
         Ok(RBTreeNodeReservation::new(flags)?.into_node(key, value))
     }
 
-    /// Takes key and value out and frees the node.
+    /// Take key and value out and free the node.
     pub fn to_key_value(self) -> (K, V) {
         let node = KBox::into_inner(self.node);
         (node.key, node.value)
     }
 
-    /// Drops key and value and keeps the memory.
+    /// Drop key and value and keep the memory.
     pub fn into_reservation(self) -> RBTreeNodeReservation<K, V> {
         RBTreeNodeReservation {
             node: KBox::drop_contents(self.node),
@@ -372,13 +371,13 @@ impl<K, V> RBTreeNode<K, V> {
 
 /// The place of a key.
 pub enum Entry<'a, K, V> {
-    /// Where the key would go.
+    /// The place where the key would go.
     Vacant(VacantEntry<'a, K, V>),
-    /// Where the key is.
+    /// The node of the key.
     Occupied(OccupiedEntry<'a, K, V>),
 }
 
-/// Where a key would go.
+/// The place where a key would go.
 ///
 /// # Invariants
 ///
@@ -390,17 +389,17 @@ pub struct VacantEntry<'a, K, V> {
 }
 
 impl<'a, K, V> VacantEntry<'a, K, V> {
-    /// Inserts a node there.
+    /// Insert a node there.
     pub fn insert(self, value: V, reservation: RBTreeNodeReservation<K, V>) -> &'a mut V {
         let new = KBox::into_raw(reservation.into_node(self.key, value).node);
-        // SAFETY: by the type invariant; the node is in no tree yet.
+        // SAFETY: The place is valid by the type invariant; the node is in no tree yet.
         unsafe { links::link(&mut self.tree.root, self.place, new) };
-        // SAFETY: a node of the tree now, which is borrowed for `'a`.
+        // SAFETY: This is a node of the tree now, which is borrowed for `'a`.
         unsafe { &mut (*new).value }
     }
 }
 
-/// Where a key is.
+/// The node of a key.
 ///
 /// # Invariants
 ///
@@ -413,29 +412,29 @@ pub struct OccupiedEntry<'a, K, V> {
 impl<'a, K, V> OccupiedEntry<'a, K, V> {
     /// The value.
     pub fn get(&self) -> &V {
-        // SAFETY: by the type invariant; shared for as long as `self` is.
+        // SAFETY: `at` is a node by the type invariant, shared for as long as `self` is.
         unsafe { &(*self.at).value }
     }
 
-    /// The value, to be changed.
+    /// The value, mutable.
     pub fn get_mut(&mut self) -> &mut V {
-        // SAFETY: by the type invariant; borrowed for as long as `self` is.
+        // SAFETY: `at` is a node by the type invariant, borrowed for as long as `self` is.
         unsafe { &mut (*self.at).value }
     }
 
-    /// The value, to be changed for as long as the tree is borrowed.
+    /// The value, mutable for as long as the tree is borrowed.
     pub fn into_mut(self) -> &'a mut V {
-        // SAFETY: by the type invariant; the tree is borrowed for `'a`.
+        // SAFETY: `at` is a node by the type invariant; the tree is borrowed for `'a`.
         unsafe { &mut (*self.at).value }
     }
 
-    /// Takes the node out.
+    /// Take the node out.
     pub fn remove_node(self) -> RBTreeNode<K, V> {
-        // SAFETY: by the type invariant.
+        // SAFETY: `at` is a node of the tree by the type invariant, and no reference to it is left.
         unsafe { self.tree.take(self.at) }
     }
 
-    /// Takes the value out and frees its node.
+    /// Take the value out and free its node.
     pub fn remove(self) -> V {
         self.remove_node().to_key_value().1
     }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What tests see of the kernel, and how they make it fail. All of it is per thread, and so per
-//! test.
+//! What tests can observe of the kernel, and how to make it fail. All state is per thread, and so per test.
 
 use crate::{
     alloc::{AllocError, Flags},
@@ -21,15 +20,15 @@ pub enum Plan {
     Never,
     /// All.
     Always,
-    /// Only the one after so many others.
+    /// Only the one after this number of others.
     Nth(usize),
-    /// All after so many.
+    /// All after this number.
     After(usize),
-    /// So many in a hundred, by chance.
+    /// A percentage, by chance.
     Percent {
         /// The probability.
         percent: u64,
-        /// What the chance starts from.
+        /// The seed of the random choice.
         seed: u64,
     },
 }
@@ -39,9 +38,9 @@ pub enum Plan {
 pub struct Events {
     /// Allocations that succeeded.
     pub allocs: usize,
-    /// Allocations that were allowed to sleep, whether or not they succeeded.
+    /// Allocations that were allowed to sleep, successful or not.
     pub sleeping: usize,
-    /// Allocations that were to be charged to a memory cgroup, whether or not they succeeded.
+    /// Allocations that were to be charged to a memory cgroup, successful or not.
     pub accounted: usize,
     /// Allocations that failed.
     pub failed: usize,
@@ -49,16 +48,16 @@ pub struct Events {
     pub frees: usize,
     /// References taken on address spaces.
     pub mm_gets: usize,
-    /// References on address spaces given up.
+    /// References on address spaces dropped.
     pub mm_drops: usize,
 }
 
 /// What is allocated on this thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Live {
-    /// How many allocations.
+    /// The number of allocations.
     pub allocations: usize,
-    /// How large they are together.
+    /// Their total size.
     pub bytes: usize,
 }
 
@@ -70,12 +69,12 @@ thread_local! {
     static LIVE: Cell<Live> = const { Cell::new(Live { allocations: 0, bytes: 0 }) };
 }
 
-/// What is allocated now.
+/// Return what is allocated now.
 pub fn live() -> Live {
     LIVE.get()
 }
 
-/// Runs `f` and says what happened meanwhile.
+/// Run `f`. Return its result and what happened meanwhile.
 pub fn watch<R>(f: impl FnOnce() -> R) -> (R, Events) {
     let before = EVENTS.get();
     let result = f();
@@ -92,7 +91,7 @@ pub fn watch<R>(f: impl FnOnce() -> R) -> (R, Events) {
     (result, events)
 }
 
-/// Runs `f` while allocations fail by `plan`; no others do afterwards, even if `f` panics.
+/// Run `f` while allocations fail by `plan`. That ends with `f`, even if it panics.
 pub fn failing<R>(plan: Plan, f: impl FnOnce() -> R) -> R {
     struct Restore(Plan);
     impl Drop for Restore {
@@ -106,7 +105,7 @@ pub fn failing<R>(plan: Plan, f: impl FnOnce() -> R) -> R {
 }
 
 impl Plan {
-    /// Whether the next allocation fails, and the plan for the one behind it.
+    /// Return whether the next allocation fails, and the plan for the one after it.
     fn step(self) -> (bool, Self) {
         match self {
             Plan::Never => (false, self),
@@ -185,26 +184,26 @@ pub(crate) fn free(bytes: usize) {
     });
 }
 
-/// Fails the test unless `cond`, also from within a destructor; but not while it already fails.
+/// Fail the test unless `cond` holds, also in a destructor, but not while the test already fails.
 pub(crate) fn must(cond: bool, what: &str) {
     if !std::thread::panicking() {
         assert!(cond, "{what}");
     }
 }
 
-/// Random numbers, the same ones for the same seed.
+/// Random numbers, the same for the same seed.
 #[derive(Clone, Debug)]
 pub struct Random {
     state: u64,
 }
 
 impl Random {
-    /// Starts from `seed`.
+    /// Start from `seed`.
     pub fn new(seed: u64) -> Self {
         Self { state: seed }
     }
 
-    /// Any number.
+    /// Return any number.
     pub fn draw(&mut self) -> u64 {
         // The SplitMix64 generator.
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -214,7 +213,7 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number below `limit`, which is not 0.
+    /// Return a number below `limit`, which is not 0.
     pub fn below(&mut self, limit: u64) -> u64 {
         self.draw() % limit
     }
@@ -222,13 +221,13 @@ impl Random {
 
 /// An address space that a test made and has one reference on.
 ///
-/// Fails the test when it goes while others still have references.
+/// Dropping it fails the test if other references are left.
 pub struct TestMm {
     mm: ManuallyDrop<std::boxed::Box<mm_struct>>,
 }
 
 impl TestMm {
-    /// An address space with one reference.
+    /// Create an address space with one reference.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
         let mm = mm_struct {
@@ -239,13 +238,13 @@ impl TestMm {
         }
     }
 
-    /// As the kernel's code sees it.
+    /// The address space as the kernel's code sees it.
     pub fn mm(&self) -> &Mm {
-        // SAFETY: not freed while `self` is borrowed.
+        // SAFETY: The object is not freed while `self` is borrowed.
         unsafe { Mm::from_raw(&**self.mm) }
     }
 
-    /// How many references others have.
+    /// The number of other references.
     pub fn references(&self) -> isize {
         self.mm.mm_count.load(Ordering::Relaxed) - 1
     }
@@ -253,10 +252,10 @@ impl TestMm {
 
 impl Drop for TestMm {
     fn drop(&mut self) {
-        // Whoever still has a reference may use it: the memory is left to them.
+        // Other references may still be used, so leave the memory alone.
         must(self.references() == 0, "references on an mm were leaked");
         if self.references() == 0 {
-            // SAFETY: not used any more, neither here nor, without references, elsewhere.
+            // SAFETY: The object is not used any more, neither here nor, without references, elsewhere.
             unsafe { ManuallyDrop::drop(&mut self.mm) }
         }
     }

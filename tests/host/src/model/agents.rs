@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What each agent of the model does next, and whether it can.
+//! The next step of each agent of the model, and whether the agent can take it.
 
 mod device;
 mod exit;
@@ -17,20 +17,20 @@ pub(crate) use migrate::Migrate;
 pub(crate) use scan::Scan;
 pub(crate) use store::Store;
 
-/// Whether an agent has something to do that it need not wait for.
+/// Return whether an agent has a step that it need not wait for.
 pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
     let ptl_free = |p: usize| s.processes[p].ptl.is_none();
     let (first, second) = model.merges;
     match agent {
         Agent::Scan => match s.scan {
             Scan::Done => false,
-            // A child is scanned once it is born, though the fork may still be going on.
+            // A child is scanned once it exists, though the fork may still be in progress.
             Scan::Get if first == C && s.processes[C].expected.is_none() => false,
             Scan::Get => !s.processes[first].writer && ptl_free(first),
             Scan::Protect { .. } => ptl_free(first),
             Scan::Find => !s.processes[second].writer,
             Scan::JoinGet { .. } | Scan::JoinPtl { .. } => ptl_free(second),
-            // A node that is in use stays; the scan has nothing more to do.
+            // A node in use stays, and the scan has nothing more to do.
             Scan::Prune => true,
             _ => true,
         },
@@ -39,7 +39,7 @@ pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
             let alive = process.expected.is_some();
             match s.stores[p] {
                 Store::Done => false,
-                // A child runs when the fork is over, if it was born at all.
+                // A child runs when the fork is over, if it exists at all.
                 Store::Try if p == C && s.fork != Fork::Done => false,
                 Store::Try if !alive => true,
                 Store::Try => process.tlb.is_some_and(|(_, w)| w) || !process.writer,
@@ -89,7 +89,7 @@ impl State {
         }
     }
 
-    /// References besides the mappings and our own one.
+    /// References other than mappings and the scan's own.
     fn held(&self, page: usize) -> bool {
         self.frames[page].refs != self.frames[page].maps + 1
     }
@@ -98,7 +98,7 @@ impl State {
         self.processes[p].entry = Entry::Maps { frame, writable };
     }
 
-    /// Gives up a page that was locked, or not, and B's `mmap_lock`; and what to do then.
+    /// Give up B's `mmap_lock` and pages that may be locked. Return the next step.
     fn give_up(&mut self, process: usize, pages: &[(usize, bool)], next: Scan) -> Scan {
         for &(page, locked) in pages {
             if locked {

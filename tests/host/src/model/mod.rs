@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The merge protocol as a small model, every interleaving of which is looked at.
+//! The merge protocol as a small model. The checker visits every interleaving.
 //!
-//! Two processes with one page each, of equal content at first; A may fork a child C. The agents are the
-//! scan, which publishes B's page and joins A's to it, or publishes C's and joins B's, and whoever else may come by at any moment: a
-//! processor that stores through what it has in its TLB, the fault that follows when it may not, fork,
-//! exit, a device that writes to a page that `get_user_pages_fast()` gave it, and migration. One step of
-//! an agent is what nobody can see the middle of; what a lock protects from some of the others is still
-//! several steps for the rest.
+//! There are two processes with one page each, of equal content at first; A may fork a child C. The scan
+//! makes B's page a KSM page and merges A's with it, or makes C's a KSM page and merges B's. Other agents may
+//! act at any moment: a processor that stores through an entry in its TLB, the fault that follows if it may
+//! not, fork, exit, a device that writes to a page from `get_user_pages_fast()`, and migration. One step of
+//! an agent is atomic to all others. A sequence under a lock that excludes only some of them is several
+//! steps.
 //!
 //! | step | in the module |
 //! | --- | --- |
@@ -17,13 +17,13 @@
 //! | `Scan::Join…` | `MergeableVma::replace_page`, `PteLock::clear_unless` (src/mm/pte.rs), `NodeBox::add_rmap_item` |
 //! | `Scan::Prune` | freeing a node that no folio points at |
 //!
-//! The scan only tries locks. Where it holds nothing, trying again later is the same as waiting, so the model
-//! waits there; where it holds something, it gives up.
+//! The scan only tries locks. Where it holds nothing, retrying later is the same as waiting, so the model
+//! waits there. Where it holds something, it gives up.
 //!
 //! The rest is the kernel's: `do_wp_page`, `copy_page_range`, `gup_fast_pte_range`, `migrate_pages`,
 //! `rmap_walk_ksm`, `exit_mmap`.
 //!
-//! The model in [`life`] is about what becomes of a merged page after that, over many passes.
+//! The model in [`life`] follows a merged page after that, over many passes.
 
 mod agents;
 mod life;
@@ -31,7 +31,7 @@ mod tests;
 
 use stateright::{Model, Property};
 
-/// Pages of memory: two at first, copies for three processes, one to migrate to, one more in flight.
+/// Pages of memory: two at first, copies for three processes, one as a migration target, one more in flight.
 pub(crate) const FRAMES: usize = 7;
 /// A, B, and A's child C.
 pub(crate) const PROCESSES: usize = 3;
@@ -39,7 +39,7 @@ pub(crate) const A: usize = 0;
 pub(crate) const B: usize = 1;
 pub(crate) const C: usize = 2;
 
-/// What both pages hold at first, and what a device writes. A process writes its number and one.
+/// The content of both pages at first, and that written by a device. A process writes its number plus one.
 pub(crate) const EQUAL: u8 = 0;
 pub(crate) const DEVICE: u8 = 9;
 
@@ -47,15 +47,15 @@ pub(crate) const DEVICE: u8 = 9;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Frame {
     pub(crate) content: u8,
-    /// All references; 0: free.
+    /// All references; 0 if it is free.
     pub(crate) refs: u8,
-    /// Those of them that are mappings.
+    /// The references that are mappings.
     pub(crate) maps: u8,
     /// `PageAnonExclusive`.
     pub(crate) exclusive: bool,
-    /// Whether `folio->mapping` points at the node.
+    /// Whether `folio->mapping` points to the node.
     pub(crate) ksm: bool,
-    /// Who holds the folio lock.
+    /// The holder of the folio lock.
     pub(crate) lock: Option<Agent>,
 }
 
@@ -74,22 +74,22 @@ pub(crate) enum Entry {
     },
 }
 
-/// A process, with what a processor has of its page table.
+/// A process, and a processor's TLB entry for its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Process {
     pub(crate) entry: Entry,
-    /// Frame and whether it may be written to.
+    /// The frame and whether it is writable.
     pub(crate) tlb: Option<(usize, bool)>,
     /// The page-table lock.
     pub(crate) ptl: Option<Agent>,
-    /// How many hold `mmap_lock` for reading, and whether somebody does for writing.
+    /// The readers of `mmap_lock`, and whether there is a writer.
     pub(crate) readers: u8,
     pub(crate) writer: bool,
-    /// What the process must read; `None`: there is no such process.
+    /// The content that the process must read; `None` if the process does not exist.
     pub(crate) expected: Option<u8>,
 }
 
-/// The stable node, and whose mappings are listed with it.
+/// The stable node, and the processes whose mappings it lists.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Node {
     pub(crate) alive: bool,
@@ -97,14 +97,14 @@ pub(crate) struct Node {
     /// `kpfn`.
     pub(crate) frame: usize,
     pub(crate) listed: [bool; PROCESSES],
-    /// Whether the first item leads to all who got the page by a fork, and not to whom it is for and his
-    /// children only.
+    /// Whether the first item leads to all processes that share the page by a fork, rather than to its own
+    /// process and the children of that only.
     pub(crate) to_relatives: bool,
 }
 
 impl Node {
-    /// Whether a walk finds the mapping of a process: an item leads to who is listed and his children, and
-    /// the first one, perhaps, to all who got the page by a fork.
+    /// Return whether a walk finds the mapping of a process. An item leads to the listed process and its
+    /// children. The first one may lead to all processes that share the page by a fork.
     pub(crate) fn leads_to(&self, process: usize) -> bool {
         match process {
             A => self.listed[A] || (self.listed[C] && self.to_relatives),
@@ -114,11 +114,11 @@ impl Node {
     }
 }
 
-/// Who takes a step.
+/// The agents, which take the steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Agent {
     Scan,
-    /// The thread of this process that stores.
+    /// The storing thread of this process.
     Store(usize),
     Fork,
     Exit,
@@ -143,46 +143,46 @@ pub(crate) struct State {
     pub(crate) missed: bool,
 }
 
-/// What is done wrong on purpose, to see that it is found.
+/// Mutations: deliberate errors, which the checker must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutation {
-    /// Nothing.
+    /// No error.
     None,
-    /// References of others are not looked at before a page is replaced.
+    /// Other references are not checked before a page is replaced.
     IgnoreHolders,
-    /// They are looked at before the entry is cleared.
+    /// Other references are checked before the entry is cleared.
     HoldersFirst,
     /// Contents are compared before the entry is cleared.
     CompareFirst,
     /// The entry is cleared, but TLBs keep it.
     NoFlush,
-    /// The published page stays writable where it is mapped.
+    /// The KSM page stays writable where it is mapped.
     StaysWritable,
-    /// A joined mapping is listed after the merged page's lock was given up.
+    /// A mapping is listed after the lock of the KSM page was released.
     ListLate,
-    /// A node is freed as soon as nobody maps its page, which still points at it.
+    /// A node is freed as soon as its page is unmapped, although the page still points to it.
     FreeEarly,
-    /// A page is published while somebody who maps it forks, and has not flushed his TLBs.
+    /// A page becomes a KSM page while a process that maps it is forking, and has not flushed its TLBs.
     PublishDuringFork,
-    /// The first item of a node leads to the process and its children only.
+    /// The first item of a node leads to its process and the children of that only.
     OwnRelativesOnly,
-    /// It does so if one mapping is left when the page is published, whoever's that is.
+    /// It does so if one mapping, of any process, is left when the page becomes a KSM page.
     CountLate,
-    /// The page that a node names is taken for its page without asking whether it points back.
+    /// The page that a node names counts as its page without a check that it points back.
     TrustNode,
 }
 
-/// Which agents there are.
+/// The agents in a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Protocol {
     pub(crate) mutation: Mutation,
-    /// Whose page is published, and whose is joined to it: B's and A's, or C's and B's.
+    /// The process whose page becomes a KSM page, and the one whose page merges with it: B and A, or C and B.
     pub(crate) merges: (usize, usize),
     pub(crate) store: [bool; PROCESSES],
     pub(crate) fork: bool,
     pub(crate) exit: bool,
     pub(crate) device: bool,
-    /// Whose page is migrated.
+    /// The process whose page is migrated.
     pub(crate) migrate: Option<usize>,
 }
 
@@ -191,7 +191,7 @@ impl State {
         self.frames.iter().position(|frame| frame.refs == 0)
     }
 
-    /// A new page of one's own, with one reference.
+    /// Allocate a new page with one reference.
     pub(crate) fn allocate(&mut self, content: u8) -> usize {
         let n = self.free_frame().expect("FRAMES is too small");
         self.frames[n] = Frame {
@@ -202,7 +202,7 @@ impl State {
         n
     }
 
-    /// Drops a reference; the last one frees the page, whose mapping is forgotten then.
+    /// Drop a reference. The last one frees the page and clears its mapping field.
     pub(crate) fn put(&mut self, n: usize) {
         let frame = &mut self.frames[n];
         assert!(frame.refs > 0, "a reference too many was dropped");
@@ -214,7 +214,7 @@ impl State {
         }
     }
 
-    /// Drops a mapping of a page and its reference.
+    /// Drop a mapping of a page and its reference.
     pub(crate) fn unmap(&mut self, n: usize) {
         assert!(self.frames[n].maps > 0, "a mapping too many was dropped");
         self.frames[n].maps -= 1;
@@ -336,7 +336,7 @@ impl Model for Protocol {
                     mapped && p.tlb.is_none_or(|(frame, _)| right(frame))
                 })
             }),
-            Property::always("nobody may write to a merged page", |_, s: &State| {
+            Property::always("no process may write to a merged page", |_, s: &State| {
                 s.processes.iter().all(|p| {
                     let mapped = match p.entry {
                         Entry::Maps { frame, writable } => !(writable && s.frames[frame].ksm),
@@ -352,15 +352,12 @@ impl Model for Protocol {
             Property::always("no page points at a node that was freed", |_, s: &State| {
                 !s.node.freed || s.frames.iter().all(|frame| !frame.ksm)
             }),
-            Property::always(
-                "an address space that is gone maps nothing",
-                |_, s: &State| {
-                    s.processes
-                        .iter()
-                        .all(|p| p.expected.is_some() || p.entry == Entry::None)
-                },
-            ),
-            Property::always("nobody waits for ever", |model: &Self, s: &State| {
+            Property::always("an exited address space maps nothing", |_, s: &State| {
+                s.processes
+                    .iter()
+                    .all(|p| p.expected.is_some() || p.entry == Entry::None)
+            }),
+            Property::always("no agent waits forever", |model: &Self, s: &State| {
                 let mut actions = Vec::new();
                 model.actions(s, &mut actions);
                 !actions.is_empty() || s.done()
@@ -378,7 +375,7 @@ impl Model for Protocol {
                             && frame.lock.is_none()
                     })
             }),
-            // The model would prove little if none of this happened.
+            // The model would prove little if none of these happened.
             Property::sometimes("the pages merge", |model: &Self, s: &State| {
                 s.merged(model.merges)
             }),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! All interleavings of the agents, several at a time, with the protocol as it is and broken on purpose.
+//! All interleavings of several agents at a time, with the protocol as it is and with mutations.
 
 use super::{Mutation, Protocol, A, B, C};
 use stateright::{Checker, Model};
@@ -15,7 +15,7 @@ const ONLY_SCAN: Protocol = Protocol {
     migrate: None,
 };
 
-/// The same with the child's page published.
+/// The same, but the child's page becomes the KSM page.
 fn child_first(protocol: Protocol) -> Protocol {
     Protocol {
         merges: (C, B),
@@ -23,9 +23,9 @@ fn child_first(protocol: Protocol) -> Protocol {
     }
 }
 
-/// Who is there besides the scan, in each run: as many at a time as can be gone through in seconds. With
-/// `RKSM_MODEL=all`, all that there are together, which takes long.
-fn companies() -> Vec<Protocol> {
+/// The agents besides the scan, in each run: as many at a time as take seconds to check. With
+/// `RKSM_MODEL=all`, all of them together, which takes long.
+fn configurations() -> Vec<Protocol> {
     let none = [false; 3];
     let both = [true, true, false];
     let all = [true; 3];
@@ -65,7 +65,7 @@ fn companies() -> Vec<Protocol> {
     ]
 }
 
-/// The names of the properties that do not hold, and how many states there are.
+/// Return the names of the violated properties and the number of states.
 fn check(model: Protocol) -> (Vec<&'static str>, usize) {
     let checker = model.checker().spawn_dfs().join();
     let broken = checker
@@ -93,7 +93,7 @@ impl IsExample for stateright::DiscoveryClassification {
 #[test]
 fn no_interleaving_loses_a_write() {
     let mut all = 0;
-    for model in companies() {
+    for model in configurations() {
         let (broken, states) = check(model);
         println!("{states} states: {model:?}");
         assert!(broken.is_empty(), "{model:?}: {broken:?}");
@@ -112,9 +112,9 @@ fn left_alone_equal_pages_merge() {
 }
 
 fn found(mutation: Mutation, what: &str) {
-    let found = companies().into_iter().any(|model| {
+    let found = configurations().into_iter().any(|model| {
         let model = Protocol { mutation, ..model };
-        // Breaking some rules ends in the model's own assertions, as the kernel's would.
+        // Some mutations end in the model's own assertions, as the kernel's would.
         let checked = std::panic::catch_unwind(|| check(model).0);
         checked.map_or(what == "panic", |broken| broken.contains(&what))
     });
@@ -145,7 +145,10 @@ fn not_flushing_is_found() {
 
 #[test]
 fn leaving_a_merged_page_writable_is_found() {
-    found(Mutation::StaysWritable, "nobody may write to a merged page");
+    found(
+        Mutation::StaysWritable,
+        "no process may write to a merged page",
+    );
 }
 
 #[test]
@@ -173,7 +176,7 @@ fn trusting_a_stale_node_is_found() {
 fn publishing_in_the_middle_of_a_fork_is_found() {
     found(
         Mutation::PublishDuringFork,
-        "nobody may write to a merged page",
+        "no process may write to a merged page",
     );
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `ksm/advisor.rs`: the advice, against the formulas in exact numbers.
+//! Tests of `ksm/advisor.rs`: the advice, compared with the formulas in exact numbers.
 
 use crate::ksm::advisor::{Advice, Advisor, DEFAULT_PAGES_TO_SCAN};
 use proptest::prelude::*;
@@ -14,13 +14,13 @@ fn switched_on() -> Advisor {
     advisor
 }
 
-/// One pass of so many seconds, of which the thread was running for `busy` percent.
+/// A pass of `secs` seconds, in which the thread ran for `busy` percent of the time.
 struct Pass {
     secs: u64,
     busy: u64,
 }
 
-/// The advice after each pass.
+/// Return the advice after each pass.
 fn run(advisor: &mut Advisor, mut pages: u32, passes: &[Pass]) -> Vec<Advice> {
     let mut cpu = 77 * CPU_SECOND;
     let advise = |pass: &Pass| {
@@ -73,11 +73,11 @@ fn a_pass_that_began_before_says_nothing() {
     assert_eq!(advisor.end_pass(SECOND, CPU_SECOND, 500), None);
 }
 
-/// Computed by hand from the comment at `scan_time_advisor()` of mm/ksm.c.
+/// Computed by hand from the comment on `scan_time_advisor()` in mm/ksm.c.
 #[test]
 fn known_answers() {
-    // 400 s where 200 were wanted: factor 50. No pass before: change 0.7 * 0 + 0.3 * 100 = 30.
-    // 500 * 100 / 50 * 30 / 100 = 300. At 2 % of a CPU 250 pages are one percent: 2500 at least.
+    // 400 s instead of 200: factor 50. No earlier pass: change 0.7 * 0 + 0.3 * 100 = 30. 500 * 100 / 50 * 30
+    // / 100 = 300. At 2 % of a CPU, 250 pages are one percent: at least 2500.
     let passes = [Pass { secs: 400, busy: 2 }];
     let advice = run(&mut switched_on(), 500, &passes);
     let pages = 2500;
@@ -95,8 +95,8 @@ fn known_answers() {
         busy: 50,
     }];
     assert_eq!(run(&mut switched_on(), 500, &passes)[0].pages, 300);
-    // Then it takes 800 s: factor 25, change 0.7 * 30 + 0.3 * 200 = 81, 300 * 4 * 0.81 = 972, but
-    // 300 / 50 * 70 = 420 is the limit.
+    // Then it takes 800 s: factor 25, change 0.7 * 30 + 0.3 * 200 = 81, 300 * 4 * 0.81 = 972, but the limit
+    // is 300 / 50 * 70 = 420.
     let passes = [
         Pass {
             secs: 400,
@@ -146,12 +146,12 @@ fn what_was_remembered_is_forgotten_when_switched_off() {
     assert_eq!(run(&mut advisor, 500, &passes), fresh);
 }
 
-/// When the same work takes as long as it should at a certain number of pages, that number is reached,
-/// or the limit is.
+/// If the same work takes the target time at a certain number of pages, the advice reaches that number, or
+/// the limit.
 #[test]
 fn the_target_is_reached() {
-    // 2,000,000 pages in 200 s, with 20 ms of sleep after each batch and 1 us of work a page: 10,000
-    // batches would sleep for 200 s; so about 200 pages would do, and the CPU limits allow that.
+    // 2,000,000 pages in 200 s, with 20 ms of sleep after each batch and 1 us of work per page. 10,000
+    // batches would sleep for 200 s, so about 200 pages suffice, and the CPU limits allow that.
     let mut advisor = switched_on();
     let (mut pages, mut cpu) = (5000u32, 0);
     let mut secs = 0;
@@ -165,7 +165,7 @@ fn the_target_is_reached() {
 }
 
 proptest! {
-    /// Whatever comes: no panic, and the limits hold.
+    /// With any input there is no panic, and the limits hold.
     #[test]
     fn limits_hold(
         max_cpu: u32,
@@ -190,7 +190,7 @@ proptest! {
         }
     }
 
-    /// In the range of real machines, the numbers are those of the formulas in wider ones.
+    /// In the range of real machines, the results equal those of the formulas in wider numbers.
     #[test]
     fn as_the_formulas_say(passes in prop::collection::vec((1u64..5000, 0u64..=100), 1..10)) {
         let passes: Vec<Pass> = passes.into_iter().map(|(secs, busy)| Pass { secs, busy }).collect();

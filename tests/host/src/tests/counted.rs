@@ -7,13 +7,13 @@ use std::{
     rc::Rc,
 };
 
-/// The book of a family of values.
+/// The ledger of a family of values.
 #[derive(Clone, Default)]
 pub(super) struct Ledger(Rc<Book>);
 
 #[derive(Default)]
 struct Book {
-    /// For each value ever made, whether it is still there.
+    /// For each value ever made, whether it still exists.
     there: RefCell<Vec<bool>>,
     alive: Cell<usize>,
 }
@@ -25,7 +25,7 @@ pub(super) struct Counted {
 }
 
 impl Ledger {
-    /// A new value, different from all others of the family.
+    /// Make a value, different from all others of the family.
     pub(super) fn make(&self) -> Counted {
         let mut there = self.0.there.borrow_mut();
         there.push(true);
@@ -36,24 +36,24 @@ impl Ledger {
         }
     }
 
-    /// How many values there are.
+    /// The number of values that exist.
     pub(super) fn alive(&self) -> usize {
         self.0.alive.get()
     }
 
-    /// Whether the value `id` is there.
+    /// Return whether the value `id` exists.
     pub(super) fn is_alive(&self, id: usize) -> bool {
         self.0.there.borrow()[id]
     }
 }
 
 impl Counted {
-    /// Which value of its family this is.
+    /// The number of this value in its family.
     pub(super) fn id(&self) -> usize {
         self.id
     }
 
-    /// The book of its family.
+    /// The ledger of its family.
     pub(super) fn ledger(&self) -> Ledger {
         self.ledger.clone()
     }

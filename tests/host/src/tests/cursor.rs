@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `ksm/cursor.rs`: passes over a registry in which address spaces come and go, against a
-//! plain list of who is to have a turn.
+//! Tests of `ksm/cursor.rs`: passes over a registry whose address spaces come and go, compared with a plain
+//! list of those that are still to be scanned.
 
 use crate::ksm::{
     cursor::Position,
@@ -17,20 +17,20 @@ use std::collections::VecDeque;
 
 const MMS: usize = 8;
 
-/// The one whose turn it is, by its number, and where in it.
+/// The number of the current address space, and the position in it.
 type Turn = (u64, usize);
 
-/// A scan, and what it should come by.
+/// A scan, and its expected course.
 struct Pair {
     registry: Registry,
     position: Position,
     mms: Vec<TestMm>,
-    /// Numbers of the live, in order, each with its address space.
+    /// The numbers of the registered address spaces, in order, each with its address space.
     live: Vec<(u64, usize)>,
-    /// Who is still to have a turn in this pass, in order.
+    /// The address spaces still to be scanned in this pass, in order.
     waiting: VecDeque<u64>,
     now: Option<Turn>,
-    /// Who belongs to this pass, dead or alive; `None` between passes.
+    /// The address spaces of this pass, exited or not; `None` between passes.
     pass: Option<Vec<u64>>,
     passes: usize,
 }
@@ -49,7 +49,7 @@ impl Pair {
         }
     }
 
-    /// One comes, if there is memory to enter it with.
+    /// Register an address space, if there is memory for that.
     fn enter(&mut self, mm: usize, plan: Plan) {
         let reservation = failing(plan, || Reservation::new(GFP_NOWAIT));
         let enough = reservation.is_ok();
@@ -72,7 +72,7 @@ impl Pair {
         }
     }
 
-    /// One step of a scan: `pages` further in the one whose turn it is, or to its end.
+    /// Take one step of a scan: `pages` further in the current address space, or to its end.
     fn step(&mut self, pages: usize, ends: bool) {
         if self.position.is_between_passes() {
             assert!(self.pass.is_none());
@@ -87,7 +87,7 @@ impl Pair {
         let turn = self.position.turn(|after| self.registry.next(after));
         assert_eq!(turn.map(|(id, _)| id), self.now.map(|(id, _)| id));
         let Some((id, addr)) = self.now else {
-            // All had theirs.
+            // All were scanned.
             self.position = Position::new();
             self.pass = None;
             self.passes += 1;
@@ -104,7 +104,7 @@ impl Pair {
         }
     }
 
-    /// Once more from the first, with the same ones.
+    /// Start again from the first, with the same ones.
     fn rewind(&mut self) {
         let Some(pass) = &self.pass else {
             return;
@@ -122,7 +122,7 @@ enum Op {
     Exit(usize),
     Step(usize, bool),
     Rewind,
-    /// What a write of 2 to `run` does.
+    /// The effect of writing 2 to `run`.
     StartAgain,
 }
 
@@ -160,7 +160,7 @@ proptest! {
                 }
             }
         }
-        // Whatever has happened, a pass comes to its end, and the next one does.
+        // After all this, the pass ends, and so does the next one.
         let passes = pair.passes;
         for _ in 0..2 * (MMS + 1) {
             pair.step(1, true);
@@ -169,7 +169,7 @@ proptest! {
     }
 }
 
-/// Who comes during a pass has no turn in it.
+/// An address space that comes during a pass is not scanned in it.
 #[test]
 fn latecomers_wait() {
     let mut pair = Pair::new();
@@ -180,7 +180,7 @@ fn latecomers_wait() {
     assert_eq!(pair.passes, 0);
     pair.step(1, true);
     assert_eq!(pair.passes, 1);
-    // The next one is for both.
+    // The next pass scans both.
     pair.step(1, true);
     pair.step(1, true);
     assert_eq!(pair.passes, 1);
@@ -188,7 +188,7 @@ fn latecomers_wait() {
     assert_eq!(pair.passes, 2);
 }
 
-/// Who comes in the place of one that exits begins at its first address.
+/// An address space that takes the place of an exited one is scanned from its first address.
 #[test]
 fn the_next_begins_at_its_beginning() {
     let mut pair = Pair::new();
@@ -200,7 +200,7 @@ fn the_next_begins_at_its_beginning() {
     assert_eq!(pair.now.map(|(_, addr)| addr), Some(4096));
 }
 
-/// A pass comes back to one only, where it left it, and to no other; and to none that is gone.
+/// A pass returns only to the address space that it left, at the same position, and to none that is gone.
 #[test]
 fn comes_back() {
     let mut pair = Pair::new();
@@ -232,7 +232,7 @@ fn comes_back() {
     assert_eq!(next.map(|(id, _)| id), Some(1));
 }
 
-/// A pass over nobody ends at once.
+/// A pass over an empty registry ends at once.
 #[test]
 fn nobody() {
     let mut pair = Pair::new();

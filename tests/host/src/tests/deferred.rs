@@ -4,7 +4,7 @@
 
 use crate::ksm::deferred::Deferred;
 
-/// They come out in the order in which they went in; what is too many is dropped.
+/// They come out in the order in which they went in. Those beyond the limit are dropped.
 #[test]
 fn first_in_first_out() {
     let mut deferred = Deferred::new();
@@ -19,7 +19,7 @@ fn first_in_first_out() {
     assert_eq!(deferred.pop(), Some(7));
 }
 
-/// It is time to wait when each was tried in vain, and not before; and each round tries all of them.
+/// It is time to wait once each was tried in vain, not before. Each round tries all of them.
 #[test]
 fn waits_after_a_round() {
     let mut deferred = Deferred::new();
@@ -31,7 +31,7 @@ fn waits_after_a_round() {
             assert_eq!(deferred.put_back(place), nth == 2);
         }
     }
-    // One of them can be had: the others are worth another try first.
+    // One of them can be locked, so retry the others first.
     deferred.pop().unwrap();
     deferred.note_locked();
     let next = deferred.pop().unwrap();
@@ -40,7 +40,7 @@ fn waits_after_a_round() {
     assert!(deferred.put_back(next));
 }
 
-/// A lock that is never given up does not keep the pass from ending.
+/// A lock that is never released does not keep the pass from ending.
 #[test]
 fn ends_some_time() {
     let mut deferred = Deferred::new();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `ksm/filter.rs`: against plain counts.
+//! Tests of `ksm/filter.rs`, compared with plain counts.
 
 use crate::{hash::Sample, ksm::filter::Filter};
 use kernel::{
@@ -10,7 +10,7 @@ use kernel::{
 use proptest::prelude::*;
 use std::collections::{HashMap, HashSet};
 
-/// The room of the smallest filter, in pages, and how many cache lines that is.
+/// The capacity of the smallest filter in pages, and its number of cache lines.
 const SMALLEST: usize = 2048;
 const SMALLEST_BLOCKS: usize = 64;
 
@@ -22,7 +22,7 @@ fn filter(pages: usize) -> Filter {
     Filter::for_pages(pages, usize::MAX).unwrap()
 }
 
-/// So many samples, all different.
+/// Return `count` samples, all different.
 fn distinct(random: &mut Random, count: usize) -> Vec<Sample> {
     let mut seen = HashSet::new();
     std::iter::repeat_with(|| random.draw() as u32)
@@ -38,13 +38,14 @@ fn add_all(filter: &mut Filter, samples: &[Sample]) {
     }
 }
 
-/// How many of the `samples`, all different, each counted once, are taken for ones that have an equal.
+/// Return the share of the `samples`, all different and each counted once, that the filter reports as having
+/// an equal.
 fn mistaken(filter: &Filter, samples: &[Sample]) -> f64 {
     let wrong = samples.iter().filter(|one| filter.has_two(**one)).count();
     wrong as f64 / samples.len() as f64
 }
 
-/// The filter, and how many pages have each sample.
+/// The filter, and the number of pages with each sample.
 struct Pair {
     filter: Filter,
     counts: HashMap<u32, usize>,
@@ -70,7 +71,7 @@ impl Pair {
         assert!(two || *count < 2, "{one:?}");
     }
 
-    /// Nobody removes what was not added.
+    /// Only added samples are removed.
     fn remove(&mut self, one: Sample) {
         match self.counts.get_mut(&one.get()) {
             Some(count) if *count > 0 => {
@@ -81,7 +82,7 @@ impl Pair {
         }
     }
 
-    /// Two are never missed.
+    /// Check that the filter misses no pair.
     fn check(&self) {
         for (raw, count) in &self.counts {
             if *count >= 2 {
@@ -90,7 +91,7 @@ impl Pair {
         }
     }
 
-    /// The filter is the one that this content alone would give.
+    /// Check that the filter is exactly what its present content alone would give.
     fn check_exact(&self, others: &[Sample]) {
         let mut fresh = filter(self.filter.capacity());
         for (raw, count) in &self.counts {
@@ -117,7 +118,7 @@ fn pool() -> impl Strategy<Value = Vec<u32>> {
 proptest! {
     #![proptest_config(super::cases(128))]
 
-    /// Whatever comes and goes, however full the counters are: two of a kind are seen.
+    /// In any sequence, however full the counters are, the filter sees two of a kind.
     #[test]
     fn never_misses_two(
         pool in pool(),
@@ -139,8 +140,8 @@ proptest! {
         pair.check();
     }
 
-    /// As long as no counter is full, removing undoes adding, to the last bit: with two samples at a
-    /// time in each cache line none can be.
+    /// As long as no counter is full, removing undoes adding, to the last bit. No counter can be full with
+    /// two samples at a time in each cache line.
     #[test]
     fn removing_undoes_adding(
         ops in prop::collection::vec((any::<u32>(), 0..6usize, any::<bool>()), 1..600),
@@ -171,7 +172,7 @@ proptest! {
         }
         for one in others {
             prop_assert!(!pair.filter.has_two(one));
-            // Nothing is left of anybody: one that comes now is the first.
+            // Nothing is left of any sample: a new one is the first.
             prop_assert!(!pair.filter.add(one));
             prop_assert!(!pair.filter.has_two(one));
             prop_assert!(pair.filter.add(one));
@@ -192,7 +193,7 @@ proptest! {
     }
 }
 
-/// One page has no equal, two have, and three still.
+/// A sample of one page has no equal; those of two and of three have.
 #[test]
 fn counts_to_two() {
     let mut filter = filter(1);
@@ -206,7 +207,7 @@ fn counts_to_two() {
         filter.remove(one);
         assert!(!filter.has_two(one));
         filter.remove(one);
-        // More than there is cannot be removed.
+        // Samples that are not there cannot be removed.
         filter.remove(one);
         assert!(!filter.has_two(one));
         filter.add(one);
@@ -216,8 +217,8 @@ fn counts_to_two() {
     assert!(!filter.is_saturated());
 }
 
-/// At capacity, with pages that are all different, fewer than 8 in 100 are taken for others' equals;
-/// and at half of it, fewer than 3.
+/// At capacity, with pages that are all different, fewer than 8 in 100 are reported as having an equal; at
+/// half of it, fewer than 3.
 #[test]
 fn seldom_wrong() {
     let sizes = [(1, SMALLEST), (2, 16 * SMALLEST), (3, 128 * SMALLEST)];
@@ -234,14 +235,14 @@ fn seldom_wrong() {
         add_all(&mut filter, rest);
         let wrong = mistaken(&filter, &samples);
         assert!(wrong < 0.08, "{pages} pages, full: {wrong}");
-        // And it is not that all are refused.
+        // But the filter does not refuse all.
         add_all(&mut filter, &samples);
         assert_eq!(mistaken(&filter, &samples), 1.0);
     }
 }
 
-/// Pages come and go, all of them different. Before the filter says that it is worn it is still right
-/// about most, and that does not come soon.
+/// Pages come and go, all of them different. Until the filter reports that it is saturated, most of its
+/// answers are right, and that takes long.
 #[test]
 fn worn_before_it_is_useless() {
     let pages = SMALLEST * if cfg!(miri) { 1 } else { 16 };
@@ -269,14 +270,14 @@ fn worn_before_it_is_useless() {
     assert!(replaced > pages / 2, "worn after {replaced} of {pages}");
     let wrong = mistaken(&filter, &samples);
     assert!(wrong < 0.12, "{wrong}");
-    // Counted anew, all is well again.
+    // Rebuilt, the filter works well again.
     let mut filter = self::filter(pages);
     add_all(&mut filter, &samples);
     assert!(!filter.is_saturated());
     assert!(mistaken(&filter, &samples) < 0.08);
 }
 
-/// Counters that are full stay so; the filter says when many were left behind.
+/// Full counters stay full. The filter reports when too many of them are left over.
 #[test]
 fn worn_by_many_equal_pages() {
     let mut filter = filter(SMALLEST);
@@ -291,12 +292,12 @@ fn worn_by_many_equal_pages() {
         filter.remove(one);
     }
     assert!(filter.is_saturated());
-    // Wrong on the safe side.
+    // An error on the safe side.
     assert!(filter.has_two(one));
     assert!(!self::filter(SMALLEST).is_saturated());
 }
 
-/// Without memory every page is taken for one that has an equal, and nothing is counted.
+/// Without memory, the filter reports an equal for every page, and counts nothing.
 #[test]
 fn without_memory() {
     let mut filter = Filter::new();
@@ -323,7 +324,7 @@ fn no_memory() {
         assert_eq!(result, Some(ENOMEM));
         assert_eq!(live(), Live::default());
     }
-    // Only making one allocates.
+    // Only creation allocates.
     let mut filter = filter(1);
     let ((), events) = watch(|| {
         filter.add(sample(1));
@@ -335,8 +336,8 @@ fn no_memory() {
     assert_eq!(live(), Live::default());
 }
 
-/// What there is of memory is not even asked for when a filter would take more than half of it, and no more
-/// than a GiB ever is: the kernel warns of whoever asks for two.
+/// A filter that would take more than half of the free memory is not even allocated, nor is one above a GiB,
+/// as the kernel warns about allocations of two.
 #[test]
 fn modest() {
     for (pages, bytes) in [
@@ -360,7 +361,7 @@ fn modest() {
     }
 }
 
-/// When to make a larger one, and when a smaller one: never both in turn.
+/// When to use a larger filter and when a smaller one: never both in turn.
 #[test]
 fn sizes() {
     assert!(!Filter::new().has_room_for(1));

@@ -53,7 +53,7 @@ fn pages(random: &mut Random) -> Vec<Page> {
     ]
 }
 
-/// Which words `f` reads.
+/// Return which words `f` reads.
 fn words_read<R>(f: impl FnOnce(&dyn Fn(usize) -> u64) -> R) -> Vec<usize> {
     let read = RefCell::new(Vec::new());
     f(&|nth| {
@@ -67,7 +67,7 @@ fn words_of_sample(hasher: &Hasher) -> BTreeSet<usize> {
     words_read(|word| hasher.sample(word)).into_iter().collect()
 }
 
-/// Raw bits of which neighbours and extremes are not left to chance.
+/// Raw bits, including neighbours and extremes.
 fn bits() -> impl Strategy<Value = u64> {
     prop_oneof![
         any::<u64>(),
@@ -86,13 +86,13 @@ proptest! {
     fn leaves_seven_bits(raw in raw_sample(), hash in bits()) {
         let sum = Checksum::new(Sample::from_raw(raw), hash);
         prop_assert_eq!(sum.get() >> SUM_BITS, 0);
-        // None but the low bits of the hash are lost.
+        // Only the low bits of the hash are lost.
         prop_assert_eq!(sum.sample().get(), raw);
         prop_assert_eq!(sum.get() >> FULL_BITS, u64::from(raw));
         prop_assert_eq!(sum.get() & ((1 << FULL_BITS) - 1), (hash >> (64 - FULL_BITS)).max(1));
     }
 
-    /// What is not known is below all that is, and nothing else is taken for it.
+    /// The unknown checksum is below all others, and equal to none of them.
     #[test]
     fn unknown_comes_first(raw in raw_sample(), hash in bits()) {
         let sample = Sample::from_raw(raw);
@@ -105,7 +105,7 @@ proptest! {
         prop_assert!(below.is_none_or(|below| below.sample() < sample));
     }
 
-    /// On another memory node the sample is another one, on each; the rest of a checksum is not.
+    /// The sample differs on each memory node; the rest of a checksum does not.
     #[test]
     fn nodes_differ(seed in any::<u64>(), raw in raw_sample(), hash in bits(), nodes in 2..9u32) {
         let all = hasher(seed);
@@ -117,12 +117,13 @@ proptest! {
         prop_assert_eq!(sums.len(), nodes as usize);
         for node in 0..nodes {
             prop_assert_eq!(on(node).with_sample(sum.sample()), sum);
-            // Together they are one; nobody is even asked where the page is.
+            // With the nodes together, the sample does not change, and the page's node is not even
+            // determined.
             prop_assert_eq!(all.on_node(sum.sample(), || unreachable!()), sum.sample());
         }
     }
 
-    /// Which samples are those of pages of zeroes.
+    /// The samples of zero pages, on each node.
     #[test]
     fn zeroes(seed in any::<u64>(), nodes in 1..9u32, raw in raw_sample()) {
         let all = hasher(seed);
@@ -143,7 +144,7 @@ proptest! {
         prop_assert_eq!(Sample::from_raw(sum.sample().get()), sum.sample());
     }
 
-    /// As a word packs it: with a tag and strikes in the seven bits.
+    /// As an entry packs it: with a tag and strikes in the seven bits.
     #[test]
     fn comes_back_out_of_a_word(raw in raw_sample(), hash in bits(), tag in 0..128u64) {
         let sum = Checksum::new(Sample::from_raw(raw), hash);
@@ -153,7 +154,7 @@ proptest! {
         prop_assert_eq!((word >> 32) as u32, raw);
     }
 
-    /// Seven bits stay free whatever is taken back.
+    /// Seven bits stay free, whatever is unpacked.
     #[test]
     fn takes_back_no_more_than_57_bits(raw in bits()) {
         let sum = Checksum::from_raw(raw);
@@ -167,7 +168,7 @@ proptest! {
         prop_assert_eq!(sum_a == sum_b, sum_a.get() == sum_b.get());
     }
 
-    /// Nothing lies between a checksum and its successor, and the last one has none.
+    /// Nothing lies between a checksum and its successor, and the last one has no successor.
     #[test]
     fn successor_is_next(raw in bits()) {
         let sum = Checksum::from_raw(raw);
@@ -181,7 +182,7 @@ proptest! {
         }
     }
 
-    /// Equal content, equal results, wherever the bytes are; and a sample is a part of its checksum.
+    /// Equal content gives equal results, at any address. A sample is a part of its checksum.
     #[test]
     fn equal_for_equal_content(seed in any::<u64>(), content in any::<u64>()) {
         let hasher = hasher(seed);
@@ -192,13 +193,13 @@ proptest! {
             prop_assert_eq!(sample(&hasher, &page), sample(&hasher, &copy));
             prop_assert_eq!(sum.sample(), sample(&hasher, &page));
             prop_assert_eq!(sum.get() >> SUM_BITS, 0);
-            // Made the same way again.
+            // Made in the same way again.
             let again = self::hasher(seed);
             prop_assert_eq!(sum, checksum(&again, &page));
         }
     }
 
-    /// Eight words in four cache lines, one line in each quarter, with the page's last word.
+    /// The sample is eight words in four cache lines, one line in each quarter, with the page's last word.
     #[test]
     fn where_the_sample_is_taken(seed in prop::array::uniform9(bits())) {
         let read = words_read(|word| Hasher::new(seed).sample(word));
@@ -211,7 +212,7 @@ proptest! {
         prop_assert_eq!(quarters, [0, 1, 2, 3]);
     }
 
-    /// Nothing but these words matters to the sample.
+    /// Only these words affect the sample.
     #[test]
     fn other_words_do_not_matter(seed in any::<u64>(), content in any::<u64>()) {
         let hasher = hasher(seed);
@@ -226,7 +227,7 @@ proptest! {
     }
 }
 
-/// Other places at each load, in all of the page, and other results.
+/// Each load gets other places, in all of the page, and other results.
 #[test]
 fn seeds_differ() {
     let mut places = HashSet::new();
@@ -242,7 +243,7 @@ fn seeds_differ() {
         samples.insert(sample(&hasher, &page).get());
         sums.insert(checksum(&hasher, &page).get());
     }
-    // Of 2^18 sets of places 2000 are drawn: about 8 twice.
+    // 2000 are drawn of 2^18 sets of places: about 8 appear twice.
     assert!(places.len() > 1970, "{}", places.len());
     // Any word of the first three quarters, and two of the last one.
     let expected = (0..PAGE_WORDS * 3 / 4).chain([LAST - 4, LAST]);
@@ -251,7 +252,7 @@ fn seeds_differ() {
     assert_eq!(sums.len(), 2000);
 }
 
-/// The key alone, with the same places, changes the results too.
+/// Another key with the same places changes the results, too.
 #[test]
 fn keys_matter() {
     let page = pages(&mut Random::new(1))[3];
@@ -267,7 +268,7 @@ fn keys_matter() {
     }
 }
 
-/// A checksum reads every cache line once, in order, and the words of the sample besides.
+/// A checksum reads every cache line once, in order, and also the words of the sample.
 #[test]
 fn reads_all_words() {
     for seed in 0..20 {
@@ -284,7 +285,7 @@ fn reads_all_words() {
     }
 }
 
-/// A word that takes the place of `old`: one bit, all bits, a little more, nothing, anything.
+/// Return a word to replace `old`: one bit, all bits, a little more, nothing, anything.
 fn another(random: &mut Random, old: u64) -> u64 {
     loop {
         let new = match random.below(6) {
@@ -301,8 +302,8 @@ fn another(random: &mut Random, old: u64) -> u64 {
     }
 }
 
-/// A change of any one word is seen: by the bits that are not the sample, and, in a sampled word, by
-/// the sample too. Chance would miss one in 2^25; this goes through 250,000.
+/// A change of any one word shows in the bits that are not the sample, and for a sampled word in the sample,
+/// too. Chance would miss one in 2^25; this tries 250,000.
 #[test]
 fn any_changed_word_is_seen() {
     let full = |sum: Checksum| sum.get() & ((1 << FULL_BITS) - 1);
@@ -330,8 +331,8 @@ fn any_changed_word_is_seen() {
     }
 }
 
-/// Changes of two words do not make up for each other: exchanged, or both changed by the same bits
-/// or by the same difference.
+/// Changes of two words do not cancel out: exchanged, or both changed by the same bits or by the same
+/// difference.
 #[test]
 fn two_changed_words_are_seen() {
     let mut random = Random::new(4);
@@ -361,7 +362,7 @@ fn two_changed_words_are_seen() {
     }
 }
 
-/// How many pairs among so many values are equal.
+/// Return the number of equal pairs among the values.
 fn equal_pairs<T: Ord>(mut values: Vec<T>) -> usize {
     values.sort_unstable();
     values
@@ -370,7 +371,7 @@ fn equal_pairs<T: Ord>(mut values: Vec<T>) -> usize {
         .sum()
 }
 
-/// A bound that chance exceeds once in some millions of times: the mean, and six deviations more.
+/// A bound that chance exceeds once in millions of times: the mean plus six deviations.
 fn bound(count: usize, bits: u32) -> usize {
     let pairs = count as f64 * (count as f64 - 1.0) / 2.0;
     let mean = pairs / 2f64.powi(bits as i32);
@@ -379,8 +380,8 @@ fn bound(count: usize, bits: u32) -> usize {
 
 const MANY: usize = 100_000;
 
-/// Families of many pages, all different, which random numbers would not make: page number `nth` of
-/// a family has the word `word(nth, at)`.
+/// Families of many pages, all different, that random numbers would not produce. Page `i` of a family has the
+/// word `word(i, at)`.
 type Family = (&'static str, fn(usize, usize) -> u64);
 
 /// Families whose pages all differ in every word.
@@ -459,7 +460,7 @@ fn samples_are_spread() {
                 equal <= bound(MANY, 32),
                 "{name}, seed {seed}: {equal} equal"
             );
-            // Both ends matter to the filter: high bits choose its word, low bits the counters.
+            // The filter uses both ends: high bits select its word, low bits the counters.
             for shift in [0, 20] {
                 let worst =
                     unevenness(samples.iter().map(|sample| (sample.get() >> shift) & 0xfff));
@@ -472,7 +473,7 @@ fn samples_are_spread() {
     }
 }
 
-/// By how many standard deviations chi-square exceeds what chance gives, over 4096 bins.
+/// Return by how many standard deviations chi-square exceeds its expectation, over 4096 bins.
 fn unevenness(values: impl Iterator<Item = u32>) -> f64 {
     let mut bins = [0usize; 4096];
     values.for_each(|value| bins[value as usize] += 1);
@@ -482,8 +483,8 @@ fn unevenness(values: impl Iterator<Item = u32>) -> f64 {
     (chi - 4095.0) / (2.0 * 4095f64).sqrt()
 }
 
-/// Nor have structured pages more equal checksums than random numbers of so many bits: 57 if their
-/// samples differ, 25 if they do not.
+/// Structured pages have no more equal checksums than random numbers of this width: 57 if their samples
+/// differ, 25 if they do not.
 #[test]
 fn checksums_are_spread() {
     let seed = 5;
@@ -500,8 +501,8 @@ fn checksums_are_spread() {
     }
 }
 
-/// Who knows the seed makes pages that collide in all bits: where one factor is zero, the other does not
-/// matter. So nothing may rest on there being few collisions; see `MAX_COMPARES`.
+/// With the seed known, pages can be made to collide in all bits: where one factor is zero, the other does
+/// not matter. So nothing may depend on collisions being rare; see `MAX_COMPARES`.
 #[test]
 fn with_the_seed_known_any_number_of_pages_collide() {
     let mut random = Random::new(31);
@@ -512,14 +513,14 @@ fn with_the_seed_known_any_number_of_pages_collide() {
         .find(|line| sampled.iter().all(|word| word / LINE_WORDS != *line))
         .expect("only some lines are sampled");
     let mut page = random_page(&mut random);
-    // keys[2] is what the first word of each line is changed with.
+    // keys[2] is combined with the first word of each line.
     page[line * LINE_WORDS] = seed[1 + 2];
     let sum = checksum(&hasher, &page);
     for nth in 0..4096 {
         page[line * LINE_WORDS + 1] = nth;
         assert_eq!(checksum(&hasher, &page), sum);
     }
-    // With another seed they do not.
+    // With another seed they do not collide.
     let other = self::hasher(77);
     let mut sums = HashSet::new();
     for nth in 0..4096 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `ksm/index.rs`: against plain maps.
+//! Tests of `ksm/index.rs`, compared with plain maps.
 
 use super::counted::{Counted, Ledger};
 use crate::hash::{Checksum, Sample, SUM_BITS};
@@ -14,7 +14,7 @@ use kernel::{
 use proptest::{prelude::*, sample};
 use std::collections::BTreeMap;
 
-/// Few, so that many nodes share one; both ends of the range are among them.
+/// Few checksums, so that many nodes share one; both ends of the range are among them.
 const MAX: u64 = (1 << SUM_BITS) - 1;
 const SUMS: [u64; 5] = [0, 1, 2, MAX - 1, MAX];
 
@@ -36,14 +36,14 @@ fn place(nth: usize) -> PageAddr {
     }
 }
 
-/// The first key behind `after` in `tree`.
+/// Return the first key after `after` in `tree`.
 fn next_in(tree: &BTreeMap<Plain, usize>, after: Option<Plain>) -> Option<Plain> {
     tree.keys()
         .copied()
         .find(|key| after.is_none_or(|after| *key > after))
 }
 
-/// The index, and what should be in it.
+/// The index, and its expected content.
 struct Pair {
     index: Index<Counted>,
     stable: BTreeMap<Plain, usize>,
@@ -69,7 +69,7 @@ impl Pair {
         }
     }
 
-    /// One of the keys ever made.
+    /// Return one of the keys ever made.
     fn key(&self, at: sample::Index) -> Option<StableKey> {
         (!self.keys.is_empty()).then(|| *at.get(&self.keys))
     }
@@ -98,7 +98,7 @@ impl Pair {
         }
     }
 
-    /// Adds a node that has mappings at once.
+    /// Add a node that has mappings at once.
     fn insert_stable(&mut self, key: StableKey) {
         self.insert(key, Plan::Never);
         self.move_to_stable(key);
@@ -121,7 +121,7 @@ impl Pair {
         }
     }
 
-    /// Takes a node out of the maps of those with mappings.
+    /// Take a node out of the maps of nodes with mappings.
     fn take_known(&mut self, key: StableKey) -> Option<usize> {
         let room = self.stable.remove(&plain(key));
         room.or_else(|| self.full.remove(&plain(key)))
@@ -142,7 +142,7 @@ impl Pair {
         }
     }
 
-    /// How many nodes with mappings have this checksum.
+    /// Return how many nodes with mappings have this checksum.
     fn known_with(&self, sum: u64) -> usize {
         let keys = self.stable.keys().chain(self.full.keys());
         keys.filter(|key| key.0 == sum).count()
@@ -156,7 +156,7 @@ impl Pair {
         }
     }
 
-    /// Takes a node out and puts it back, as is done with one that turns out to be in use.
+    /// Take a node out and put it back, as for a node that turns out to be in use.
     fn put_back(&mut self, key: StableKey) {
         let Some(node) = self.index.remove(key) else {
             return;
@@ -176,7 +176,7 @@ impl Pair {
         next
     }
 
-    /// All stable nodes with this checksum, as the engine goes through them.
+    /// Return all stable nodes with this checksum, in the engine's order.
     fn nodes_of(&self, sum: Checksum) -> Vec<StableKey> {
         let mut found = Vec::new();
         let mut key = self.next_stable(sum, None);
@@ -187,7 +187,7 @@ impl Pair {
         found
     }
 
-    /// Whether there are nodes of a sample, and which take another page, unless there are others with
+    /// Return whether there are nodes of a sample, and which of them have room, unless there are others with
     /// another checksum.
     fn nodes_like(&self, sample: Sample) -> NodesLike {
         let found = self.index.nodes_like(sample);
@@ -200,7 +200,7 @@ impl Pair {
         sums.dedup();
         match found {
             NodesLike::None => {
-                // Those that are full are no reason to ask for the checksum, unless it is known of them.
+                // Full nodes are no reason to compute the checksum, unless theirs is known.
                 let unknown = |sum: &u64| Checksum::from_raw(*sum).is_unknown();
                 assert!(room.is_empty() && sums.iter().all(unknown));
             }
@@ -219,7 +219,7 @@ impl Pair {
         found
     }
 
-    /// The nodes of a checksum that take another page, and some of them in the order of `mappings`.
+    /// Return the nodes of a checksum that have room, some of them in the order of `mappings`.
     fn nodes_with(&self, sum: Checksum, mappings: impl Fn(usize) -> usize) {
         let room: Vec<_> = self
             .stable
@@ -239,7 +239,7 @@ impl Pair {
         assert_eq!(found, expected);
     }
 
-    /// The checksum under which somebody with this sample waits.
+    /// Return the checksum under which a page with this sample is in the unstable tree.
     fn waiting_like(&self, sample: Sample) -> Option<Checksum> {
         let found = self.index.unstable_lookup_sample(sample);
         let sums = self.unstable.keys().copied().map(Checksum::from_raw);
@@ -247,7 +247,7 @@ impl Pair {
         found
     }
 
-    /// Gives a node another checksum, as is done when that is found out.
+    /// Give a node another checksum, as when it becomes known.
     fn rekey(&mut self, key: StableKey, sum: Checksum, plan: Plan) {
         let (result, events) = watch(|| failing(plan, || self.index.rekey(key, sum, GFP_NOWAIT)));
         let is_full = self.full.contains_key(&plain(key));
@@ -270,7 +270,7 @@ impl Pair {
         }
     }
 
-    /// The next node of one tree, of whatever checksum.
+    /// Return the next node of one tree, of any checksum.
     fn next_in(&self, which: Tree, after: Option<StableKey>) -> Option<StableKey> {
         let (next, tree) = match which {
             Tree::Stable => (self.index.next_node(after), &self.stable),
@@ -281,7 +281,7 @@ impl Pair {
         next
     }
 
-    /// Goes through one tree as the engine does, and does with each node what `deeds` says.
+    /// Walk one tree as the engine does, and do to each node what `deeds` says.
     fn sweep(&mut self, which: Tree, deeds: &[Deed]) {
         let tree = match which {
             Tree::Stable => &self.stable,
@@ -300,7 +300,7 @@ impl Pair {
                 (Deed::Remove, _) => self.remove(at),
                 (Deed::Move, Tree::Orphan) => self.move_to_stable(at),
                 (Deed::Move, _) => self.move_to_orphans(at),
-                // The one that comes next is gone when it comes.
+                // The next node is removed before the walk reaches it.
                 (Deed::RemoveNext, _) => key.into_iter().for_each(|next| self.remove(next)),
             }
         }
@@ -314,7 +314,11 @@ impl Pair {
         assert_eq!(events.sleeping, 0, "other flags than those it was given");
         assert_eq!(result.is_err(), events.failed > 0);
         if before.is_some() {
-            assert_eq!(events, Events::default(), "allocated where somebody waited");
+            assert_eq!(
+                events,
+                Events::default(),
+                "allocated although a page was waiting"
+            );
         }
         if let Err(err) = result {
             assert_eq!(err, ENOMEM);
@@ -396,7 +400,7 @@ enum Tree {
 enum Deed {
     Leave,
     Remove,
-    /// To the other tree.
+    /// Move it to the other tree.
     Move,
     RemoveNext,
 }
@@ -410,7 +414,7 @@ enum Op {
     SetFull(sample::Index, bool),
     NodesWith(usize, usize),
     PutBack(sample::Index),
-    /// Behind a key, which may be gone.
+    /// The next node after a key, which may be gone.
     NextStable(sample::Index),
     NodesLike(usize),
     WaitingLike(usize),
@@ -419,7 +423,7 @@ enum Op {
     Sweep(Tree, Vec<Deed>),
     Wait(usize, usize, Plan),
     StopWaiting(usize, usize),
-    /// Whoever it is that waits.
+    /// Take out whichever page is waiting.
     StopWaiter(usize),
 }
 
@@ -515,7 +519,7 @@ proptest! {
     }
 }
 
-/// Several nodes with one checksum come newest first, and those of its neighbours do not come.
+/// Several nodes with one checksum come newest first, without those of neighbouring checksums.
 #[test]
 fn nodes_of_one_checksum() {
     let mut pair = Pair::new();
@@ -533,7 +537,7 @@ fn nodes_of_one_checksum() {
     pair.move_to_orphans(keys.remove(2));
     pair.remove(keys.remove(3));
     assert_eq!(pair.nodes_of(sum(1)), keys);
-    // One that comes back is no newer for that.
+    // A node that comes back is no newer for that.
     let back = keys[1];
     pair.move_to_orphans(back);
     pair.move_to_stable(back);
@@ -541,8 +545,8 @@ fn nodes_of_one_checksum() {
     pair.finish();
 }
 
-/// A sample stands for one content only as long as all its nodes have the same checksum; those of
-/// neighbouring samples, and those without mappings, do not count.
+/// A sample stands for one content only as long as all its nodes have the same checksum. Nodes of
+/// neighbouring samples, and nodes without mappings, do not count.
 #[test]
 fn only_one_checksum_of_a_sample() {
     let mut pair = Pair::new();
@@ -567,7 +571,7 @@ fn only_one_checksum_of_a_sample() {
         );
         let other = add(&mut pair, 7, !hash);
         assert_eq!(pair.nodes_like(sample(7)), NodesLike::Ambiguous);
-        // That one of them is full does not make it another content's.
+        // A full node still belongs to the same content.
         pair.set_full(other, true);
         assert_eq!(pair.nodes_like(sample(7)), NodesLike::Ambiguous);
         pair.move_to_orphans(other);
@@ -587,8 +591,8 @@ fn only_one_checksum_of_a_sample() {
     pair.finish();
 }
 
-/// However many full nodes there are of a content, those with room are found, those that are mapped most
-/// often first; and full ones that got room are among them.
+/// Those nodes of a content that have room are found, however many are full, and those with the most mappings
+/// come first. Full nodes that got room are among them.
 #[test]
 fn full_nodes_do_not_hide_others() {
     let mut pair = Pair::new();
@@ -614,7 +618,7 @@ fn full_nodes_do_not_hide_others() {
     pair.finish();
 }
 
-/// A new node is no page's to join before it has mappings.
+/// No page can merge with a new node before it has mappings.
 #[test]
 fn new_nodes_are_orphans() {
     let mut pair = Pair::new();
@@ -630,7 +634,7 @@ fn new_nodes_are_orphans() {
     pair.finish();
 }
 
-/// Nothing lies behind the last number there is, nor behind the last number of the last checksum.
+/// Nothing follows the last number, nor the last number of the last checksum.
 #[test]
 fn ends_at_the_last_number() {
     let mut pair = Pair::new();
@@ -638,7 +642,7 @@ fn ends_at_the_last_number() {
         sum: sum(nth),
         nth: u64::MAX,
     };
-    // As the first key of all has it.
+    // The first key of all has this value.
     assert_eq!(pair.new_key(sum(0)), last(0));
     let behind = pair.new_key(sum(1));
     pair.keys.push(last(4));
@@ -662,7 +666,7 @@ fn ends_at_the_last_number() {
     pair.finish();
 }
 
-/// Who waits is not sent away by somebody else.
+/// A waiting page is only removed by its own address.
 #[test]
 fn only_who_waits_stops() {
     let mut pair = Pair::new();
@@ -686,7 +690,7 @@ fn only_who_waits_stops() {
     pair.stop_waiting(sum(0), here);
     pair.stop_waiting(sum(2), here);
     assert_eq!(pair.index.unstable_lookup(sum(1)), Some(here));
-    // Replaced: the one before has nothing to say any more.
+    // It was replaced, so the earlier one has no say any more.
     pair.wait(sum(1), elsewhere[0], Plan::Always);
     pair.stop_waiting(sum(1), here);
     assert_eq!(pair.index.unstable_lookup(sum(1)), Some(elsewhere[0]));
@@ -695,8 +699,8 @@ fn only_who_waits_stops() {
     pair.finish();
 }
 
-/// However many nodes have one checksum, no more than [`MAX_COMPARES`] of them are looked at for a page; and
-/// however many pages have it, one waits.
+/// However many nodes have one checksum, a page is compared with [`MAX_COMPARES`] of them at most. However
+/// many pages have it, one waits.
 #[test]
 fn what_collides_is_not_looked_at_without_end() {
     for count in [16, 64, 4096] {

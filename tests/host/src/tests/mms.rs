@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `ksm/mms.rs`: against plain maps, and against the reference counts.
+//! Tests of `ksm/mms.rs`, compared with plain maps and with the reference counts.
 
 use crate::ksm::mms::{Registry, Reservation};
 use kernel::{
@@ -15,18 +15,18 @@ use std::collections::BTreeMap;
 
 const MMS: usize = 6;
 
-/// The registry, and what should be in it.
+/// The registry, and its expected content.
 struct Pair {
     registry: Registry,
     mms: Vec<TestMm>,
-    /// Which address space has which number.
+    /// The address space of each number.
     live: BTreeMap<u64, usize>,
     dead: BTreeMap<u64, usize>,
     missed: bool,
-    /// Reservations to fall back on, and whether there ever was room for some.
+    /// Spare reservations, and whether there was ever room for some.
     spares: usize,
     room: bool,
-    /// The highest number given so far.
+    /// The highest number so far.
     last: u64,
 }
 
@@ -71,10 +71,10 @@ impl Pair {
         let reference = ARef::from(self.mms[mm].mm());
         let (unused, events) = watch(|| self.registry.enter(reference, reservation.ok()));
         assert_eq!(events, Events::default(), "happened under the lock");
-        // What is reserved goes first, then what is spare.
+        // The reservation is used first, then the spares.
         let spare = !reserved && self.spares > 0;
         match (self.id_of(mm), reserved || spare) {
-            // Known already: all comes back, and no spare was used.
+            // Already known: all is returned, and no spare was used.
             (Some(_), _) => {
                 let (back, reservation) = unused.expect("kept a second reference");
                 assert_eq!(self.which(&back), mm);
@@ -134,7 +134,7 @@ impl Pair {
         let (known, events) = watch(|| self.registry.exit(raw));
         assert_eq!(events.mm_drops, 0, "dropped under the lock");
         assert_eq!(events.mm_gets + events.allocs + events.failed, 0);
-        // The memory of the look-up node may be freed, nothing else.
+        // The memory of the lookup node may be freed, nothing else.
         assert!(events.frees <= usize::from(known));
         let id = self.id_of(mm);
         assert_eq!(known, id.is_some());
@@ -144,7 +144,7 @@ impl Pair {
         }
     }
 
-    /// Takes the dead one that came first. It keeps its reference.
+    /// Take the exited address space that was registered first. It keeps its reference.
     fn take_dead(&mut self) -> bool {
         let (dead, events) = watch(|| self.registry.take_dead());
         assert_eq!(events.mm_drops + events.mm_gets + events.allocs, 0);
@@ -159,7 +159,7 @@ impl Pair {
         let found = next.as_ref().map(|(id, mm)| (*id, self.which(mm)));
         let expected = self.live.iter().find(|(id, _)| **id > after);
         assert_eq!(found, expected.map(|(id, mm)| (*id, *mm)));
-        // It is the caller's own reference.
+        // This is the caller's own reference.
         if let Some((_, mm)) = found {
             assert_eq!(self.mms[mm].references(), self.expected_references(mm) + 1);
         }
@@ -188,7 +188,7 @@ impl Pair {
         for (nth, mm) in self.mms.iter().enumerate() {
             assert_eq!(mm.references(), self.expected_references(nth));
         }
-        // Two nodes for each that lives or may, one for each that is dead, and the room for spares.
+        // Two nodes for each registered or possible one, one for each exited one, and room for spares.
         let nodes = 2 * (self.live.len() + self.spares) + self.dead.len();
         assert_eq!(live().allocations, nodes + usize::from(self.room));
     }
@@ -279,7 +279,7 @@ fn entered_twice() {
     pair.enter(1, Plan::Never);
     let last = pair.last;
     pair.enter(0, Plan::Never);
-    // Not missed either: it is known.
+    // Known, so it is not missed.
     pair.enter(0, Plan::Always);
     pair.check();
     assert_eq!(pair.last, last);
@@ -295,14 +295,14 @@ fn unknown_one_exits() {
     pair.enter(1, Plan::Never);
     pair.exit(0);
     pair.exit(1);
-    // Exits only once.
+    // It exits only once.
     pair.exit(1);
     pair.check();
     assert_eq!(pair.dead.len(), 1);
     pair.finish();
 }
 
-/// The dead come in the order in which they were entered, whatever the order of their exits.
+/// Exited address spaces come in the order of their registration, whatever the order of their exits.
 #[test]
 fn order_of_the_dead() {
     let mut pair = Pair::new();
@@ -319,7 +319,7 @@ fn order_of_the_dead() {
     pair.finish();
 }
 
-/// One that left and comes again is another, even before its first stay was cleared away.
+/// One that left and comes again is a new one, even before the first is cleaned up.
 #[test]
 fn comes_again() {
     let mut pair = Pair::new();
@@ -335,7 +335,7 @@ fn comes_again() {
     pair.finish();
 }
 
-/// A reservation that is not made leaves nothing behind.
+/// A reservation that fails leaves nothing behind.
 #[test]
 fn no_memory_to_reserve() {
     for nth in 0..2 {
@@ -345,7 +345,7 @@ fn no_memory_to_reserve() {
     }
 }
 
-/// Missed is remembered until it is asked for, and nobody is kept.
+/// A missed registration is remembered until it is queried, and no reference is kept.
 #[test]
 fn missed() {
     let mut pair = Pair::new();
@@ -359,7 +359,7 @@ fn missed() {
     pair.finish();
 }
 
-/// Spares are there for who comes without a reservation; only who comes when none are left is missed.
+/// Spares are for registrations without a reservation. A registration is missed only if no spare is left.
 #[test]
 fn spares() {
     let mut pair = Pair::new();
@@ -368,7 +368,7 @@ fn spares() {
     pair.take_missed();
     pair.replace_spares(2);
     pair.check();
-    // Who brings one uses that, and who is known needs none.
+    // A registration with a reservation uses that, and a known address space needs none.
     pair.enter(0, Plan::Never);
     pair.enter(0, Plan::Always);
     assert_eq!(pair.spares, 2);
@@ -380,7 +380,7 @@ fn spares() {
     pair.enter(3, Plan::Always);
     assert!(pair.registry.has_missed());
     assert!(!pair.registry.knows(pair.mms[3].mm()));
-    // Made good for, as after a round of allocations.
+    // Replaced, as after a round of allocations.
     pair.replace_spares(1);
     pair.take_missed();
     pair.enter_with_spare(3);
@@ -389,7 +389,7 @@ fn spares() {
     pair.finish();
 }
 
-/// Spares that nobody used are freed with the rest.
+/// Unused spares are freed with the rest.
 #[test]
 fn unused_spares() {
     let mut pair = Pair::new();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `ksm/page_map/`: against a map of the standard library.
+//! Tests of `ksm/page_map/`, compared with a map of the standard library.
 
 mod pair;
 
@@ -26,14 +26,14 @@ const LAST_OF_ALL: usize = usize::MAX & PAGE_MASK;
 
 #[derive(Clone, Debug)]
 enum Op {
-    /// Of the pages of the pool between these two: those that are found, and how.
+    /// Of the pages of the pool between these two: those that the scan finds, and how.
     Absorb(Index, Index, Vec<u8>, Way, Plan),
     Remember(Index, Plan),
     Remove(Index),
     Change(Index),
-    /// From a page of the pool to a page of the pool, and so many bytes more.
+    /// From a page of the pool to a page of the pool, plus a number of bytes.
     Next(Index, Index, usize),
-    /// From a page of the pool, so many bytes.
+    /// From a page of the pool, for a number of bytes.
     NextBytes(Index, usize),
     Walk(Index, Index),
     /// All leaves from that of a page on.
@@ -52,7 +52,7 @@ fn plan() -> impl Strategy<Value = Plan> {
     ]
 }
 
-/// Of each page of a range in turn, over and over: whether it is found, and what becomes of it.
+/// For each page of a range in turn, repeatedly: whether the scan finds it, and what happens to it.
 fn looks() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         2 => Just(vec![0]),
@@ -79,7 +79,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What a scan of `from..to` finds of the pages of a pool: no more than a batch holds.
+/// Return the pages of a pool that a scan of `from..to` finds, no more than a batch holds.
 fn batch(pool: &[usize], from: usize, to: usize, looks: &[u8]) -> (usize, Vec<(usize, Look)>) {
     let mut pages: Vec<usize> = pool
         .iter()
@@ -196,7 +196,7 @@ proptest! {
     }
 }
 
-/// Grows and shrinks many times over, with allocations failing now and then.
+/// Grow and shrink many times, with failing allocations now and then.
 #[test]
 fn long_histories() {
     for seed in 0..4 {
@@ -230,7 +230,7 @@ fn long_histories() {
     }
 }
 
-/// Passes over the same memory, of which a little changes in between: what the engine does all day.
+/// Passes over the same memory, of which a little changes in between: the engine's usual work.
 #[test]
 fn passes() {
     for way in [Way::Stepwise, Way::Runs] {
@@ -274,14 +274,14 @@ fn passes() {
     }
 }
 
-/// What a batch allocates fails at each point, once, and from there on; the next pass makes up for it.
+/// Each allocation of a batch fails, once, and from there on. The next pass makes up for it.
 #[test]
 fn each_allocation_fails() {
     let page = |nth: usize| (nth * PAGE_SIZE, Look::Remember);
     let hole = |nth: usize| nth % 7 == 3;
     let all: Vec<_> = (500..1700).map(page).collect();
     let holes: Vec<_> = (500..1700).filter(|nth| !hole(*nth)).map(page).collect();
-    // From nothing, and from a few pages that are there, in the way, or at the end of a leaf.
+    // Start with nothing, and with a few pages, in the way or at the end of a leaf.
     let before: [&[usize]; 4] = [
         &[],
         &[503, 700, 1023],
@@ -299,7 +299,7 @@ fn each_allocation_fails() {
             ]
             .map(|(batch, way)| (before, batch, way))
         })
-        // Under Miri: one of each way.
+        // Under Miri, one of each kind.
         .step_by(if cfg!(miri) { 10 } else { 1 })
     {
         let run = |plan| {
@@ -331,7 +331,7 @@ fn each_allocation_fails() {
     }
 }
 
-/// As much memory at once as a batch needs, and no more.
+/// A batch allocates as much memory at once as it needs, and no more.
 #[test]
 fn one_allocation_for_the_words_of_a_batch() {
     for way in [Way::Stepwise, Way::Runs] {
@@ -342,8 +342,8 @@ fn one_allocation_for_the_words_of_a_batch() {
                 .collect();
             let end = count * PAGE_SIZE;
             let ((), events) = watch(|| pair.absorb(0, end, &batch, way, Plan::Never));
-            // What is left is the leaf itself, which the kernel's slabs have as one of 64 bytes, and one
-            // of 128 for the bits if it has more than one page.
+            // The rest is the leaf itself, which the kernel's slabs store in 64 bytes, and 128 bytes for the
+            // bits of a leaf with more than one page.
             let leaf = pair.map.bytes();
             if count == 1 {
                 assert_eq!((events.allocs, events.frees), (1, 0));
@@ -358,7 +358,7 @@ fn one_allocation_for_the_words_of_a_batch() {
     }
 }
 
-/// The end of a leaf, and of all addresses.
+/// The ends of a leaf, and of all addresses.
 #[test]
 fn leaf_ends() {
     for addr in [
@@ -377,13 +377,13 @@ fn leaf_ends() {
     }
 }
 
-/// A leaf that is made and gets nothing does not stay, and one that has something does.
+/// A new leaf that gets no entry does not stay, and one with an entry does.
 #[test]
 fn prunes_only_what_is_empty() {
     let mut pair = Pair::new();
     assert!(pair.map.leaf_from(LEAF, 0, GFP_NOWAIT).is_ok());
     assert!(pair.map.bytes() > 0);
-    // Another leaf is none of this one's business.
+    // This call concerns another leaf.
     pair.map.prune(0, Some(0));
     pair.map.prune(2 * LEAF, Some(0));
     assert!(pair.map.bytes() > 0);
@@ -395,7 +395,7 @@ fn prunes_only_what_is_empty() {
     pair.empty_by_removing();
 }
 
-/// A leaf whose pages gave trouble is not visited for a while, and no other is kept from being.
+/// A leaf whose pages thrash is not visited for a while. All others are.
 #[test]
 fn trouble_passes() {
     let pages = [LEAF, 2 * LEAF - PAGE_SIZE, 2 * LEAF, 4 * LEAF + PAGE_SIZE];
@@ -403,16 +403,16 @@ fn trouble_passes() {
     let visited = |pair: &mut Pair, from| {
         let mut count = 0;
         let end = pair.map.visit_leaf(from, |_, _| count += 1);
-        // Visited or not, this is how far it was.
+        // Visited or not, the walk came this far.
         assert_eq!(end, Some(PageMap::<Counted>::leaf_end(from)));
         count
     };
-    // Nobody's trouble.
+    // These leaves have no entries.
     pair.map.note_thrash(0, 100);
     pair.map.note_thrash(3 * LEAF, 100);
     pair.check_memory();
     assert_eq!(visited(&mut pair, LEAF), 2);
-    // A little is put up with, also when it comes again and again after a while.
+    // A little is tolerated, even if it recurs after a while.
     for _ in 0..10 {
         pair.map.note_thrash(LEAF + PAGE_SIZE, 2);
         for _ in 0..40 {
@@ -433,7 +433,7 @@ fn trouble_passes() {
         // All is forgotten in the end.
         (0..256).for_each(|_| assert_eq!(visited(&mut pair, LEAF), 2));
     }
-    // A leaf that comes again has given no trouble yet.
+    // A leaf that comes again starts without a score.
     pair.map.note_thrash(2 * LEAF, 100);
     assert_eq!(visited(&mut pair, 2 * LEAF), 0);
     pair.remove(2 * LEAF);
@@ -442,8 +442,8 @@ fn trouble_passes() {
     pair.empty_by_removing();
 }
 
-/// When a huge page is split, in milliseconds, of which a part merges for good and which somebody puts together
-/// again `collapse` after each split; in `passes` that begin `pace` after one another.
+/// Return the times, in milliseconds, at which a huge page is split. A part of it merges for good, and
+/// khugepaged collapses it `collapse` after each split. There are `passes` passes that begin `pace` apart.
 fn splits(passes: u32, pace: u64, collapse: u64) -> Vec<u64> {
     let mut pair = Pair::with([LEAF]);
     let mut times: Vec<u64> = Vec::new();
@@ -463,21 +463,21 @@ fn splits(passes: u32, pace: u64, collapse: u64) -> Vec<u64> {
         if pair.map.may_split(LEAF + PAGE_SIZE, moment) {
             pair.map.note_split(LEAF + PAGE_SIZE, moment);
             times.push(now);
-            // Those that are split in one pass do not have to wait for each other.
+            // Splits in one pass do not have to wait for each other.
             assert!(pair.map.may_split(LEAF + 2 * PAGE_SIZE, moment));
         }
         // No other leaf waits for this one.
         assert!(pair.map.may_split(0, moment) && !pair.map.keeps_whole(0, moment.second));
     }
-    // Each split but the first one was waited for, and each wait came to an end that was told of. The last
-    // may not have ended, or have led to nothing yet.
+    // Each split except the first had to wait, and the end of each wait was reported. The last wait may not
+    // have ended, or have had no effect yet.
     assert!((times.len() - 1..=times.len()).contains(&told), "{told}");
     pair.empty_by_dropping();
     times
 }
 
-/// A huge page that is split and put together again is split ever more rarely, in the end less than once a
-/// minute, however quickly passes and khugepaged come.
+/// A huge page that is split and collapsed again is split ever more rarely, in the end less than once a
+/// minute, however fast passes and khugepaged are.
 #[test]
 fn put_together_again_and_again() {
     for (pace, collapse) in [
@@ -492,7 +492,7 @@ fn put_together_again_and_again() {
         let waits = times.windows(2).map(|pair| pair[1] - pair[0]);
         for (nth, wait) in waits.enumerate() {
             let least = 1000 << (nth + 1).min(7);
-            // Seconds are counted whole. Whoever looks rarely comes late.
+            // Seconds are counted whole. With a slow pace the split comes late.
             let most = least + 2 * pace + collapse;
             assert!(
                 (least - 1000..=most).contains(&wait),
@@ -502,14 +502,14 @@ fn put_together_again_and_again() {
         let last = times.iter().filter(|&&time| time > hour).count();
         assert!((20..60).contains(&last), "{last} times in the last hour");
     }
-    // Where a pass takes an hour, it is once in two passes, as no wait is longer than one.
+    // If a pass takes an hour, there is one split in two passes, as no wait is longer than one.
     let times = splits(20, 3_600_000, 10_000);
     assert_eq!(times.len(), 10, "{times:?}");
-    // A split that lasts is none that was undone.
+    // A split that lasts does not count as undone.
     assert_eq!(splits(1000, 1000, u64::MAX / 2), [0]);
 }
 
-/// Numbers of passes and seconds go round.
+/// Numbers of passes and seconds wrap around.
 #[test]
 fn waits_go_round() {
     for second in [65_530, 65_535, 65_536, 1 << 40, (1 << 40) - 1] {
@@ -535,7 +535,7 @@ fn waits_go_round() {
     }
 }
 
-/// Runs are what they are said to be, wherever in a leaf they begin and end.
+/// Runs have the stated bounds, wherever in a leaf they begin and end.
 #[test]
 fn runs_at_the_edges() {
     for first in [0, 1, 62, 63, 64, 65, 448, 510, 511] {
@@ -595,10 +595,10 @@ fn next_at_the_edges() {
     assert_eq!(pair.next(PAGE_SIZE, LEAF - PAGE_SIZE), None);
     assert_eq!(pair.next(PAGE_SIZE, LEAF), Some(LEAF - PAGE_SIZE));
     assert_eq!(pair.next(LEAF, LEAF + 1), Some(LEAF));
-    // Nothing more in this leaf, and the next one that there is lies behind a hole.
+    // Nothing more in this leaf, and the next leaf is behind a hole.
     assert_eq!(pair.next(LEAF + PAGE_SIZE, 3 * LEAF), None);
     assert_eq!(pair.next(LEAF + PAGE_SIZE, usize::MAX), Some(3 * LEAF));
-    // From a leaf that there is not.
+    // From a leaf that does not exist.
     assert_eq!(pair.next(2 * LEAF + PAGE_SIZE, usize::MAX), Some(3 * LEAF));
     assert_eq!(pair.next(4 * LEAF, usize::MAX), Some(LAST_OF_ALL));
     assert_eq!(pair.next(LAST_OF_ALL, LAST_OF_ALL), None);
@@ -606,7 +606,7 @@ fn next_at_the_edges() {
     pair.empty_by_removing();
 }
 
-/// The first `leaves` leaves, with all their pages.
+/// Create the first `leaves` leaves, with all their pages.
 fn full(leaves: usize) -> Pair {
     let mut pair = Pair::new();
     for start in (0..leaves * LEAF).step_by(LEAF) {
@@ -618,7 +618,7 @@ fn full(leaves: usize) -> Pair {
     pair
 }
 
-/// What is remembered of many pages side by side costs little more than their words.
+/// The record of many adjacent pages costs little more than their entries.
 #[test]
 fn dense_pages_are_cheap() {
     let pair = full(8);
@@ -629,7 +629,7 @@ fn dense_pages_are_cheap() {
     pair.empty_by_dropping();
 }
 
-/// Who had many pages, and has few, takes as little as who never had more.
+/// After most of its pages are gone, a map is as small as one that never had more.
 #[test]
 fn few_of_many_are_cheap() {
     for left in [1, 3, 20] {
@@ -643,7 +643,7 @@ fn few_of_many_are_cheap() {
             pair.check_content();
         }
         assert_eq!(pair.model.len(), 8 * left);
-        // A leaf, the bits, and room for four times the words.
+        // A leaf, the bits, and room for four times the entries.
         let most = match left {
             1 => 64,
             _ => 64 + 128 + 4 * left * size_of::<Counted>(),
@@ -654,8 +654,8 @@ fn few_of_many_are_cheap() {
     }
 }
 
-/// Words that are left are moved to less memory, which is charged like that which they leave. Without memory
-/// for it, this is tried a few times, not with each word that goes.
+/// The remaining entries move to a smaller allocation, which is charged like the one before. Without memory
+/// for it, this is retried a few times, not with each entry that goes.
 #[test]
 fn giving_back_is_charged_and_tried_seldom() {
     for plan in [Plan::Never, Plan::Always] {
@@ -672,8 +672,8 @@ fn giving_back_is_charged_and_tried_seldom() {
     }
 }
 
-/// Nor does it matter in how small batches they come. (The first 100 of 512, which is the default of
-/// `pages_to_scan`, get room for 100, which is then doubled to 200, 400 and 800.)
+/// The size of the batches does not matter. (The first 100 of 512, the default of `pages_to_scan`, get room
+/// for 100, which is then doubled to 200, 400 and 800.)
 #[test]
 fn small_batches_are_cheap() {
     for size in [1, 37, 100, 300, 511] {
@@ -695,8 +695,7 @@ fn small_batches_are_cheap() {
     }
 }
 
-/// Begins a pass, in which leaves with a word that `keeps` them from it are not skipped. Returns how many pages
-/// are skipped.
+/// Begin a pass. It does not skip leaves with an entry that `keeps` them. Return how many pages it skips.
 fn begin(
     pair: &mut Pair,
     number: u32,
@@ -718,7 +717,7 @@ fn begin(
             Err(next) => Some(next),
         };
     }
-    // All are looked at but those.
+    // All but those are visited.
     for &leaf in pair.leaves.keys() {
         let leaf = pair.map.leaf_from(leaf * LEAF, number, GFP_NOWAIT);
         leaf.unwrap().decide_skips(|words| words.iter().any(&keeps));
@@ -726,7 +725,7 @@ fn begin(
     skipped
 }
 
-/// The first leaves from `from` on that the pass with this number, which has begun, skips.
+/// Return the first leaves from `from` on that the current pass, with this number, skips.
 fn skipped_from(pair: &mut Pair, from: usize, number: u32) -> Result<(usize, usize), usize> {
     let unlisted = Unlisted::new();
     let pass = Pass {
@@ -741,7 +740,7 @@ fn skipped_from(pair: &mut Pair, from: usize, number: u32) -> Result<(usize, usi
     found
 }
 
-/// Which of so many passes look at the only leaf. What happens in some of them is done by `deed`.
+/// Return which of `passes` passes visit the only leaf. `deed` performs events in some of them.
 fn looked_at(
     passes: usize,
     retry_steady: bool,
@@ -765,14 +764,14 @@ fn looked_at(
     looked
 }
 
-/// The longer nothing happens, the more seldom a leaf is looked at: as in-tree KSM does with each page.
+/// The longer nothing happens, the more rarely a leaf is visited: as in-tree KSM does with each page.
 #[test]
 fn old_leaves_are_skipped() {
     let old = [0, 1, 2, 3, 5, 8, 13, 22, 31, 40];
     assert_eq!(looked_at(41, false, |_, _| ()), old);
-    // News alone does not make it young.
+    // A retry alone does not make it young.
     assert_eq!(looked_at(41, true, |_, _| ()), old);
-    // Whatever happens to a page does.
+    // An event on a page does.
     let anew = [0, 1, 2, 3, 5, 8, 13, 16, 17, 18, 19, 21];
     let deeds: [fn(&mut Pair); 2] = [
         |pair| pair.map.note_change(LEAF + PAGE_SIZE),
@@ -786,12 +785,12 @@ fn old_leaves_are_skipped() {
         };
         assert_eq!(looked_at(22, false, once), anew);
     }
-    // What happens to another one does not.
+    // An event on another leaf's page does not.
     let other = |_, pair: &mut Pair| pair.map.note_change(0);
     assert_eq!(looked_at(41, false, other), old);
 }
 
-/// What happens to one of its pages while it is skipped ends that.
+/// An event on one of its pages ends the skipping.
 #[test]
 fn what_happens_elsewhere_ends_skipping() {
     let looked = |deed: fn(&mut Pair)| {
@@ -807,7 +806,7 @@ fn what_happens_elsewhere_ends_skipping() {
         looked(|pair| assert!(pair.map.get_changed(LEAF).is_some())),
         anew
     );
-    // Of a page that is gone, too, if others are left.
+    // Also an event on a page that is gone, if others are left.
     let mut pair = Pair::with([LEAF, LEAF + 7 * PAGE_SIZE]);
     let mut looked = Vec::new();
     for pass in 0..17 {
@@ -823,7 +822,8 @@ fn what_happens_elsewhere_ends_skipping() {
     pair.empty_by_dropping();
 }
 
-/// A leaf is looked at in the pass after one in which pages of it were away, and once only if they are no more.
+/// A leaf is visited in the pass after one in which pages of it were swapped out or migrating, and only once
+/// if they are back.
 #[test]
 fn leaves_whose_pages_are_away_are_not_skipped() {
     let away_in = |passes: std::ops::Range<usize>| {
@@ -835,12 +835,12 @@ fn leaves_whose_pages_are_away_are_not_skipped() {
         })
     };
     assert_eq!(away_in(0..41), (0..41).collect::<Vec<_>>());
-    // What it was to be skipped by is left over.
+    // The rest of its skips stays.
     let once = [0, 1, 2, 3, 5, 8, 13, 16, 23, 32];
     assert_eq!(away_in(15..16), once);
 }
 
-/// A leaf that may have pages to be listed is looked at in the next pass, once.
+/// A leaf that may have unlisted merged pages is visited in the next pass, once.
 #[test]
 fn leaves_with_unlisted_pages_are_not_skipped() {
     let mut pair = Pair::with([3 * LEAF, 3 * LEAF + PAGE_SIZE, 9 * LEAF]);
@@ -860,7 +860,7 @@ fn leaves_with_unlisted_pages_are_not_skipped() {
     pair.empty_by_dropping();
 }
 
-/// A leaf with a page that has to be looked at is not skipped.
+/// A leaf with a page that has to be visited is not skipped.
 #[test]
 fn some_leaves_are_not_skipped() {
     let mut pair = Pair::with([0, 5 * LEAF, 5 * LEAF + PAGE_SIZE, 9 * LEAF]);
@@ -874,7 +874,7 @@ fn some_leaves_are_not_skipped() {
     pair.empty_by_dropping();
 }
 
-/// News that comes while a leaf is skipped is kept until it has been looked at.
+/// A retry that is due while a leaf is skipped stays due until the leaf is visited.
 #[test]
 fn news_waits_for_a_skipped_leaf() {
     let mut pair = Pair::with([LEAF]);
@@ -891,8 +891,8 @@ fn news_waits_for_a_skipped_leaf() {
     pair.empty_by_dropping();
 }
 
-/// A page that is to be tried again has its leaf, and no other, see retry_steady in the next pass that looks at it, once.
-/// That neither ends nor puts off skipping, and works without it.
+/// A page that is to be retried makes the next visit of its leaf, and of no other, retry, once. This neither
+/// ends nor delays skipping, and works without it.
 #[test]
 fn a_page_to_be_tried_again_is_news_for_its_leaf() {
     let news_in = |skipping: bool, noted: usize| {
@@ -904,7 +904,7 @@ fn a_page_to_be_tried_again_is_news_for_its_leaf() {
                 begin(&mut pair, number, false, &Unlisted::new(), |_| false);
             }
             let skipped = skipping && skipped_from(&mut pair, LEAF, number).is_ok();
-            // A leaf is looked at in two parts.
+            // A leaf is visited in two parts.
             for _ in 0..2 {
                 let leaf = pair.map.leaf_from(LEAF, number, GFP_NOWAIT).unwrap();
                 if leaf.missed_retry() && !skipped {
@@ -923,7 +923,7 @@ fn a_page_to_be_tried_again_is_news_for_its_leaf() {
     assert_eq!(news_in(false, 4), [5, 5]);
     assert_eq!(news_in(true, 1), [2, 2]);
     assert_eq!(news_in(true, 8), [13, 13]);
-    // Looked at are 0, 1, 2, 3, 5, 8, 13, 22.
+    // The visits are in passes 0, 1, 2, 3, 5, 8, 13, 22.
     assert_eq!(news_in(true, 13), [22, 22]);
 }
 
@@ -963,7 +963,7 @@ fn splits_outlive_the_pages() {
     }
 }
 
-/// When the pages come back it begins as one that is new, but for that.
+/// When the pages come back, it starts like a new leaf in all other respects.
 #[test]
 fn pages_come_back_to_a_leaf_that_was_split() {
     let mut pair = Pair::with([LEAF]);
@@ -971,7 +971,7 @@ fn pages_come_back_to_a_leaf_that_was_split() {
     pair.map.note_split(LEAF, now);
     for second in 0..40 {
         assert!(pair.map.remove(LEAF, second).is_some());
-        // That says nothing about when it lost its page.
+        // This does not change when it lost its page.
         pair.map.note_change(LEAF);
         pair.map.note_retry(LEAF);
         pair.map.note_away(LEAF);
@@ -989,7 +989,7 @@ fn pages_come_back_to_a_leaf_that_was_split() {
         let word = pair.ledger.make();
         assert!(leaf.insert(word, 1, GFP_NOWAIT).is_ok());
     }
-    // The huge page was put together since.
+    // The huge page was collapsed since.
     let later = Moment { pass: 9, second: 9 };
     assert!(!pair.map.may_split(LEAF, later));
     // Nothing is kept of an address space that is gone.
@@ -1004,8 +1004,8 @@ fn pages_come_back_to_a_leaf_that_was_split() {
     assert_eq!(live(), Live::default());
 }
 
-/// Each leaf has its turn to be looked at anew in one of eight passes. Those that are skipped in a row count as one, so
-/// that of an old leaf it is each fourth look.
+/// Each leaf is refreshed in one of eight passes. Skipped passes in a row count as one, so for an old leaf it
+/// is every fourth visit.
 #[test]
 fn leaves_take_turns_in_being_refreshed() {
     for nth in [1, 2, 8, 13] {
@@ -1040,8 +1040,8 @@ fn leaves_take_turns_in_being_refreshed() {
     }
 }
 
-/// The words of a leaf are gone through once in a pass to decide whether it is skipped, in however many steps that looks
-/// at its pages.
+/// Each pass reads the entries of a leaf once to decide whether to skip it, in however many steps it visits
+/// the pages.
 #[test]
 fn skips_are_decided_once_a_pass() {
     let mut pair = full(1);
@@ -1063,7 +1063,7 @@ fn skips_are_decided_once_a_pass() {
     pair.empty_by_dropping();
 }
 
-/// The search for a leaf that is skipped goes on where it left off.
+/// The search for a skipped leaf continues where it stopped.
 #[test]
 fn search_for_skipped_leaves_is_bounded() {
     let mut pair = Pair::with((0..300).map(|nth| 2 * nth * LEAF));
@@ -1089,7 +1089,7 @@ fn search_for_skipped_leaves_is_bounded() {
     pair.empty_by_dropping();
 }
 
-/// Pages that are not skipped are gone through no further than the next step may come.
+/// The search through pages that are not skipped goes no further than the next step may.
 #[test]
 fn search_for_skipped_leaves_ends_with_the_step() {
     let mut pair = full(8);
@@ -1100,7 +1100,7 @@ fn search_for_skipped_leaves_ends_with_the_step() {
     pair.empty_by_dropping();
 }
 
-/// Neighbours are skipped together, and no more than are looked at.
+/// Neighbouring leaves are skipped together, but no more than a step may visit.
 #[test]
 fn neighbours_are_skipped_together() {
     const COUNT: usize = 100;
@@ -1123,7 +1123,7 @@ fn neighbours_are_skipped_together() {
     pair.empty_by_dropping();
 }
 
-/// A word that is in the way can stay.
+/// A walk can keep some of the entries that it passes and remove others.
 #[test]
 fn passed_and_kept() {
     let mut map = PageMap::new();

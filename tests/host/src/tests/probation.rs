@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of how long a page that was written to soon after it was merged has to hold still.
+//! Tests of how long a page that was written soon after it merged must stay unchanged.
 
 use crate::hash::{Checksum, Sample};
 use crate::ksm::probation::{is_soon, Clock, Print, Probation, Strikes, Verdict, BEAT_BITS};
@@ -14,7 +14,7 @@ fn strikes(count: u64) -> Strikes {
     Strikes::from_raw(count)
 }
 
-/// The most there are.
+/// The largest number of strikes.
 fn most() -> Strikes {
     strikes(u64::MAX)
 }
@@ -27,7 +27,7 @@ fn at(second: u32) -> Clock {
     clock
 }
 
-/// In how many seconds a page that has just got these strikes, and does not change, may be merged.
+/// Return the number of seconds until a page that just got these strikes, and does not change, may merge.
 fn hold(strikes: Strikes) -> Option<u32> {
     let probation = Probation::new(strikes, Print::of(sum(1)), 1000);
     (0..1000).find(|past| probation.is_due(&at(1000 + past)))
@@ -47,15 +47,15 @@ fn strikes_are_for_writes_that_come_soon() {
         now = now.after_write(count % 5, false);
         assert_eq!(now, strikes(count.min(9).into()));
     }
-    // Merged for no longer than it had to wait: as before. For longer: it starts anew.
+    // Merged for no longer than the wait: unchanged. For longer: it starts again.
     assert_eq!(strikes(7).after_write(16, false), strikes(7));
     assert_eq!(strikes(7).after_write(17, true), Strikes::NONE);
     assert_eq!(strikes(4).after_write(5, true), Strikes::NONE);
     assert!(is_soon(4) && !is_soon(5));
 }
 
-/// A counter in a page, which the sample does not see: three merges for nothing, and from then on the page has to
-/// hold still for seconds.
+/// A counter in a page, outside the sample, makes three merges fail. From then on the page must stay
+/// unchanged for seconds.
 #[test]
 fn hidden_writes_count_double() {
     let mut now = Strikes::NONE;
@@ -66,7 +66,7 @@ fn hidden_writes_count_double() {
     assert_eq!(strikes(3).after_write(1, true), strikes(5));
 }
 
-/// What changes while it is not merged is watched a few seconds, but no longer.
+/// A page that changes while it is not merged is watched for a few seconds only.
 #[test]
 fn changes_alone_give_few_strikes() {
     for count in 0..10 {
@@ -81,7 +81,7 @@ fn changes_alone_give_few_strikes() {
     assert_eq!(strikes(1).after_change(), strikes(3));
 }
 
-/// Content that is replaced three times while it is merged is merged as soon as it was at first.
+/// Content that is replaced three times while merged merges as soon as at first.
 #[test]
 fn a_few_writes_cost_no_time() {
     let mut now = Strikes::NONE;
@@ -89,7 +89,7 @@ fn a_few_writes_cost_no_time() {
         assert!(now.are_few());
         now = now.after_write(1, false);
         let probation = Probation::new(now, Print::UNKNOWN, 5);
-        // Seen to have changed; looked at at once, to have its checksum; and again in the next pass.
+        // The first look sees the change, the next one takes the checksum, and the next pass compares it.
         let (verdict, probation) = probation.check(sum(1), 5);
         assert_eq!(verdict, Verdict::Begun);
         assert!(probation.is_due(&at(5)));
@@ -98,8 +98,8 @@ fn a_few_writes_cost_no_time() {
     assert!(!now.after_write(1, false).are_few());
 }
 
-/// Where a pass takes minutes, a page that held still from one to the next has held still for long enough, whatever
-/// that is modulo the time that can be told.
+/// If a pass takes minutes, a page that is unchanged from one to the next was unchanged for long enough. The
+/// range of the clock does not matter.
 #[test]
 fn slow_passes_are_long_enough() {
     for between in 64..2000 {
@@ -145,7 +145,7 @@ fn nothing_known_is_no_bits() {
         );
         assert_eq!(probation, Probation::NONE);
     }
-    // Whatever is known of a page is some bits.
+    // The record of a page is a few bits.
     for content in [0, 1 << 25, u64::MAX] {
         assert_ne!(
             Probation::new(Strikes::NONE, Print::of(sum(content)), 512).get(),
@@ -166,7 +166,7 @@ fn eases_one_by_one() {
     // The checksum stays.
     let (verdict, probation) = probation.check(sum(1), 1);
     assert_eq!((verdict, probation), (Verdict::Held, Probation::NONE));
-    // If there is none, nothing is left.
+    // Without a checksum nothing is left.
     let unknown = Probation::new(Strikes::from_raw(1), Print::UNKNOWN, 7);
     assert_eq!(unknown.eased(), Probation::NONE);
 }
@@ -179,7 +179,7 @@ fn beats_are_at_least_a_second() {
         clock.begin_pass(pass / 100);
     }
     assert_eq!((clock.secs(), clock.beats_since(begin)), (9, 9));
-    // Passes that take long are a beat each.
+    // Long passes are one beat each.
     for pass in 1..=7 {
         clock.begin_pass(9 + 1000 * pass);
     }
@@ -207,8 +207,8 @@ proptest! {
         }
     }
 
-    /// Never is a page put off for longer than the longest hold, whenever it is looked at, nor is it merged
-    /// before its own is over.
+    /// A page is never delayed for longer than the longest hold, whenever it is scanned, nor does it merge
+    /// before its own hold is over.
     #[test]
     fn is_due_in_time(count in 0u64..16, content: u64, now: u32, looks in prop::collection::vec(0u32..2000, 1..20)) {
         let probation = Probation::new(strikes(count), Print::of(sum(content)), now);

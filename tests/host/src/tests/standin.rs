@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of the stand-in for the kernel's crate: what the other tests rely on.
+//! Tests of the stand-in for the kernel's crate, as far as the other tests rely on it.
 
 use super::counted::{Counted, Ledger};
 use kernel::{
@@ -14,7 +14,7 @@ use kernel::{
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
-/// Doubles, or takes what is asked for if that is more; never shrinks.
+/// A vector doubles its capacity, or takes the requested one if that is more. It never shrinks.
 #[test]
 fn vector_grows_as_in_the_kernel() {
     let mut vec = KVec::new();
@@ -52,7 +52,7 @@ fn vector_is_unchanged_when_it_cannot_grow() {
     assert_eq!(live(), Live::default());
 }
 
-/// What code that reports its own size relies on.
+/// Sizes on which code that reports its own size relies.
 #[test]
 fn sizes_of_the_kernel() {
     assert_eq!(size_of::<KVec<u64>>(), 24);
@@ -63,7 +63,7 @@ fn sizes_of_the_kernel() {
     assert_eq!(live().bytes, 24 + 8 + 24);
 }
 
-/// There is a limit to physically contiguous memory.
+/// Physically contiguous memory has a limit.
 #[test]
 fn kmalloc_has_a_limit() {
     let limit = 4 << 20;
@@ -92,11 +92,11 @@ fn plans() {
     };
     assert!((150..250).contains(&failed(1)), "{}", failed(1));
     assert_eq!(failed(1), failed(1));
-    // The plan ends with its scope, also when that panics.
+    // The plan ends with its scope, even if that panics.
     let panics = || failing(Plan::Always, || panic!("as it should"));
     assert!(std::panic::catch_unwind(panics).is_err());
     assert!(KBox::new(0u8, GFP_KERNEL).is_ok());
-    // Nothing needs no memory.
+    // A zero-sized value needs no memory.
     assert!(failing(Plan::Always, || KBox::new((), GFP_KERNEL)).is_ok());
 }
 
@@ -125,12 +125,12 @@ fn leaked_reference_is_noticed() {
 }
 
 #[test]
-#[should_panic(expected = "a reference that nobody had")]
+#[should_panic(expected = "a reference that did not exist")]
 fn reference_dropped_twice_is_noticed() {
     let mm = TestMm::new();
     let raw = ARef::<Mm>::into_raw(mm.mm().into());
     for _ in 0..2 {
-        // SAFETY: the second one is wrong, which is what is tested; `mm` is still there.
+        // SAFETY: The second reference is wrong on purpose. `mm` still exists.
         drop(unsafe { ARef::from_raw(raw) });
     }
 }
@@ -140,19 +140,19 @@ fn reference_dropped_twice_is_noticed() {
 fn value_dropped_twice_is_noticed() {
     let value = std::mem::ManuallyDrop::new(Ledger::default().make());
     for _ in 0..2 {
-        // SAFETY: as the value holds no reference but one that is leaked here, its memory stays.
+        // SAFETY: The value owns one reference, which is leaked here, so its memory stays.
         drop(unsafe { leak_and_copy(&value) });
     }
 }
 
-/// A copy of a value, whose book is kept for good.
+/// Return a copy of a value, and keep its ledger forever.
 ///
 /// # Safety
 ///
-/// `value` is not used but by this.
+/// `value` is not used otherwise.
 unsafe fn leak_and_copy(value: &Counted) -> Counted {
     std::mem::forget(value.ledger());
-    // SAFETY: the book, which is all that a value owns, has one more reference than is dropped.
+    // SAFETY: The ledger, which is all that a value owns, has one more reference than is dropped.
     unsafe { std::ptr::read(value) }
 }
 
@@ -183,7 +183,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// A tree, and what should be in it.
+/// A tree, and its expected content.
 struct Pair {
     tree: RBTree<u8, Counted>,
     model: BTreeMap<u8, usize>,
@@ -204,7 +204,7 @@ impl Pair {
         }
     }
 
-    /// Inserts what was allocated before.
+    /// Insert a node into memory that was allocated before.
     fn insert_reserved(&mut self, key: u8) {
         let value = self.ledger.make();
         let id = value.id();
@@ -250,7 +250,7 @@ impl Pair {
         }
     }
 
-    /// Removes the node at a cursor, or one of its neighbours.
+    /// Remove the node at a cursor, or one of its neighbours.
     fn cut(&mut self, key: u8, which: u8) {
         let Some(mut cursor) = self.tree.cursor_lower_bound_mut(&key) else {
             return;
@@ -333,7 +333,7 @@ proptest! {
     }
 }
 
-/// Stays balanced with many nodes, whatever the order in which they come and go.
+/// The tree stays balanced with many nodes, in any order of insertion and removal.
 #[test]
 fn large_trees() {
     for seed in 0..6 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of the set of leaves that may have merged pages without items.
+//! Tests of the set of leaves that may have merged pages without rmap items.
 
 use crate::ksm::unlisted::Unlisted;
 use kernel::testing::Random;
@@ -30,7 +30,7 @@ fn has_what_was_added_until_the_next_pass_is_over() {
     }
 }
 
-/// Few are taken for others: neither of those beside them, nor of others.
+/// Few leaves are mistaken for members: neither neighbours of members nor others.
 #[test]
 fn is_seldom_wrong() {
     let base = 0x3_fac0_0000usize;
@@ -45,7 +45,7 @@ fn is_seldom_wrong() {
     }
 }
 
-/// With very many it has all, and is empty again after two passes.
+/// When overfull, the set contains every leaf, and is empty again after two passes.
 #[test]
 fn may_be_full() {
     let mut set = Unlisted::new();

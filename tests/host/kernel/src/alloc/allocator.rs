@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The allocators, which differ in how much they give at once.
+//! The allocators, which differ in the largest size of an allocation.
 
 use super::{AllocError, Flags};
 use crate::testing;
 
 /// An allocator.
 pub trait Allocator: 'static {
-    /// The most bytes of one allocation.
+    /// The largest size of an allocation, in bytes.
     const MAX_BYTES: usize;
 
-    /// Accounts an allocation of `new` bytes that replaces one of `old` bytes, if it is to succeed.
-    /// The old one is unchanged on failure. Nothing is allocated for no bytes.
+    /// Account for an allocation of `new` bytes that replaces one of `old` bytes, if it is to succeed. On
+    /// failure the old one is unchanged. An allocation of no bytes allocates nothing.
     #[doc(hidden)]
     fn charge(old: usize, new: usize, flags: Flags) -> Result<(), AllocError> {
         testing::allocate(old, new, Self::MAX_BYTES, flags)
     }
 
-    /// Accounts that an allocation of so many bytes is freed.
+    /// Account for the freeing of an allocation.
     #[doc(hidden)]
     fn uncharge(bytes: usize) {
         testing::free(bytes);

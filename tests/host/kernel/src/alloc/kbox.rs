@@ -27,7 +27,7 @@ pub type VBox<T> = Box<T, Vmalloc>;
 /// A box from kvmalloc().
 pub type KVBox<T> = Box<T, KVmalloc>;
 
-/// The account of a box, given back when this is dropped.
+/// The account of a box, closed when dropped.
 struct Charge<T, A: Allocator>(PhantomData<(fn() -> T, A)>);
 
 impl<T, A: Allocator> Charge<T, A> {
@@ -36,7 +36,7 @@ impl<T, A: Allocator> Charge<T, A> {
         Ok(Self(PhantomData))
     }
 
-    /// The same account for another type of the same size.
+    /// Return the same account for another type of the same size.
     fn recast<U>(self) -> Charge<U, A> {
         const { assert!(size_of::<T>() == size_of::<U>()) };
         std::mem::forget(self);
@@ -51,12 +51,12 @@ impl<T, A: Allocator> Drop for Charge<T, A> {
 }
 
 impl<T, A: Allocator> Box<T, A> {
-    /// Puts `value` into a box. Drops it on failure.
+    /// Put `value` into a box. Drop it on failure.
     pub fn new(value: T, flags: Flags) -> Result<Self, AllocError> {
         Ok(Box::write(Self::new_uninit(flags)?, value))
     }
 
-    /// A box for a value to come.
+    /// Allocate a box without a value.
     pub fn new_uninit(flags: Flags) -> Result<Box<MaybeUninit<T>, A>, AllocError> {
         let charge = Charge::new(flags)?;
         Ok(Box {
@@ -65,40 +65,40 @@ impl<T, A: Allocator> Box<T, A> {
         })
     }
 
-    /// Takes the value out and frees the box.
+    /// Take the value out and free the box.
     pub fn into_inner(b: Self) -> T {
         *b.inner
     }
 
-    /// Drops the value and keeps the box.
+    /// Drop the value and keep the box.
     pub fn drop_contents(this: Self) -> Box<MaybeUninit<T>, A> {
         let Self { inner, charge } = this;
         let raw = StdBox::into_raw(inner);
-        // SAFETY: valid, and taken for uninitialised from here on.
+        // SAFETY: The value is valid, and is treated as uninitialised from here on.
         unsafe { raw.drop_in_place() };
         Box {
-            // SAFETY: came from a box; the layout is the same.
+            // SAFETY: The pointer came from a box; the layout is the same.
             inner: unsafe { StdBox::from_raw(raw.cast()) },
             charge: charge.recast(),
         }
     }
 
-    /// Leaves the memory to the caller.
+    /// Leave the memory to the caller.
     pub fn into_raw(b: Self) -> *mut T {
         let Self { inner, charge } = b;
-        // Still accounted for.
+        // The memory stays accounted for.
         std::mem::forget(charge);
         StdBox::into_raw(inner)
     }
 
-    /// Takes the memory back.
+    /// Take the memory back.
     ///
     /// # Safety
-    ///
+    /// `raw` comes from [`Self::into_raw`], and is not used any more.
     /// `raw` came from [`Self::into_raw`], and is not used any more.
     pub unsafe fn from_raw(raw: *mut T) -> Self {
         Box {
-            // SAFETY: by the contract.
+            // SAFETY: By the contract, `raw` came from a box.
             inner: unsafe { StdBox::from_raw(raw) },
             charge: Charge(PhantomData),
         }
@@ -106,12 +106,12 @@ impl<T, A: Allocator> Box<T, A> {
 }
 
 impl<T, A: Allocator> Box<MaybeUninit<T>, A> {
-    /// Puts a value into the box.
+    /// Put a value into the box.
     pub fn write(self, value: T) -> Box<T, A> {
         let Self { mut inner, charge } = self;
         inner.write(value);
         Box {
-            // SAFETY: came from a box, and is initialised now; the layout is the same.
+            // SAFETY: The pointer came from a box, and the value is initialised now; the layout is the same.
             inner: unsafe { StdBox::from_raw(StdBox::into_raw(inner).cast()) },
             charge: charge.recast(),
         }

@@ -14,7 +14,7 @@ use std::{
     vec::Vec as StdVec,
 };
 
-/// A growable array. As large as the kernel's, which code that reports its own size relies on.
+/// A growable array. It has the size of the kernel's, as some code reports its own size.
 pub struct Vec<T, A: Allocator> {
     inner: StdVec<T>,
     _a: PhantomData<A>,
@@ -27,17 +27,17 @@ pub type VVec<T> = Vec<T, Vmalloc>;
 /// A vector from kvmalloc().
 pub type KVVec<T> = Vec<T, KVmalloc>;
 
-/// There was no capacity left.
+/// There is no capacity left.
 pub struct PushError<T>(pub T);
 
-/// There was no such element.
+/// There is no such element.
 pub struct RemoveError;
 
 /// Why an element was not inserted.
 pub enum InsertError<T> {
-    /// The place is behind the end.
+    /// The index is beyond the end.
     IndexOutOfBounds(T),
-    /// There was no capacity left.
+    /// There is no capacity left.
     OutOfCapacity(T),
 }
 
@@ -62,7 +62,7 @@ plain_error!(, RemoveError);
 plain_error!(<T>, InsertError<T>);
 
 impl<T, A: Allocator> Vec<T, A> {
-    /// An empty vector, without memory.
+    /// Create an empty vector, without memory.
     pub const fn new() -> Self {
         Self {
             inner: StdVec::new(),
@@ -70,14 +70,14 @@ impl<T, A: Allocator> Vec<T, A> {
         }
     }
 
-    /// An empty vector with room for `capacity` elements.
+    /// Create an empty vector with room for `capacity` elements.
     pub fn with_capacity(capacity: usize, flags: Flags) -> Result<Self, AllocError> {
         let mut vec = Self::new();
         vec.reserve(capacity, flags)?;
         Ok(vec)
     }
 
-    /// `n` times `value`.
+    /// Create a vector of `n` copies of `value`.
     pub fn from_elem(value: T, n: usize, flags: Flags) -> Result<Self, AllocError>
     where
         T: Clone,
@@ -87,17 +87,17 @@ impl<T, A: Allocator> Vec<T, A> {
         Ok(vec)
     }
 
-    /// How many elements there is room for.
+    /// The number of elements that there is room for.
     pub fn capacity(&self) -> usize {
         self.inner.capacity()
     }
 
-    /// How many elements there are.
+    /// The number of elements.
     pub fn len(&self) -> usize {
         self.inner.len()
     }
 
-    /// Whether there are none.
+    /// Return whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.inner.is_empty()
     }
@@ -107,7 +107,7 @@ impl<T, A: Allocator> Vec<T, A> {
         &self.inner
     }
 
-    /// The elements, to be changed.
+    /// The elements, mutable.
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         &mut self.inner
     }
@@ -119,7 +119,7 @@ impl<T, A: Allocator> Vec<T, A> {
         }
     }
 
-    /// Makes room for `additional` elements: twice the capacity, or what is needed if that is more.
+    /// Make room for `additional` elements: twice the capacity, or the required one if that is more.
     pub fn reserve(&mut self, additional: usize, flags: Flags) -> Result<(), AllocError> {
         let (len, cap) = (self.len(), self.capacity());
         if cap - len >= additional {
@@ -127,8 +127,7 @@ impl<T, A: Allocator> Vec<T, A> {
         }
         let needed = len.checked_add(additional).ok_or(AllocError)?;
         let new_cap = needed.max(cap.saturating_mul(2));
-        // The capacity of a vector of nothings is unlimited: it does not come here except for more
-        // than fits.
+        // A vector of zero-sized elements has unlimited capacity. It only gets here if the length overflows.
         let bytes = new_cap
             .checked_mul(size_of::<T>())
             .filter(|&bytes| bytes != 0 && isize::try_from(bytes).is_ok())
@@ -139,14 +138,14 @@ impl<T, A: Allocator> Vec<T, A> {
         Ok(())
     }
 
-    /// Appends an element.
+    /// Append an element.
     pub fn push(&mut self, value: T, flags: Flags) -> Result<(), AllocError> {
         self.reserve(1, flags)?;
         self.inner.push(value);
         Ok(())
     }
 
-    /// Appends an element if there is room.
+    /// Append an element if there is room.
     pub fn push_within_capacity(&mut self, value: T) -> Result<(), PushError<T>> {
         if self.len() == self.capacity() {
             return Err(PushError(value));
@@ -155,7 +154,7 @@ impl<T, A: Allocator> Vec<T, A> {
         Ok(())
     }
 
-    /// Inserts an element if there is room.
+    /// Insert an element if there is room.
     pub fn insert_within_capacity(&mut self, index: usize, value: T) -> Result<(), InsertError<T>> {
         if index > self.len() {
             return Err(InsertError::IndexOutOfBounds(value));
@@ -167,12 +166,12 @@ impl<T, A: Allocator> Vec<T, A> {
         Ok(())
     }
 
-    /// Takes the last element.
+    /// Remove the last element.
     pub fn pop(&mut self) -> Option<T> {
         self.inner.pop()
     }
 
-    /// Takes an element out. The capacity stays.
+    /// Remove an element. The capacity stays.
     pub fn remove(&mut self, index: usize) -> Result<T, RemoveError> {
         if index >= self.len() {
             return Err(RemoveError);
@@ -180,27 +179,27 @@ impl<T, A: Allocator> Vec<T, A> {
         Ok(self.inner.remove(index))
     }
 
-    /// Drops all elements. The capacity stays.
+    /// Drop all elements. The capacity stays.
     pub fn clear(&mut self) {
         self.inner.clear();
     }
 
-    /// Drops the elements from `len` on. The capacity stays.
+    /// Drop the elements from `len` on. The capacity stays.
     pub fn truncate(&mut self, len: usize) {
         self.inner.truncate(len);
     }
 
-    /// Drops the elements for which `keep` says no. The capacity stays.
+    /// Drop the elements for which `keep` returns false. The capacity stays.
     pub fn retain(&mut self, keep: impl FnMut(&mut T) -> bool) {
         self.inner.retain_mut(keep);
     }
 
-    /// Takes all elements. The capacity stays.
+    /// Remove all elements. The capacity stays.
     pub fn drain_all(&mut self) -> std::vec::Drain<'_, T> {
         self.inner.drain(..)
     }
 
-    /// Appends `n` times `value`.
+    /// Append `n` copies of `value`.
     pub fn extend_with(&mut self, n: usize, value: T, flags: Flags) -> Result<(), AllocError>
     where
         T: Clone,
@@ -210,7 +209,7 @@ impl<T, A: Allocator> Vec<T, A> {
         Ok(())
     }
 
-    /// Appends copies.
+    /// Append copies of all elements of `other`.
     pub fn extend_from_slice(&mut self, other: &[T], flags: Flags) -> Result<(), AllocError>
     where
         T: Clone,
@@ -220,7 +219,7 @@ impl<T, A: Allocator> Vec<T, A> {
         Ok(())
     }
 
-    /// Cuts, or appends copies of `value`.
+    /// Truncate, or append copies of `value`.
     pub fn resize(&mut self, new_len: usize, value: T, flags: Flags) -> Result<(), AllocError>
     where
         T: Clone,
@@ -291,7 +290,7 @@ impl<T, A: Allocator> IntoIterator for Vec<T, A> {
 
     fn into_iter(mut self) -> Self::IntoIter {
         A::uncharge(self.bytes());
-        // Leaves nothing behind for `drop` to account.
+        // Leave nothing behind for `drop` to account for.
         std::mem::take(&mut self.inner).into_iter()
     }
 }

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Red-black trees: a red node has no red child, and all ways from the root down pass the same number
-//! of black nodes.
+//! Red-black trees: a red node has no red child, and all paths from the root down have the same number of
+//! black nodes.
 //!
-//! Everything is written once for both sides: 0 is where smaller keys are, 1 where larger ones are.
+//! All code is written once for both sides: 0 is the side of smaller keys, 1 that of larger ones.
 
 use super::Node;
 use std::ptr;
 
-/// A node, or null for none, which counts as black.
+/// A node, or null for no node, which counts as black.
 pub(super) type Ptr<K, V> = *mut Node<K, V>;
 
-/// The room that `struct rb_node` takes, and for the same purpose.
+/// It has the size and the purpose of `struct rb_node`.
 pub(super) struct Links<K, V> {
-    /// The node above, of which the lowest bit says that this one is red.
+    /// The parent. The lowest bit is set if this node is red.
     up: Ptr<K, V>,
     down: [Ptr<K, V>; 2],
 }
@@ -21,42 +21,41 @@ pub(super) struct Links<K, V> {
 const RED: usize = 1;
 
 impl<K, V> Links<K, V> {
-    /// Those of a node in no tree.
+    /// The links of a node in no tree.
     pub(super) const NONE: Self = Self {
         up: ptr::null_mut(),
         down: [ptr::null_mut(); 2],
     };
 
-    /// The node below on one side.
+    /// The child on one side.
     pub(super) fn child(&self, side: usize) -> Ptr<K, V> {
         self.down[side]
     }
 }
 
-/// Where a node may be put: below `parent` on a side where it has no child, or at the root when
-/// there is no node at all.
+/// A place for a new node: below `parent` on a side without a child, or at the root of an empty tree.
 pub(super) struct Place<K, V> {
     pub(super) parent: Ptr<K, V>,
     pub(super) side: usize,
 }
 
 impl<K, V> Place<K, V> {
-    /// That of the first node.
+    /// The place of the first node.
     pub(super) const ROOT: Self = Self {
         parent: ptr::null_mut(),
         side: 0,
     };
 }
 
-// What follows works on the nodes of one tree, of which nobody else has a reference meanwhile.
-// A pointer named `root` is the tree's own; others are nodes of that tree, valid, or null where it
-// says so. That is what `# Safety` means throughout.
+// The functions below work on the nodes of one tree, to which no other reference exists meanwhile. A pointer
+// named `root` is the tree's own. Other pointers are nodes of that tree, valid, or null where the function
+// says so. "See above" under `# Safety` means this.
 
 /// # Safety
 ///
 /// See above.
 unsafe fn parent<K, V>(node: Ptr<K, V>) -> Ptr<K, V> {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe { (*node).links.up.map_addr(|addr| addr & !RED) }
 }
 
@@ -64,7 +63,7 @@ unsafe fn parent<K, V>(node: Ptr<K, V>) -> Ptr<K, V> {
 ///
 /// See above.
 unsafe fn child<K, V>(node: Ptr<K, V>, side: usize) -> Ptr<K, V> {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe { (*node).links.down[side] }
 }
 
@@ -72,7 +71,7 @@ unsafe fn child<K, V>(node: Ptr<K, V>, side: usize) -> Ptr<K, V> {
 ///
 /// See above; `node` may be null.
 unsafe fn is_red<K, V>(node: Ptr<K, V>) -> bool {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     !node.is_null() && unsafe { (*node).links.up.addr() & RED != 0 }
 }
 
@@ -80,7 +79,7 @@ unsafe fn is_red<K, V>(node: Ptr<K, V>) -> bool {
 ///
 /// See above.
 unsafe fn paint<K, V>(node: Ptr<K, V>, red: bool) {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         let links = &mut (*node).links;
         links.up = links.up.map_addr(|addr| addr & !RED | usize::from(red));
@@ -91,30 +90,30 @@ unsafe fn paint<K, V>(node: Ptr<K, V>, red: bool) {
 ///
 /// See above; `parent` may be null.
 unsafe fn set_parent<K, V>(node: Ptr<K, V>, parent: Ptr<K, V>) {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         let red = usize::from(is_red(node));
         (*node).links.up = parent.map_addr(|addr| addr | red);
     }
 }
 
-/// On which side of its parent a node is.
+/// Return on which side of its parent a node is.
 ///
 /// # Safety
 ///
 /// See above; `node` may be null if the parent has one child, `parent` if `node` is the root.
 unsafe fn side_of<K, V>(node: Ptr<K, V>, parent: Ptr<K, V>) -> usize {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     usize::from(!parent.is_null() && unsafe { child(parent, 1) } == node)
 }
 
-/// Puts `new` below `parent`, or at the root.
+/// Put `new` below `parent`, or at the root.
 ///
 /// # Safety
 ///
 /// See above; `new` and `parent` may be null.
 unsafe fn hang<K, V>(root: &mut Ptr<K, V>, parent: Ptr<K, V>, side: usize, new: Ptr<K, V>) {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         match parent.as_mut() {
             None => *root = new,
@@ -126,13 +125,13 @@ unsafe fn hang<K, V>(root: &mut Ptr<K, V>, parent: Ptr<K, V>, side: usize, new: 
     }
 }
 
-/// Moves a node down to one side; its child of the other side takes its place.
+/// Rotate: move a node down to one side; its child on the other side takes its place.
 ///
 /// # Safety
 ///
 /// See above; there is such a child.
 unsafe fn rotate<K, V>(root: &mut Ptr<K, V>, node: Ptr<K, V>, side: usize) {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         let up = child(node, 1 - side);
         let above = parent(node);
@@ -143,13 +142,13 @@ unsafe fn rotate<K, V>(root: &mut Ptr<K, V>, node: Ptr<K, V>, side: usize) {
     }
 }
 
-/// Puts a node into the tree.
+/// Put a node into the tree.
 ///
 /// # Safety
 ///
 /// See above; `node` is in no tree.
 pub(super) unsafe fn link<K, V>(root: &mut Ptr<K, V>, place: Place<K, V>, node: Ptr<K, V>) {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         (*node).links = Links::NONE;
         paint(node, true);
@@ -158,13 +157,13 @@ pub(super) unsafe fn link<K, V>(root: &mut Ptr<K, V>, place: Place<K, V>, node: 
     }
 }
 
-/// Makes the tree a red-black tree again when a node came to be red.
+/// Restore the red-black properties after a node became red.
 ///
 /// # Safety
 ///
 /// See above.
 unsafe fn after_link<K, V>(root: &mut Ptr<K, V>, mut node: Ptr<K, V>) {
-    // SAFETY: by the contract; a red node has a parent, since the root is black.
+    // SAFETY: By the contract; a red node has a parent, since the root is black.
     unsafe {
         loop {
             let mut above = parent(node);
@@ -195,13 +194,13 @@ unsafe fn after_link<K, V>(root: &mut Ptr<K, V>, mut node: Ptr<K, V>) {
     }
 }
 
-/// Puts `new` in the place of `old`, which is in no tree afterwards.
+/// Put `new` in the place of `old`, which is in no tree afterwards.
 ///
 /// # Safety
 ///
 /// See above; `new` is in no tree.
 pub(super) unsafe fn replace<K, V>(root: &mut Ptr<K, V>, old: Ptr<K, V>, new: Ptr<K, V>) {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         let above = parent(old);
         let side = side_of(old, above);
@@ -213,13 +212,13 @@ pub(super) unsafe fn replace<K, V>(root: &mut Ptr<K, V>, old: Ptr<K, V>, new: Pt
     }
 }
 
-/// Takes a node out of the tree.
+/// Take a node out of the tree.
 ///
 /// # Safety
 ///
 /// See above.
 pub(super) unsafe fn unlink<K, V>(root: &mut Ptr<K, V>, node: Ptr<K, V>) {
-    // SAFETY: by the contract; `next` is there where there are two children.
+    // SAFETY: By the contract. `next` exists if there are two children.
     unsafe {
         let above = parent(node);
         let side = side_of(node, above);
@@ -232,7 +231,7 @@ pub(super) unsafe fn unlink<K, V>(root: &mut Ptr<K, V>, node: Ptr<K, V>) {
             }
             return;
         }
-        // The next one takes its place and its colour.
+        // The next node takes its place and its colour.
         let next = end(children[1], 0);
         let lost_red = is_red(next);
         let lone = child(next, 1);
@@ -253,8 +252,8 @@ pub(super) unsafe fn unlink<K, V>(root: &mut Ptr<K, V>, node: Ptr<K, V>) {
     }
 }
 
-/// Makes the tree a red-black tree again when the ways through `node`, which is below `above` on one
-/// side, lost a black node.
+/// Restore the red-black properties after the paths through `node` lost a black node. `node` is below `above`
+/// on one side.
 ///
 /// # Safety
 ///
@@ -265,8 +264,8 @@ unsafe fn after_unlink<K, V>(
     mut above: Ptr<K, V>,
     mut side: usize,
 ) {
-    // SAFETY: by the contract; the ways on the other side pass at least one black node below
-    // `above`, so there is a sibling, and where it is red it has two black children.
+    // SAFETY: By the contract. The paths on the other side have at least one black node below `above`, so
+    // there is a sibling. If that is red, it has two black children.
     unsafe {
         loop {
             if is_red(node) {
@@ -305,13 +304,13 @@ unsafe fn after_unlink<K, V>(
     }
 }
 
-/// The last node of one side below `node`, which itself may be it.
+/// Return the last node on one side below `node`, or `node` itself.
 ///
 /// # Safety
 ///
-/// See above, but others may have shared references; `node` may be null.
+/// See above, but other shared references may exist; `node` may be null.
 pub(super) unsafe fn end<K, V>(mut node: Ptr<K, V>, side: usize) -> Ptr<K, V> {
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         while let Some(below) = node.as_ref().map(|node| node.links.down[side]) {
             if below.is_null() {
@@ -323,16 +322,16 @@ pub(super) unsafe fn end<K, V>(mut node: Ptr<K, V>, side: usize) -> Ptr<K, V> {
     node
 }
 
-/// The neighbour of a node in the order of the keys; null if there is none.
+/// Return the neighbour of a node in the order of the keys; null if there is none.
 ///
 /// # Safety
 ///
-/// See above, but others may have references to keys and values; `node` may be null.
+/// See above, but references to keys and values may exist; `node` may be null.
 pub(super) unsafe fn step<K, V>(mut node: Ptr<K, V>, side: usize) -> Ptr<K, V> {
     if node.is_null() {
         return node;
     }
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         let mut below = child(node, side);
         if !below.is_null() {
@@ -351,20 +350,20 @@ pub(super) unsafe fn step<K, V>(mut node: Ptr<K, V>, side: usize) -> Ptr<K, V> {
     }
 }
 
-/// Calls `f` with each node, after those below it.
+/// Call `f` with each node, after those below it.
 ///
 /// # Safety
 ///
 /// See above; `root` may be null, and `f` may free the node.
 pub(super) unsafe fn for_each_bottom_up<K, V>(root: Ptr<K, V>, mut f: impl FnMut(Ptr<K, V>)) {
     let mut node = root;
-    // SAFETY: by the contract; a node is not looked at after it was given to `f`.
+    // SAFETY: By the contract. A node is not accessed after it was passed to `f`.
     unsafe {
         while !node.is_null() {
             let links = &mut (*node).links;
             let below = links.down.iter_mut().find(|below| !below.is_null());
             if let Some(below) = below {
-                // Comes back here when that side is done.
+                // The loop returns here when that side is done.
                 node = std::mem::replace(below, ptr::null_mut());
                 continue;
             }
@@ -375,13 +374,13 @@ pub(super) unsafe fn for_each_bottom_up<K, V>(root: Ptr<K, V>, mut f: impl FnMut
     }
 }
 
-/// Fails unless this is a red-black tree whose links agree. Returns how many nodes it has.
+/// Check that this is a red-black tree with consistent links. Return the number of nodes.
 ///
 /// # Safety
 ///
-/// See above, but others may have shared references; `root` may be null.
+/// See above, but other shared references may exist; `root` may be null.
 pub(super) unsafe fn check<K, V>(root: Ptr<K, V>) -> usize {
-    /// How many nodes there are, and how many black ones on each way down.
+    /// Return the number of nodes, and the number of black ones on each path down.
     ///
     /// # Safety
     ///
@@ -390,7 +389,7 @@ pub(super) unsafe fn check<K, V>(root: Ptr<K, V>) -> usize {
         if node.is_null() {
             return (0, 1);
         }
-        // SAFETY: by the contract.
+        // SAFETY: By the contract.
         unsafe {
             let sides = [0, 1].map(|side| {
                 let next = child(node, side);
@@ -403,7 +402,7 @@ pub(super) unsafe fn check<K, V>(root: Ptr<K, V>) -> usize {
             (sides[0].0 + sides[1].0 + 1, sides[0].1 + black)
         }
     }
-    // SAFETY: by the contract.
+    // SAFETY: By the contract.
     unsafe {
         assert!(!is_red(root));
         assert!(root.is_null() || parent(root).is_null());

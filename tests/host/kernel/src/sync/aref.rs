@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! References to objects that hold their own count.
+//! References to objects that contain their own count.
 
 use std::{marker::PhantomData, mem::ManuallyDrop, ops::Deref, ptr::NonNull};
 
-/// Objects that hold their own count.
+/// Objects that contain their own count.
 ///
 /// # Safety
 ///
-/// The object lives at least until the last reference is given up, and is always counted.
+/// The object lives at least until the last reference is dropped, and is always counted.
 pub unsafe trait AlwaysRefCounted {
-    /// Takes a reference.
+    /// Take a reference.
     fn inc_ref(&self);
 
-    /// Gives up a reference.
+    /// Drop a reference.
     ///
     /// # Safety
     ///
-    /// The caller has one, and does not use it afterwards.
+    /// The caller owns one, and does not use it afterwards.
     unsafe fn dec_ref(obj: NonNull<Self>);
 }
 
@@ -31,28 +31,28 @@ pub struct ARef<T: AlwaysRefCounted> {
     _p: PhantomData<T>,
 }
 
-// SAFETY: moves a shared and maybe the last reference to `T`, so both are asked of `T`.
+// SAFETY: Sending moves a shared and maybe the last reference to `T`, so both traits are required of `T`.
 unsafe impl<T: AlwaysRefCounted + Sync + Send> Send for ARef<T> {}
-// SAFETY: as above, since a shared `ARef` can be cloned.
+// SAFETY: A shared `ARef` can be cloned, so sharing also shares and moves references to `T`.
 unsafe impl<T: AlwaysRefCounted + Sync + Send> Sync for ARef<T> {}
 
 impl<T: AlwaysRefCounted> Unpin for ARef<T> {}
 
 impl<T: AlwaysRefCounted> ARef<T> {
-    /// Takes over a reference.
+    /// Take over a reference.
     ///
     /// # Safety
     ///
-    /// The caller has one, and leaves it to the result.
+    /// The caller owns one, and leaves it to the result.
     pub unsafe fn from_raw(ptr: NonNull<T>) -> Self {
-        // INVARIANT: by the contract.
+        // INVARIANT: The caller's reference is the result's now, by the contract.
         Self {
             ptr,
             _p: PhantomData,
         }
     }
 
-    /// Leaves the reference to the caller.
+    /// Leave the reference to the caller.
     pub fn into_raw(me: Self) -> NonNull<T> {
         ManuallyDrop::new(me).ptr
     }
@@ -68,7 +68,7 @@ impl<T: AlwaysRefCounted> Deref for ARef<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        // SAFETY: alive by the type invariant.
+        // SAFETY: The object is alive by the type invariant.
         unsafe { self.ptr.as_ref() }
     }
 }
@@ -76,14 +76,14 @@ impl<T: AlwaysRefCounted> Deref for ARef<T> {
 impl<T: AlwaysRefCounted> From<&T> for ARef<T> {
     fn from(object: &T) -> Self {
         object.inc_ref();
-        // SAFETY: taken just now.
+        // SAFETY: The reference was taken just now.
         unsafe { Self::from_raw(NonNull::from(object)) }
     }
 }
 
 impl<T: AlwaysRefCounted> Drop for ARef<T> {
     fn drop(&mut self) {
-        // SAFETY: by the type invariant there is one to give up.
+        // SAFETY: By the type invariant there is a reference to drop.
         unsafe { T::dec_ref(self.ptr) }
     }
 }

@@ -13,7 +13,7 @@ pub(crate) enum Device {
     Get {
         page: usize,
     },
-    /// See whether the entry is the same.
+    /// Check whether the entry is still the same.
     Again {
         page: usize,
     },
@@ -36,7 +36,7 @@ pub(super) fn device(s: &mut State) -> Device {
                 frame: page,
                 writable: true,
             } => Device::Get { page },
-            // It would be told to fault first.
+            // A device would have to fault first.
             _ => Device::Done,
         },
         Device::Get { page } => {

@@ -13,7 +13,7 @@ pub(crate) enum Migrate {
     Lock {
         page: usize,
     },
-    /// Replace its mapping in this process by a migration entry, if it is known to have one.
+    /// Replace its mapping in this process by a migration entry, if the walk finds it.
     Unmap {
         page: usize,
         process: usize,
@@ -22,7 +22,7 @@ pub(crate) enum Migrate {
     Move {
         page: usize,
     },
-    /// Replace the migration entries by mappings of the copy (or of the page, when that failed).
+    /// Replace the migration entries by mappings of the copy, or of the page if the move failed.
     Remap {
         page: usize,
         to: usize,
@@ -119,7 +119,7 @@ pub(super) fn migrate(model: &Protocol, s: &mut State) -> Migrate {
     }
 }
 
-/// The order in which a walk comes by: parents before their children.
+/// The order of an rmap walk: parents before their children.
 const WALK: [usize; PROCESSES] = [A, C, B];
 
 fn next_of(process: usize) -> Option<usize> {

@@ -4,7 +4,8 @@
 
 use crate::model::{Agent, Entry, Mutation, Protocol, State, PROCESSES};
 
-/// The scan: publishes the first one's page, joins the second one's to it (of [`Protocol::merges`]), and frees the node when it is stale.
+/// The scan. It makes the first one's page a KSM page, merges the second one's with it (see
+/// [`Protocol::merges`]), and frees the node when it is stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Scan {
     /// Take the first one's `mmap_lock` for reading, and a reference on its page.
@@ -13,7 +14,7 @@ pub(crate) enum Scan {
     Lock {
         page: usize,
     },
-    /// See whether somebody who maps the page is in the middle of a fork.
+    /// Check whether a process that maps the page is in the middle of a fork.
     Relatives {
         page: usize,
     },
@@ -21,27 +22,27 @@ pub(crate) enum Scan {
     Protect {
         page: usize,
     },
-    /// See whether the page is still there; clear the entry, or leave it as it is protected already.
+    /// Check whether the page is still there. Clear the entry, unless it is write-protected already.
     Clear {
         page: usize,
     },
-    /// Flush what is cleared.
+    /// Flush the cleared entry.
     Flush {
         page: usize,
         was: bool,
     },
-    /// Count references; put the entry back, write-protected if all is well.
+    /// Count references. Put the entry back, write-protected if the count is right.
     Count {
         page: usize,
         was: bool,
     },
-    /// Link node and item, point the page at the node, unlock.
+    /// Link node and item, point the page to the node, unlock.
     Publish {
         page: usize,
     },
     /// Take the second one's `mmap_lock` for reading; find the node's page and take a reference.
     Find,
-    /// Try to lock it, and see whether it still points at the node.
+    /// Try to lock it, and check whether it still points to the node.
     LockMerged {
         merged: usize,
     },
@@ -91,7 +92,7 @@ pub(crate) enum Scan {
         merged: usize,
         page: usize,
     },
-    /// Drop the other one's mapping, give up the page-table lock.
+    /// Drop the other page's mapping, release the page-table lock.
     JoinDrop {
         merged: usize,
         page: usize,
@@ -101,14 +102,14 @@ pub(crate) enum Scan {
         merged: usize,
         page: usize,
     },
-    /// [`Mutation::ListLate`]: list it now.
+    /// List the mapping now ([`Mutation::ListLate`]).
     JoinListLate,
-    /// Free the node, if it is stale; wait while it is not.
+    /// Free the node if it is stale; otherwise wait.
     Prune,
     Done,
 }
 
-/// What a mutation found out too early: whether somebody holds the page, and whether it differs.
+/// Results that a mutation computed too early: whether the page has other references, and whether it differs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Early {
     held: bool,
@@ -144,7 +145,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
             if shared && wrong != Mutation::PublishDuringFork && (0..PROCESSES).any(forking) {
                 return s.give_up(first, &[(page, true)], Scan::Done);
             }
-            // Nobody but `first` can get the page from here on, if nobody has it.
+            // If no process but `first` has the page, no other can get it from here on.
             s.node.to_relatives = shared && wrong != Mutation::OwnRelativesOnly;
             Scan::Protect { page }
         }
@@ -201,7 +202,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
             Scan::LockMerged { merged }
         }
         Scan::LockMerged { merged } => {
-            // It may have been migrated since it was found, or be under migration.
+            // It may have been migrated since, or be under migration.
             let frame = s.frames[merged];
             let stale = !frame.ksm && wrong != Mutation::TrustNode;
             if stale || frame.lock.is_some() {
@@ -345,7 +346,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
     }
 }
 
-/// Leaves the page that was to be joined as it was.
+/// Leave the page that was to be replaced as it was.
 fn put_back(s: &mut State, second: usize, merged: usize, page: usize, was: bool) -> Scan {
     s.set(second, page, was);
     s.processes[second].ptl = None;

@@ -12,16 +12,16 @@ pub(crate) enum Store {
     Try,
     /// In the fault: look at the entry, under the page-table lock.
     Fault,
-    /// Copy the page, of which a reference is held.
+    /// Copy the page, with a reference held.
     Copy {
         page: usize,
     },
-    /// Put the copy in its place, if it is still there.
+    /// Map the copy instead, if the page is still there.
     Replace {
         page: usize,
         copy: usize,
     },
-    /// Flushed, now set.
+    /// Set the entry, which is flushed.
     Set {
         page: usize,
         copy: usize,
@@ -38,7 +38,7 @@ pub(super) fn store(s: &mut State, p: usize) -> Store {
             if let Some((frame, true)) = s.processes[p].tlb {
                 s.frames[frame].content = p as u8 + 1;
                 s.processes[p].expected = Some(p as u8 + 1);
-                // Another thread of a process that forks: until the flush, the child may get it too.
+                // Another thread of a forking process: until the flush, the child may see the store as well.
                 if p == A && s.fork == Fork::Flush && s.maps(C, frame).is_some() {
                     s.processes[C].expected = s.processes[A].expected;
                 }
@@ -61,7 +61,7 @@ pub(super) fn store(s: &mut State, p: usize) -> Store {
                 writable,
             } = s.processes[p].entry
             else {
-                // Zapped meanwhile.
+                // The entry was zapped meanwhile.
                 s.processes[p].readers -= 1;
                 return Store::Try;
             };

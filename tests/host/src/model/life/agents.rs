@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What each agent of the model does next, and whether it can.
+//! The next step of each agent of the model, and whether the agent can take it.
 
 mod exit;
 mod fork;
@@ -21,10 +21,10 @@ pub(crate) use run_two::RunTwo;
 pub(crate) use scan::Scan;
 pub(crate) use swap_in::SwapIn;
 
-/// For how many passes a leaf is skipped of which nothing came in the pass before.
+/// For how many passes a leaf is skipped after a pass without any event in it.
 pub(crate) const SKIPS: u8 = 2;
 
-/// A process protects its page by userfaultfd, and gives it free again.
+/// A process protects its page by userfaultfd, and lifts the protection again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Protect {
     On,
@@ -37,12 +37,12 @@ pub(crate) enum Protect {
 pub(crate) enum Hold {
     Lock,
     Unlock,
-    /// It never gives it back.
+    /// It never releases the lock.
     ForEver,
     Done,
 }
 
-/// Whether an agent has something to do that it need not wait for.
+/// Return whether an agent has a step that it need not wait for.
 pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
     let free = |p: usize| !s.processes[p].writer;
     let unused = |p: usize| free(p) && s.processes[p].readers == 0;
@@ -50,7 +50,7 @@ pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
     match agent {
         Agent::Scan => match s.scan {
             Scan::Done => false,
-            // Nothing is merged, but what was left is seen to.
+            // The thread merges nothing, but does deferred work.
             Scan::Begin | Scan::Turn(_) | Scan::End if !s.merging => has_chores(model, s),
             Scan::Turn(p) if p < PROCESSES && model.mutation == Mutation::WaitForMmap => free(p),
             Scan::UndoFault(p) => s.processes[p].entry != Entry::Moving,
@@ -58,7 +58,7 @@ pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
         },
         Agent::RunTwo => match s.run_two {
             RunTwo::Done => false,
-            // The engine's lock is held for a step at a time.
+            // A holder keeps the engine's lock for one step.
             RunTwo::Start => matches!(s.scan, Scan::Begin | Scan::Turn(_) | Scan::End | Scan::Done),
             RunTwo::Flush => unlocked,
             RunTwo::Lock(p, _) => p == PROCESSES || free(p),
@@ -73,7 +73,7 @@ pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
         },
         Agent::Exit => model.exit.is_some_and(|p| match s.exit {
             Exit::Done => false,
-            // Its threads have come to their ends.
+            // Its threads have ended.
             Exit::Leave => {
                 let protects = model.protect == Some(p) && s.protect != Protect::Done;
                 let opts_out = model.opt_out == Some(p) && s.opt_out != OptOut::Done;
@@ -125,7 +125,8 @@ pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
     }
 }
 
-/// A fault waits for a migration, and for the lock of a page in the swap cache.
+/// Return whether a process may fault. Faults wait for a migration, and for the lock of a page in the swap
+/// cache.
 fn may_fault(s: &State, p: usize) -> bool {
     match s.processes[p].entry {
         Entry::Moving => false,
@@ -134,7 +135,7 @@ fn may_fault(s: &State, p: usize) -> bool {
     }
 }
 
-/// Whether the thread has something to see to while `run` is not 1.
+/// Return whether the thread has deferred work while `run` is not 1.
 fn has_chores(model: &Protocol, s: &State) -> bool {
     let dead = |p: usize| !s.processes[p].registered && s.processes[p].word != Word::Nothing;
     let stale = s.node.alive && !s.node.page;
@@ -203,7 +204,7 @@ pub(crate) fn step(model: &Protocol, s: &mut State, agent: Agent) {
 }
 
 impl State {
-    /// Notes that something happened to the page of a process.
+    /// Note that something happened to the page of a process.
     fn note_change(&mut self, p: usize) {
         self.processes[p].quiet = false;
         self.processes[p].skips = 0;
@@ -215,7 +216,7 @@ impl State {
         self.note_change(p);
     }
 
-    /// Whether its page can be merged with another one.
+    /// Return whether its page can merge with another one.
     fn is_candidate(&self, p: usize) -> bool {
         let process = &self.processes[p];
         process.mergeable
@@ -223,14 +224,14 @@ impl State {
             && matches!(process.entry, Entry::Own | Entry::Family)
     }
 
-    /// Frees the node, whose page is gone or has been let go, and with it all items.
+    /// Free the node, whose page is gone or was released, and with it all items.
     fn release(&mut self) {
         self.node.alive = false;
         self.node.items = [false; PROCESSES];
         self.still = false;
     }
 
-    /// Takes an item off the node. Returns whether it is off.
+    /// Take an item off the node. Return whether it is off.
     fn detach(&mut self, wrong: Mutation, p: usize) -> bool {
         if !self.node.items[p] {
             return true;
@@ -240,7 +241,7 @@ impl State {
             return true;
         }
         if self.node.lock.is_some() {
-            // Tried again when the page is looked at again.
+            // The next scan of the page retries this.
             match wrong {
                 Mutation::UnlinkUnlocked => self.wrong.torn = true,
                 Mutation::LoseItem => return true,
@@ -251,7 +252,7 @@ impl State {
         true
     }
 
-    /// The fault that replaces a merged page by a copy. Where nothing is mapped, it maps a new page.
+    /// Take the fault that replaces a merged page by a copy. If nothing is mapped, it maps a new page.
     fn unshare(&mut self, p: usize) {
         let process = &mut self.processes[p];
         process.entry = match process.entry {
@@ -265,7 +266,7 @@ impl State {
         self.processes[p].readers -= 1;
     }
 
-    /// Whether a walk from the node's list comes by the mapping of a process.
+    /// Return whether a walk of the node's list finds the mapping of a process.
     fn is_found(&self, p: usize) -> bool {
         match p {
             B => self.node.items[B],
@@ -290,7 +291,7 @@ fn chores(model: &Protocol, s: &mut State) {
     }
 }
 
-/// Whether the thread is to free the node by force, which is wrong.
+/// Return whether the thread is to free the node by force, which is wrong.
 fn has_force(model: &Protocol, s: &State) -> bool {
     model.mutation == Mutation::ForceMeanwhile
         && s.node.alive
@@ -298,12 +299,12 @@ fn has_force(model: &Protocol, s: &State) -> bool {
         && s.node.lock.is_none()
 }
 
-/// Takes the node off its page and frees it.
+/// Take the node off its page and free it.
 fn abandon(s: &mut State) {
     for process in &mut s.processes {
         match process.entry {
             Entry::Merged => process.entry = Entry::Orphan,
-            // Copied when it is swapped in.
+            // It is copied when it is swapped in.
             Entry::Swapped => process.entry = Entry::Own,
             _ => {}
         }

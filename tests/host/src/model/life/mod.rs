@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What becomes of a merged page, from pass to pass, as a small model, every interleaving of which is looked at.
+//! A merged page's life, from pass to pass, as a small model. The checker visits every interleaving.
 //!
-//! The model of the merge protocol (the parent module) has one merge in many steps. This one has merging in few
-//! steps, and the scan makes pass after pass until all else is over. It is about the list of a stable node:
-//! every mapping of a merged page in a registered process is on it after at most one pass, the engine remembers
-//! each item on it, and the node stays as long as a registered process maps its page.
+//! The model of the merge protocol (the parent module) has one merge in many steps. This one has merges in
+//! few steps, and the scan makes pass after pass until all other agents are done. Its subject is the list of
+//! a stable node. Every mapping of a merged page in a registered process is on it after at most one pass. The
+//! engine remembers each item on it. The node stays as long as a registered process maps its page.
 //!
-//! There are two unrelated processes A and B, and A's child C, with one page each, all of equal content; and one
-//! stable node, whose page is the merged one.
+//! There are two unrelated processes A and B, and A's child C, each with one page, all of equal content.
+//! There is one stable node, and its page is the merged one.
 //!
 //! | step | in the module |
 //! | --- | --- |
@@ -33,17 +33,17 @@ pub(crate) const B: usize = 1;
 /// A's child.
 pub(crate) const C: usize = 2;
 
-/// What a process has at its only address.
+/// The state of a process's only address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Entry {
     Empty,
     /// A page of its own.
     Own,
-    /// The page that A and C share since the fork, not merged.
+    /// The page that A and C share by the fork, not merged.
     Family,
     /// The page of the node.
     Merged,
-    /// A KSM page that belongs to no node any more.
+    /// A KSM page without a node.
     Orphan,
     /// A migration entry of the node's page.
     Moving,
@@ -51,12 +51,12 @@ pub(crate) enum Entry {
     Swapped,
 }
 
-/// What the engine remembers of the page of a process.
+/// The engine's record of a process's page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Word {
     Nothing,
     Seen,
-    /// With the item, which is on the node's list as long as the node is not freed.
+    /// The record has the item, which is on the node's list until the node is freed.
     Merged,
 }
 
@@ -67,42 +67,42 @@ pub(crate) struct Process {
     pub(crate) protected: bool,
     /// `VM_MERGEABLE`.
     pub(crate) mergeable: bool,
-    /// Whether the process itself is a user of its address space, and how many others are.
+    /// Whether the process itself uses its address space, and how many other users there are.
     pub(crate) alive: bool,
     pub(crate) pins: u8,
-    /// Whether the engine was told of it, and not yet that it is gone.
+    /// Whether the engine knows of it: from registration until the notification of its exit.
     pub(crate) registered: bool,
     /// `mmap_lock`.
     pub(crate) readers: u8,
     pub(crate) writer: bool,
-    /// Whether a device holds a reference on its page: it can be write-protected, but no other page takes its
-    /// place.
+    /// Whether a device holds a reference to its page. Such a page can be write-protected, but not replaced.
     pub(crate) pinned: bool,
     pub(crate) word: Word,
-    /// What `smart_scan` knows of its leaf: whether nothing happened in the last pass, and how many of the next ones skip it.
+    /// What `smart_scan` knows of its leaf: whether the last pass was without events, and how many of the
+    /// next passes skip it.
     pub(crate) quiet: bool,
     pub(crate) skips: u8,
-    /// Whether it had a mapping that was not listed when the pass began, and has it still.
+    /// Whether it has had an unlisted mapping since the pass began.
     pub(crate) due: bool,
-    /// Whether it was listed without a mapping then, and is still.
+    /// Whether it has been listed without a mapping since the pass began.
     pub(crate) outdated: bool,
-    /// Whether a lock could not be had in this pass.
+    /// Whether a lock was not available in this pass.
     pub(crate) blocked: bool,
 }
 
 impl Process {
-    /// Whether the engine owes it an item.
+    /// Return whether the engine must list its mapping.
     pub(crate) fn counts(&self) -> bool {
         self.registered && self.alive
     }
 }
 
-/// The stable node and its page. The page is there as long as an entry of some kind refers to it.
+/// The stable node and its page. The page exists as long as an entry of some kind refers to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Node {
-    /// Whether there is a node.
+    /// Whether the node exists.
     pub(crate) alive: bool,
-    /// Whether its page is there.
+    /// Whether its page exists.
     pub(crate) page: bool,
     /// The holder of the page's folio lock.
     pub(crate) lock: Option<Agent>,
@@ -110,7 +110,7 @@ pub(crate) struct Node {
     pub(crate) items: [bool; PROCESSES],
 }
 
-/// What takes a step.
+/// The agents, which take the steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Agent {
     Scan,
@@ -135,12 +135,12 @@ pub(crate) struct State {
     pub(crate) node: Node,
     /// Whether the scan may merge: `run` is 1.
     pub(crate) merging: bool,
-    /// Whether the swap-in path hands out copies: `run=2` is being written.
+    /// Whether swap-in makes copies: `run=2` is being written.
     pub(crate) copying: bool,
-    /// Whether the next pass must not skip anything, and whether this one must not.
+    /// Whether the next pass must not skip anything, and whether this pass must not.
     pub(crate) owed: bool,
     pub(crate) thorough: bool,
-    /// Whether all else was over when the pass began, and nothing changed since.
+    /// Whether all other agents were done when the pass began, with no change since.
     pub(crate) still: bool,
     pub(crate) scan: Scan,
     pub(crate) run_two: RunTwo,
@@ -157,14 +157,14 @@ pub(crate) struct State {
     pub(crate) wrong: Wrong,
 }
 
-/// What went wrong in one step, and cannot be told from the state after it.
+/// Errors in a step that do not show in the state after it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Wrong {
-    /// A pass went by a mapping that is not listed.
+    /// A pass ended with a mapping still not listed.
     pub(crate) overdue: bool,
-    /// A pass went by an item without a mapping.
+    /// A pass ended with an item still without a mapping.
     pub(crate) outdated: bool,
-    /// An item was taken off after a fault that did not take the mapping away.
+    /// An item was taken off after a fault that did not remove the mapping.
     pub(crate) dropped: bool,
     /// `run=2` reported success, and a registered process has merged pages.
     pub(crate) lied: bool,
@@ -174,52 +174,52 @@ pub(crate) struct Wrong {
     pub(crate) torn: bool,
 }
 
-/// What is done wrong on purpose, to see that it is found.
+/// Mutations: deliberate errors, which the checker must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutation {
-    /// Nothing.
+    /// No error.
     None,
-    /// Undoing a merge takes the page for unmerged after a fault that failed.
+    /// Undoing a merge treats the page as unmerged after a failed fault.
     UndoTrustsFault,
-    /// `run=2` does.
+    /// `run=2` treats a page as unmerged after a failed fault.
     RunTwoTrustsFault,
-    /// Only VMAs that are mergeable are walked by the scan.
+    /// The scan visits only mergeable VMAs.
     ScanMergeableOnly,
-    /// In other VMAs the scan looks at listed pages only.
+    /// In other VMAs the scan visits only listed pages.
     ScanKeepsListed,
-    /// Only VMAs that are mergeable are unmerged by `run=2`.
+    /// `run=2` unmerges only mergeable VMAs.
     RunTwoMergeableOnly,
-    /// Swapping in that has begun before `run=2` is not waited for.
+    /// `run=2` does not wait for a swap-in that began before it.
     RunTwoIgnoresSwapIn,
-    /// The thread frees nodes by force while `run=2` is going on.
+    /// The thread frees nodes by force during `run=2`.
     ForceMeanwhile,
-    /// A leaf is skipped in a pass before which a relative's page was published.
+    /// A pass skips a leaf whose process shares a page, by a fork, that became a KSM page before.
     SkipRelatives,
-    /// A leaf is skipped in a pass after one that could not list what it had to, for want of a lock.
+    /// A pass skips a leaf after a pass that could not list a mapping because a lock was not available.
     ForgetOwed,
-    /// A leaf with swapped pages is skipped.
+    /// A pass skips a leaf with swapped pages.
     SkipSwapped,
-    /// A leaf is still skipped after one of its pages was merged with a page of another leaf.
+    /// A pass skips a leaf after one of its pages merged with a page of another leaf.
     SkipMerged,
-    /// When the lock of the merged page cannot be had, the page is forgotten all the same.
+    /// When the lock of the merged page is not available, the engine forgets the page all the same.
     LoseItem,
-    /// When it cannot be had, the item is taken off without it.
+    /// When that lock is not available, the item is taken off without it.
     UnlinkUnlocked,
     /// The scan waits for an `mmap_lock`.
     WaitForMmap,
     /// The fault that undoes a merge is taken without users pinned.
     UndoUnpinned,
-    /// The fault of `run=2` is.
+    /// The fault of `run=2` is taken without users pinned.
     RunTwoUnpinned,
 }
 
-/// What there is besides the scan.
+/// The agents besides the scan.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Protocol {
     pub(crate) mutation: Mutation,
-    /// Whether the leaves of A and B are skipped at first, for nothing has happened there for long.
+    /// Whether the first passes skip the leaves of A and B, as nothing has happened there for long.
     pub(crate) old: bool,
-    /// Whether C was forked before the model begins, and shares A's page; or is forked later, or never.
+    /// Whether C exists at the start, and shares A's page. Otherwise it is forked later, or never.
     pub(crate) born: bool,
     pub(crate) fork: bool,
     pub(crate) run_two: bool,
@@ -229,23 +229,23 @@ pub(crate) struct Protocol {
     pub(crate) opt_out: Option<usize>,
     pub(crate) migrate: bool,
     pub(crate) reclaim: bool,
-    /// The process that reads the page back in.
+    /// The process that swaps the page back in.
     pub(crate) swap_in: Option<usize>,
-    /// The process that holds its `mmap_lock` for writing for a while, or for ever.
+    /// The process that holds its `mmap_lock` for writing, for a while or forever.
     pub(crate) hold: Option<(usize, bool)>,
-    /// The process with a page that a device holds for a while.
+    /// The process with a page to which a device holds a reference for a while.
     pub(crate) pin: Option<usize>,
 }
 
 impl State {
-    /// Whether some entry refers to the node's page.
+    /// Return whether some entry refers to the node's page.
     fn is_referred_to(&self) -> bool {
         self.processes
             .iter()
             .any(|p| matches!(p.entry, Entry::Merged | Entry::Moving | Entry::Swapped))
     }
 
-    /// What follows from any step at once.
+    /// Apply the immediate consequences of a step.
     fn settle(&mut self) {
         if !self.is_referred_to() && self.node.lock.is_none() {
             self.node.page = false;
@@ -264,20 +264,20 @@ impl State {
         }
     }
 
-    /// Whether a registered process maps the merged page without an item.
+    /// Return whether a registered process maps the merged page without an item.
     pub(crate) fn is_unlisted(&self, p: usize) -> bool {
         let process = &self.processes[p];
         process.counts() && process.entry == Entry::Merged && !self.node.items[p]
     }
 
-    /// Whether there is an item for a process that has another page, or none.
+    /// Return whether there is an item for a process that has another page, or none.
     pub(crate) fn is_listed_in_vain(&self, p: usize) -> bool {
         let process = &self.processes[p];
         let other = matches!(process.entry, Entry::Own | Entry::Family | Entry::Empty);
         process.counts() && other && self.node.items[p]
     }
 
-    /// Whether all but the scan have come to an end; a lock that is held for ever is no end of its own.
+    /// Return whether all agents but the scan are done. A lock that is held forever does not count.
     pub(crate) fn others_done(&self) -> bool {
         self.run_two == RunTwo::Done
             && self.fork == Fork::Done
@@ -422,7 +422,7 @@ impl Model for Protocol {
                 |_, s: &State| !s.wrong.outdated,
             ),
             Property::always(
-                "what could not be unmerged keeps its item",
+                "a page that could not be unmerged keeps its item",
                 |_, s: &State| !s.wrong.dropped,
             ),
             Property::always("every item is remembered", |_, s: &State| {
@@ -430,17 +430,19 @@ impl Model for Protocol {
                 !(0..PROCESSES).any(lost)
             }),
             Property::always("run=2 tells the truth", |_, s: &State| !s.wrong.lied),
-            Property::always("what is gone maps nothing", |_, s: &State| !s.wrong.leaked),
+            Property::always("an exited process maps nothing", |_, s: &State| {
+                !s.wrong.leaked
+            }),
             Property::always("a list changes under its lock", |_, s: &State| {
                 !s.wrong.torn
             }),
-            Property::always("nothing waits for ever", |model: &Self, s: &State| {
+            Property::always("no agent waits forever", |model: &Self, s: &State| {
                 let mut actions = Vec::new();
                 model.actions(s, &mut actions);
                 !actions.is_empty() || s.done()
             }),
             Property::always(
-                "in the end what is mapped is listed",
+                "in the end every mapping is listed",
                 |model: &Self, s: &State| {
                     let right = |p: usize| {
                         let process = &s.processes[p];
@@ -450,7 +452,7 @@ impl Model for Protocol {
                     !s.done() || (0..PROCESSES).all(right)
                 },
             ),
-            // The model would prove little if none of this happened.
+            // The model would prove little if none of these happened.
             Property::sometimes("pages merge", |_, s: &State| {
                 let merged = |p: &&Process| p.entry == Entry::Merged;
                 s.processes.iter().filter(merged).count() > 1

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! All interleavings of the agents, some at a time, with the protocol as it is and broken on purpose.
+//! All interleavings of several agents at a time, with the protocol as it is and with mutations.
 
 use super::{Mutation, Protocol, State, A, B, C};
 use stateright::{Checker, HasDiscoveries, Model};
@@ -22,8 +22,8 @@ const ONLY_SCAN: Protocol = Protocol {
     pin: None,
 };
 
-/// What there is besides the scan, in each run.
-fn companies() -> Vec<Protocol> {
+/// The agents besides the scan, in each run.
+fn configurations() -> Vec<Protocol> {
     let family = Protocol {
         born: true,
         ..ONLY_SCAN
@@ -35,7 +35,7 @@ fn companies() -> Vec<Protocol> {
     vec![
         ONLY_SCAN,
         family,
-        // Faults that fail.
+        // Failing faults.
         Protocol {
             run_two: true,
             protect: Some(A),
@@ -73,7 +73,7 @@ fn companies() -> Vec<Protocol> {
             run_two: true,
             ..family
         },
-        // Leaves that are skipped.
+        // Skipped leaves.
         Protocol {
             old: true,
             exit: Some(C),
@@ -97,7 +97,7 @@ fn companies() -> Vec<Protocol> {
             swap_in: Some(C),
             ..forks
         },
-        // Locks that cannot be had.
+        // Unavailable locks.
         Protocol {
             hold: Some((A, false)),
             migrate: true,
@@ -121,7 +121,7 @@ fn companies() -> Vec<Protocol> {
             exit: Some(B),
             ..ONLY_SCAN
         },
-        // Address spaces that go.
+        // Exiting address spaces.
         Protocol {
             exit: Some(B),
             pin: Some(A),
@@ -157,8 +157,8 @@ fn companies() -> Vec<Protocol> {
     ]
 }
 
-/// The names of the properties that do not hold, and how many states there are; or at least `sought`, if it is
-/// one of them.
+/// Return the names of the violated properties and the number of states. With `sought`, stop once that
+/// property is violated.
 fn check(model: Protocol, sought: Option<&'static str>) -> (Vec<&'static str>, usize) {
     let enough = match sought {
         Some(name) => HasDiscoveries::AnyOf([name].into()),
@@ -184,7 +184,7 @@ fn check(model: Protocol, sought: Option<&'static str>) -> (Vec<&'static str>, u
     (broken, checker.unique_state_count())
 }
 
-/// A state in one line.
+/// Describe a state in one line.
 fn sketch(s: &State) -> String {
     let each = s.processes.map(|p| {
         format!(
@@ -208,7 +208,7 @@ fn sketch(s: &State) -> String {
 #[test]
 fn no_interleaving_loses_a_mapping() {
     let mut all = 0;
-    for model in companies() {
+    for model in configurations() {
         let (broken, states) = check(model, None);
         println!("{states} states: {model:?}");
         assert!(broken.is_empty(), "{model:?}: {broken:?}");
@@ -231,7 +231,7 @@ fn left_alone_all_equal_pages_merge() {
 }
 
 fn found(mutation: Mutation, what: &'static str) {
-    let found = companies().into_iter().any(|model| {
+    let found = configurations().into_iter().any(|model| {
         let model = Protocol { mutation, ..model };
         check(model, Some(what)).0.contains(&what)
     });
@@ -239,9 +239,9 @@ fn found(mutation: Mutation, what: &'static str) {
 }
 
 const LISTED: &str = "a mapping is listed after a pass";
-const KEEPS: &str = "what could not be unmerged keeps its item";
+const KEEPS: &str = "a page that could not be unmerged keeps its item";
 const LEAVES: &str = "no node leaves a page that is mapped";
-const GONE: &str = "what is gone maps nothing";
+const GONE: &str = "an exited process maps nothing";
 
 #[test]
 fn taking_a_fault_that_failed_for_a_copy_is_found() {
@@ -287,7 +287,7 @@ fn forgetting_an_item_whose_lock_is_taken_is_found() {
 
 #[test]
 fn waiting_for_what_a_process_holds_is_found() {
-    found(Mutation::WaitForMmap, "nothing waits for ever");
+    found(Mutation::WaitForMmap, "no agent waits forever");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A page map, and beside it a map of the standard library that should be like it.
+//! A page map, and a map of the standard library with the expected content.
 
 use super::LEAF;
 use crate::{
@@ -14,32 +14,32 @@ use kernel::{
 };
 use std::collections::BTreeMap;
 
-/// What is to become of a page that is looked at.
+/// What happens to a page that is visited.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Look {
-    /// It gets a word if it has none.
+    /// It gets an entry if it has none.
     Remember,
-    /// It gets a word if it has none, and another one if it has.
+    /// It gets an entry if it has none, and another one if it has.
     Change,
-    /// It keeps what it has, if it has any.
+    /// It keeps its entry, if it has one.
     Skip,
 }
 
-/// How to go through the pages of a leaf.
+/// How to visit the pages of a leaf.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Way {
     /// One after the other.
     Stepwise,
-    /// All at once where that is possible.
+    /// All at once if possible.
     Runs,
 }
 
-/// The map, and what should be in it.
+/// The map, and its expected content.
 pub(super) struct Pair {
     pub(super) map: PageMap<Counted>,
-    /// Which value each page has.
+    /// The value of each page.
     pub(super) model: BTreeMap<usize, usize>,
-    /// How many pages of each leaf have one.
+    /// The number of pages with a value in each leaf.
     pub(super) leaves: BTreeMap<usize, usize>,
     pub(super) ledger: Ledger,
 }
@@ -63,14 +63,14 @@ impl Pair {
         pair
     }
 
-    /// Notes that a page has the value `id`.
+    /// Record that a page has the value `id`.
     fn note(&mut self, addr: usize, id: usize) {
         if self.model.insert(addr, id).is_none() {
             *self.leaves.entry(addr / LEAF).or_default() += 1;
         }
     }
 
-    /// Notes that a page has none, and says which it had.
+    /// Record that a page has no value. Return the one that it had.
     fn note_gone(&mut self, addr: usize) -> Option<usize> {
         let id = self.model.remove(&addr)?;
         let left = self.leaves.get_mut(&(addr / LEAF)).unwrap();
@@ -81,8 +81,8 @@ impl Pair {
         Some(id)
     }
 
-    /// What the engine does with a batch of pages that was found in `from..to`: those pages are
-    /// remembered from then on, less those for which there is no memory, and no other.
+    /// Do what the engine does with a batch of pages found in `from..to`: remember these pages, except those
+    /// without memory for it, and no others.
     pub(super) fn absorb(
         &mut self,
         from: usize,
@@ -108,7 +108,7 @@ impl Pair {
         if unchanged {
             assert_eq!(events, Events::default(), "memory for what is known");
         }
-        // Only what there was no memory for is missing.
+        // Only pages without memory for them are missing.
         for &(addr, look) in batch {
             if look != Look::Skip && events.failed == 0 {
                 assert!(self.model.contains_key(&addr), "{addr:#x}");
@@ -120,11 +120,11 @@ impl Pair {
         }
     }
 
-    /// Does so for pages that are all in one leaf.
+    /// Do the same for pages of a single leaf.
     fn absorb_leaf(&mut self, pages: &[(usize, Look)], way: Way) {
         let first = pages[0].0;
         let last = pages[pages.len() - 1].0;
-        // Borrowed apart from the rest of the pair.
+        // Borrowed separately from the rest of the pair.
         let mut map = std::mem::replace(&mut self.map, PageMap::new());
         let (leaf, made) = watch(|| map.leaf_from(first, 0, GFP_NOWAIT));
         let there = self.leaves.contains_key(&(first / LEAF));
@@ -148,8 +148,7 @@ impl Pair {
         self.map = map;
     }
 
-    /// Goes through pages without holes at once: all known, or all new. Returns whether they were
-    /// one or the other.
+    /// Visit pages without holes at once: all known, or all new. Return whether they were one or the other.
     fn absorb_run(&mut self, leaf: &mut LeafCursor<'_, Counted>, pages: &[(usize, Look)]) -> bool {
         let first = pages[0].0;
         let known = pages.iter().all(|page| self.model.contains_key(&page.0));
@@ -179,7 +178,7 @@ impl Pair {
         };
         let (filled, events) = watch(|| leaf.fill_run(pages.len(), GFP_NOWAIT, make));
         assert_eq!(filled, events.failed == 0);
-        // The bits, and the words.
+        // One allocation for the bits, one for the entries.
         assert!(events.allocs <= 2);
         assert_eq!(made.len(), if filled { pages.len() } else { 0 });
         for (&(addr, _), id) in pages.iter().zip(made) {
@@ -197,7 +196,7 @@ impl Pair {
         loop {
             match leaf.seek(addr) {
                 Found::Passed(passed, word) => {
-                    // In order, and none twice: the first one left before this page.
+                    // In order, and none twice: this is the first one left before this page.
                     let from = addr / LEAF * LEAF;
                     assert!((from..addr).contains(&passed));
                     let id = word.id();
@@ -222,7 +221,7 @@ impl Pair {
         assert!(events.allocs <= 2);
         match result {
             Ok(()) => self.note(addr, id),
-            // The word comes back, for the caller to drop.
+            // The entry is returned, for the caller to drop.
             Err(word) => {
                 assert_eq!((word.id(), events.failed), (id, 1));
                 assert_eq!(
@@ -241,7 +240,7 @@ impl Pair {
         }
     }
 
-    /// Remembers a page by itself, if it is not remembered.
+    /// Add an entry for a single page, if it has none.
     pub(super) fn remember(&mut self, addr: usize, plan: Plan) {
         let word = self.ledger.make();
         let id = word.id();
@@ -268,7 +267,7 @@ impl Pair {
 
     pub(super) fn remove(&mut self, addr: usize) {
         let (word, events) = watch(|| self.map.remove(addr, 0));
-        // To move those that are left to where there is less room, if they have far too much.
+        // One to move the remaining entries to a smaller allocation.
         assert!(events.allocs + events.failed <= 1);
         assert_eq!(events.sleeping, 0);
         assert_eq!(word.as_ref().map(Counted::id), self.note_gone(addr));
@@ -286,7 +285,7 @@ impl Pair {
         }
     }
 
-    /// The first page of `map` in `from..to`, whose words all stay.
+    /// Return the first page of `map` in `from..to`, without removing any entry.
     pub(super) fn first_of(map: &mut PageMap<Counted>, from: usize, to: usize) -> Option<usize> {
         let (mut first, mut next) = (None, Some(from));
         while let Some(start) = next.filter(|_| first.is_none()) {
@@ -309,7 +308,7 @@ impl Pair {
         addr
     }
 
-    /// Goes through a range as the scan does.
+    /// Walk a range as the scan does.
     pub(super) fn walk(&mut self, from: usize, to: usize) -> Vec<usize> {
         let mut found = Vec::new();
         let mut at = Some(from);
@@ -320,7 +319,7 @@ impl Pair {
         found
     }
 
-    /// Goes through whole leaves, from the one that begins at `from` on.
+    /// Visit whole leaves, from the one that begins at `from` on.
     pub(super) fn visit_leaves(&mut self, from: usize) {
         let mut found = Vec::new();
         let mut next = Some(from);
@@ -341,8 +340,7 @@ impl Pair {
             .eq(self.model.range(from..).map(|(addr, id)| (*addr, *id))));
     }
 
-    /// Empties a range as the engine does.
-    /// Forgets the pages in `from..to` but each `nth`, a leaf at a time.
+    /// Forget the pages in `from..to` except each `nth`, a leaf at a time, as the engine does.
     pub(super) fn forget_range(&mut self, from: usize, to: usize, nth: usize) {
         let keeps = |addr: usize| nth != 0 && addr / PAGE_SIZE % nth == 0;
         let mut next = Some(from);
@@ -355,7 +353,7 @@ impl Pair {
                     keeps(addr)
                 })
             });
-            // To move those that are left to where there is less room.
+            // One to move the remaining entries to a smaller allocation.
             assert!(events.allocs + events.failed <= 1 || events.sleeping == 0);
             // All pages of the first leaf, in order.
             let leaf = self.leaves.range(start / LEAF..).next();
@@ -388,10 +386,10 @@ impl Pair {
         }
     }
 
-    /// No leaf but those with pages is there, and the map knows how large it is.
+    /// Check that only leaves with pages exist, and that the map knows its size.
     pub(super) fn check_memory(&self) {
         let live = live();
-        // A node for each leaf, and if it has or had more than one page, its bits and its words.
+        // A node for each leaf, and bits and entries if it has or had more than one page.
         let (leaves, all) = (self.leaves.len(), live.allocations);
         let larger = self.leaves.values().filter(|pages| **pages > 1).count();
         assert!((leaves + 2 * larger..=3 * leaves).contains(&all), "{all}");
@@ -408,7 +406,7 @@ impl Pair {
         for &leaf in self.leaves.keys() {
             assert!(self.map.has_leaf(leaf * LEAF));
         }
-        // Every word once, in the order of the addresses.
+        // Every entry once, in the order of the addresses.
         let mut ids = Vec::new();
         // A few leaves at a time.
         let mut from = Some(0);
@@ -424,7 +422,7 @@ impl Pair {
         self.check_memory();
     }
 
-    /// Removes all that is left and drops the map.
+    /// Remove all remaining entries and drop the map.
     pub(super) fn empty_by_removing(mut self) {
         self.check_content();
         self.clear(0, usize::MAX);
@@ -433,7 +431,7 @@ impl Pair {
         assert_eq!(live(), Live::default());
     }
 
-    /// Drops the map with all that is left in it.
+    /// Drop the map with all its entries.
     pub(super) fn empty_by_dropping(mut self) {
         self.check_content();
         let Self { map, ledger, .. } = self;

@@ -4,7 +4,7 @@
 
 use crate::model::life::{Agent, Entry, State, PROCESSES};
 
-/// Migration: all mappings that are found become migration entries, and mappings again.
+/// Migration: all mappings that a walk finds become migration entries, and mappings again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Migrate {
     Lock,

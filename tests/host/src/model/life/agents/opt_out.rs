@@ -22,7 +22,7 @@ pub(super) fn opt_out(s: &mut State, p: usize) -> OptOut {
             OptOut::Walk
         }
         OptOut::Walk => {
-            // A fault that fails ends it, with success.
+            // A fault that fails ends the call, with success.
             if s.processes[p].entry != Entry::Empty {
                 s.unshare(p);
             }

@@ -4,7 +4,7 @@
 
 use crate::model::life::{Agent, Entry, State, PROCESSES};
 
-/// All mappings that are found become swap entries.
+/// All mappings that a walk finds become swap entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Reclaim {
     Lock,

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! An administrator who writes 2 to `run`.
+//! A process that writes 2 to `run`.
 
 use super::{abandon, Scan};
 use crate::model::life::{Entry, Mutation, Protocol, State, Word, A, PROCESSES};
 
-/// An administrator writes 2 to `run`, and 1 when that is done.
+/// A process writes 2 to `run`, and 1 when that is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum RunTwo {
-    /// Stop the scan, which is between two steps, and have copies swapped in from now on.
+    /// Stop the scan between two of its steps, and let swap-in make copies from now on.
     Start,
-    /// Wait for a swap-in that has found before that the page need not be copied.
+    /// Wait for a swap-in that has already decided not to copy the page.
     Flush,
-    /// Pin the users of a process and take its `mmap_lock`. Whether all were served so far.
+    /// Pin the users of a process and take its `mmap_lock`. The flag: all were unmerged so far.
     Lock(usize, bool),
     /// Take the unshare fault.
     Fault(usize, bool),
-    /// Look at the entry again, and give all back.
+    /// Check the entry again, and release both.
     Look(usize, bool),
     /// Take the item off, under the lock of the node's page.
     Drop(usize, bool),
-    /// Free the node by force, if all were served, and report.
+    /// If all were unmerged, free the node by force; report.
     Finish(bool),
     Done,
 }
@@ -41,7 +41,7 @@ pub(super) fn run_two(model: &Protocol, s: &mut State) -> RunTwo {
         RunTwo::Lock(PROCESSES, served) => RunTwo::Finish(served),
         RunTwo::Lock(p, served) => {
             let process = &mut s.processes[p];
-            // Children that are forked meanwhile come later. What exits is done with.
+            // Children that are forked meanwhile come later. Exiting processes need no unmerging.
             if !process.registered || !process.alive && pins {
                 return RunTwo::Lock(p + 1, served);
             }
@@ -87,7 +87,7 @@ pub(super) fn run_two(model: &Protocol, s: &mut State) -> RunTwo {
                 });
             s.copying = false;
             s.merging = true;
-            // The scan begins anew.
+            // The scan starts again.
             s.scan = Scan::Begin;
             RunTwo::Done
         }

@@ -5,30 +5,31 @@
 use super::SKIPS;
 use crate::model::life::{Entry, Mutation, Protocol, State, Word, A, C, PROCESSES};
 
-/// The scanning thread: pass after pass, until all else is over and a pass changes nothing.
+/// The scanning thread: pass after pass, until all other agents are done and a pass changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Scan {
     /// Begin a pass; free a node whose page is gone.
     Begin,
     /// Try the `mmap_lock` of a process, unless its leaf is skipped.
     Turn(usize),
-    /// Look at its entry, and give the lock back.
+    /// Compare its entry, and release the lock.
     Look(usize),
-    /// Take the item of a page that is not merged any more off its node, if the lock of the node's page can be had.
+    /// Take the item of a page that is no longer merged off its node, if the lock of the node's page is free.
     Drop(usize),
     /// List a mapping that is not listed, under both locks.
     List(usize),
-    /// Try to merge the page of the first with that of the second: see whether the first's relatives allow it.
+    /// Try to merge the page of the first with that of the second: check that the fork-shared mappings of the
+    /// first allow it.
     Relatives(usize, usize),
     /// Make the first's page the node's page, and list its mapping.
     Publish(usize, usize),
-    /// Map the merged page in place of the page of the first. If that fails, undo the second's merge.
+    /// Map the merged page instead of the page of the first. If that fails, undo the second's merge.
     Join(usize, Option<usize>),
     /// Pin the users of a process and try its `mmap_lock`.
     Undo(usize),
     /// Take the unshare fault.
     UndoFault(usize),
-    /// Look at the entry again, take the item off if it is not merged any more, and give all back.
+    /// Check the entry again, take the item off if the page is no longer merged, and release all.
     UndoLook(usize),
     /// End the pass.
     End,
@@ -62,7 +63,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
                     _ => Scan::Drop(p),
                 };
             }
-            // Exiting, and about to be reported.
+            // It is exiting, and the engine will be notified.
             if !process.alive {
                 s.still = false;
                 return next;
@@ -99,7 +100,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
             if s.processes[p].writer || s.node.lock.is_some() {
                 s.processes[p].blocked = true;
                 s.still = false;
-                // The next pass tries again, so it must not skip the leaf.
+                // The next pass retries, so it must not skip the leaf.
                 if wrong != Mutation::ForgetOwed {
                     s.note_change(p);
                 }
@@ -134,7 +135,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
                 return Scan::Turn(p + 1);
             }
             if s.processes[p].entry == Entry::Family {
-                // The relative maps a merged page from now on.
+                // The other process that shares the page by a fork maps a merged page from now on.
                 for p in [A, C] {
                     s.processes[p].entry = Entry::Merged;
                 }
@@ -175,7 +176,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
             let process = &mut s.processes[p];
             let pinned = process.alive || wrong == Mutation::UndoUnpinned;
             if !pinned || process.writer {
-                // It stays merged, and listed.
+                // The page stays merged, and listed.
                 return Scan::Turn(p + 1);
             }
             if wrong != Mutation::UndoUnpinned {
@@ -218,7 +219,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
     }
 }
 
-/// Compares an entry with what is remembered of it.
+/// Compare an entry with the engine's record of it.
 fn look(s: &mut State, wrong: Mutation, p: usize) -> Scan {
     let process = s.processes[p];
     let next = Scan::Turn(p + 1);
@@ -259,7 +260,7 @@ fn look(s: &mut State, wrong: Mutation, p: usize) -> Scan {
     }
 }
 
-/// What to merge a page with that has not changed since it was seen.
+/// Return what an unchanged page can merge with.
 fn partner(s: &State, p: usize) -> Option<Scan> {
     if s.node.alive && s.node.page {
         return Some(Scan::Join(p, None));
@@ -277,10 +278,10 @@ fn partner(s: &State, p: usize) -> Option<Scan> {
     (!s.node.alive).then_some(Scan::Relatives(p, other))
 }
 
-/// Nothing came of looking at the page.
+/// Note that a scan of the page had no effect.
 fn grow_old(s: &mut State, wrong: Mutation, p: usize) {
     let process = &mut s.processes[p];
-    // What is swapped out may come back merged at any time.
+    // A page that is swapped out may come back merged at any time.
     let away = matches!(process.entry, Entry::Swapped | Entry::Moving);
     if away && wrong != Mutation::SkipSwapped {
         process.skips = 0;
