@@ -1,44 +1,44 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What all processes share and what outlives each of them: the ledgers that
-//! say what every page must hold, what was done last, and the counts.
+//! State that all processes share and that outlives each of them: the ledgers with the expected content of
+//! every page, the last steps, and the counts.
 //!
-//! It is a shared mapping of a memfd, which no engine merges, and it is made of
-//! atomics only, so that a process may die at any point.
+//! It is a shared mapping of a memfd, which no engine merges. It consists of atomics only, so that a process
+//! may die at any point.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::page::Desc;
 use crate::plan::{Allowed, Op, Step};
 
-/// Ledgers: the workers' first, then those of children and victims.
+/// The number of ledgers: the workers' first, then those of children and victims.
 pub const BLOCKS: usize = 96;
 pub const WORKERS_MAX: usize = 32;
-/// Areas of a process, and the most pages of each.
+/// The number of slots (VMAs) of a process, and the largest number of pages in each.
 pub const SLOTS: usize = 6;
 pub const PAGES: usize = 1024;
-/// Pages of each worker that others write to.
+/// The number of shared pages of each worker, which other processes write to.
 pub const SHARED_PAGES: usize = 16;
-/// Results that are told apart: 0, and each errno.
+/// The number of distinct results: 0, and each errno.
 pub const ERRNOS: usize = 136;
 const OPS: usize = 64;
 const HISTORY: usize = 4;
 const LOG: usize = 64;
 const EVENTS: usize = 128;
 
-/// Control tasks, at most.
+/// The largest number of control tasks.
 pub const TASKS_MAX: usize = 16;
 
 /// The page may read as zeroes instead (after `MADV_FREE`).
 pub const MAY_BE_ZERO: u32 = 1;
 
-/// What one page must hold.
+/// The expected content of one page.
 #[repr(C)]
 pub struct Entry {
     desc: AtomicU64,
     flags: AtomicU32,
-    /// When it was last seen to be right, in milliseconds.
+    /// When it was last found to be right, in milliseconds.
     seen: AtomicU32,
-    /// What changed it last: operation, and the number of the step; newest first.
+    /// Its last changes, newest first: the operation and the number of the step.
     history: [AtomicU32; HISTORY],
 }
 
@@ -51,7 +51,7 @@ impl Entry {
         self.flags.load(Ordering::Relaxed) & MAY_BE_ZERO != 0
     }
 
-    /// Says what it holds from now on.
+    /// Set the expected content.
     pub fn set(&self, desc: Desc, flags: u32) {
         self.desc.store(desc.0, Ordering::Relaxed);
         self.flags.store(flags, Ordering::Relaxed);
@@ -66,7 +66,7 @@ impl Entry {
         }
     }
 
-    /// Remembers that step `number` did `op` to it.
+    /// Record that step `number` did `op` to it.
     pub fn note(&self, op: Op, number: u32) {
         let mut carry = ((number & 0xff_ffff) << 8) | (op as u32 + 1);
         for place in &self.history {
@@ -88,7 +88,7 @@ impl Entry {
             .for_each(|h| h.store(0, Ordering::Relaxed));
     }
 
-    /// What was done to it last, newest first.
+    /// Describe its last changes, newest first.
     pub fn history(&self) -> String {
         let told: Vec<String> = self
             .history
@@ -104,17 +104,17 @@ impl Entry {
     }
 }
 
-/// A page that others may write to.
+/// A page that other processes may write to.
 #[repr(C)]
 pub struct SharedPage {
-    /// Who may touch it: a block's number and 1, or 0.
+    /// The claim on it: the number of a block plus one, or 0.
     claim: AtomicU32,
     desc: AtomicU64,
-    /// What it may hold as well: a writer is at it, or died while it was.
+    /// Another content that it may have: a write is in progress, or its writer died.
     alternative: AtomicU64,
 }
 
-/// No descriptor looks like this.
+/// No descriptor has this value.
 const NO_ALTERNATIVE: u64 = u64::MAX;
 
 impl SharedPage {
@@ -125,7 +125,7 @@ impl SharedPage {
             .is_ok()
     }
 
-    /// Gives it back, if `block` has it.
+    /// Release the claim, if `block` has it.
     pub fn release(&self, block: u8) {
         let me = u32::from(block) + 1;
         let _ = self
@@ -152,29 +152,30 @@ impl SharedPage {
     }
 }
 
-/// No pid.
+/// This is no pid.
 const IN_USE: u32 = u32::MAX;
 
-/// One process: what it does, and what its pages hold.
+/// The ledger of one process: its steps, and the expected content of its pages.
 #[repr(C)]
 pub struct Block {
-    /// 0: free; [`IN_USE`]: a process has it; else the pid of who is about to fork that process.
+    /// 0 if it is free; [`IN_USE`] if a process has it; otherwise the pid of the parent that is about to fork
+    /// that process.
     used: AtomicU32,
     pub pid: AtomicU32,
     pub number: AtomicU32,
     pub life: AtomicU32,
     pub child: AtomicU32,
-    /// Steps begun.
+    /// The number of steps begun.
     pub steps: AtomicU32,
-    /// Code of the operation it is in, and 1; 0 between two.
+    /// The code of the current operation plus one; 0 between two operations.
     op: AtomicU32,
-    /// When that began, in milliseconds.
+    /// When the operation began, in milliseconds.
     pub since: AtomicU64,
-    /// The newest version it wrote; never goes back.
+    /// The newest version that it wrote; it never decreases.
     version: AtomicU32,
-    /// It is to be killed.
+    /// Whether the process is to be killed.
     pub doomed: AtomicU32,
-    /// The [`Stand`] that it has come to; 0 while it works.
+    /// The [`Stand`] that it has reached; 0 while it works.
     pub stands: AtomicU32,
     log: [[AtomicU64; 2]; LOG],
     pub entries: [[Entry; PAGES]; SLOTS],
@@ -187,7 +188,7 @@ impl Block {
             .is_ok()
     }
 
-    /// Takes it for a process that the caller is about to fork.
+    /// Take the ledger for a process that the caller is about to fork.
     pub fn allocate(&self) -> bool {
         let free = self.change(0, std::process::id());
         if free {
@@ -196,17 +197,17 @@ impl Block {
         free
     }
 
-    /// The forked process has it from now on, unless its parent was killed and it was given up.
+    /// Take the ledger for the forked process, unless its parent was killed and the ledger was given up.
     pub fn take(&self, parent: u32) -> bool {
         self.change(parent, IN_USE)
     }
 
-    /// `parent` was killed: it may not have got to forking, so nobody may have it.
+    /// Give up the ledger: `parent` was killed, perhaps before it could fork.
     pub fn give_up(&self, parent: u32) {
         self.change(parent, 0);
     }
 
-    /// Makes it that of a process that begins.
+    /// Start the ledger of a new process.
     pub fn start(&self) {
         self.used.store(IN_USE, Ordering::Relaxed);
         self.clear();
@@ -221,7 +222,7 @@ impl Block {
         }
     }
 
-    /// The process is gone.
+    /// Free the ledger of a process that is gone.
     pub fn release(&self) {
         self.pid.store(0, Ordering::Relaxed);
         self.used.store(0, Ordering::Release);
@@ -231,7 +232,7 @@ impl Block {
         self.used.load(Ordering::Acquire) != 0
     }
 
-    /// Says which stand it has come to.
+    /// Record which stand the process has reached.
     pub fn note_stand(&self, stand: Option<Stand>) {
         let code = stand.map_or(0, Stand::code);
         self.stands.store(code, Ordering::Release);
@@ -268,14 +269,14 @@ impl Block {
         self.op.store(0, Ordering::Relaxed);
     }
 
-    /// The operation it is in.
+    /// Return the current operation.
     pub fn current(&self) -> Option<Op> {
         let code = self.op.load(Ordering::Relaxed);
         code.checked_sub(1)
             .and_then(|code| Op::from_code(code as u8))
     }
 
-    /// The last `n` steps, newest first.
+    /// Describe the last `n` steps, newest first.
     pub fn last_steps(&self, n: usize) -> String {
         let newest = self.steps.load(Ordering::Relaxed);
         let told = (0..n.min(LOG) as u32).filter_map(|back| {
@@ -297,14 +298,14 @@ impl Block {
     }
 }
 
-/// What a stand is for.
+/// The purpose of a stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Pages merge.
     Merge,
     /// Some processes have protected pages.
     Protected,
-    /// No process has any more.
+    /// No process has protected pages any more.
     Free,
 }
 
@@ -312,10 +313,10 @@ impl Phase {
     pub const ALL: [Self; 3] = [Self::Merge, Self::Protected, Self::Free];
 }
 
-/// A time at which no process works. The arena has it as one number, which is not 0.
+/// A time in which no process works. The arena stores it as one number other than 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stand {
-    /// Counts them, from 1.
+    /// The number of the stand, from 1.
     pub number: u32,
     pub phase: Phase,
 }
@@ -334,27 +335,27 @@ impl Stand {
     }
 }
 
-/// All that is shared.
+/// All shared state.
 #[repr(C)]
 pub struct Arena {
     pub seed: AtomicU64,
     pub allowed: AtomicU64,
-    /// Workers of this round.
+    /// The number of workers in this round.
     pub workers: AtomicU32,
-    /// Everybody is to come to an end.
+    /// Whether all processes are to end.
     pub stop: AtomicU32,
-    /// All are to stand still, see [`Stand`]; 0: they work.
+    /// The [`Stand`] that all are to reach; 0 while they work.
     pub stand: AtomicU32,
-    /// The [`Stand`] that each control task has come to.
+    /// The [`Stand`] that each control task has reached.
     pub task_stands: [AtomicU32; TASKS_MAX],
     /// Whether the kernel can protect pages from being read.
     pub has_rwp: AtomicU32,
     pub failures: AtomicU32,
     pub verified: AtomicU64,
-    /// Which optional things there are: see [`crate::worker::Env`].
+    /// The size of the disk, if there is one.
     pub disk_pages: AtomicU32,
     counts: [[AtomicU64; ERRNOS]; OPS],
-    /// What control tasks did: time, and operation with errno.
+    /// What control tasks did: the time, and the operation with its errno.
     events: [[AtomicU64; 2]; EVENTS],
     next_event: AtomicU32,
     pub shared_pid: [AtomicU32; WORKERS_MAX],
@@ -364,7 +365,7 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Says which stand a control task has come to.
+    /// Record which stand a control task has reached.
     pub fn note_task_stand(&self, task: usize, stand: Option<Stand>) {
         let code = stand.map_or(0, Stand::code);
         self.task_stands[task].store(code, Ordering::Release);
@@ -374,13 +375,13 @@ impl Arena {
         self.task_stands[task].load(Ordering::Acquire) == stand.code()
     }
 
-    /// Counts `op` as done (0) or refused with an errno.
+    /// Count `op` as done (0) or as refused with an errno.
     pub fn count(&self, op: Op, errno: i32) {
         let errno = usize::try_from(errno).unwrap_or(0).min(ERRNOS - 1);
         self.counts[op as usize][errno].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Remembers what a control task did.
+    /// Record what a control task did.
     pub fn event(&self, op: Op, errno: i32, now: u64) {
         let at = self.next_event.fetch_add(1, Ordering::Relaxed) as usize % EVENTS;
         let what = ((op as u64) << 32) | u64::from(errno as u32);
@@ -388,7 +389,7 @@ impl Arena {
         self.events[at][1].store(what, Ordering::Relaxed);
     }
 
-    /// What control tasks did last, newest first: milliseconds before `now`.
+    /// Describe the last actions of control tasks, newest first, in milliseconds before `now`.
     pub fn last_events(&self, n: u32, now: u64) -> String {
         let next = self.next_event.load(Ordering::Relaxed);
         let told = (0..n.min(next)).filter_map(|back| {
@@ -416,7 +417,7 @@ impl Arena {
         self.counted(op, 0)
     }
 
-    /// How often it was done or refused.
+    /// Return how often the operation was done or refused.
     pub fn tried(&self, op: Op) -> u64 {
         (0..ERRNOS).map(|errno| self.counted(op, errno)).sum()
     }
@@ -428,13 +429,13 @@ impl Arena {
         self.verified.store(0, Ordering::Relaxed);
     }
 
-    /// Has all stand still, or go on.
+    /// Let all processes stand still, or continue.
     pub fn set_stand(&self, stand: Option<Stand>) {
         let code = stand.map_or(0, Stand::code);
         self.stand.store(code, Ordering::Release);
     }
 
-    /// Whether, and how, all are to stand still. At the end of a round none need.
+    /// Return the stand that all are to reach. At the end of a round there is none.
     pub fn stand(&self) -> Option<Stand> {
         Stand::from_code(self.stand.load(Ordering::Acquire)).filter(|_| !self.stopping())
     }
@@ -443,7 +444,7 @@ impl Arena {
         self.stop.load(Ordering::Relaxed) != 0 || self.failed()
     }
 
-    /// Whether an operation is done at all in this round.
+    /// Return whether an operation is allowed in this round.
     pub fn may(&self, op: Op) -> bool {
         Allowed(self.allowed.load(Ordering::Relaxed)).has(op)
     }
@@ -461,7 +462,7 @@ impl Arena {
         self.failures.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A ledger for a child or a victim.
+    /// Allocate a ledger for a child or a victim.
     pub fn allocate(&self) -> Option<u8> {
         let first = self.workers.load(Ordering::Relaxed) as usize;
         (first..BLOCKS)
@@ -469,7 +470,7 @@ impl Arena {
             .map(|i| i as u8)
     }
 
-    /// A process is gone and holds no page of others any more.
+    /// Release the ledger, and the claims on shared pages, of a process that is gone.
     pub fn bury(&self, block: u8) {
         self.shared_pages
             .iter()
@@ -478,7 +479,7 @@ impl Arena {
         self.blocks[block as usize].release();
     }
 
-    /// A process is gone: who it has not forked yet will not come.
+    /// Give up ledgers for processes that `parent`, which is gone, did not fork any more.
     pub fn give_up_children(&self, parent: u32) {
         self.blocks.iter().for_each(|b| b.give_up(parent));
     }

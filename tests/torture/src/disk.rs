@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The disk that is read from directly: the runner gives the guest one.
+//! The disk that tests read with O_DIRECT, which the runner gives the guest.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -31,9 +31,9 @@ fn find() -> Option<PathBuf> {
         })
 }
 
-/// Fills the disk with pages that are known; false if there is none.
+/// Fill the disk with known pages. Return false if there is no disk.
 pub fn prepare(arena: &Arena) -> Result<bool> {
-    // Where the driver is built in, or missing, this fails, and the disk is there or is not.
+    // This fails if the driver is built in or missing. The search for the disk decides.
     let _ = Command::new("modprobe")
         .arg("virtio_blk")
         .stderr(Stdio::null())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! `rksm-torture`: many processes do everything at random to memory that
-//! merges, and verify every byte. See Documentation/testing.md.
+//! `rksm-torture`: many processes perform random operations on memory that merges, and verify every byte. See
+//! Documentation/testing.md.
 
 mod arena;
 mod control;
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// `exec BLOCK NUMBER LIFE CHILD`: what a child becomes.
+/// Run the program of a child after an exec: `exec BLOCK NUMBER LIFE CHILD`.
 fn executed(args: Vec<String>) -> Result<i32> {
     let numbers: Vec<u32> = args.iter().map(|a| a.parse()).collect::<Result<_, _>>()?;
     let [id, number, life, child] = numbers[..] else {
@@ -111,7 +111,7 @@ fn torture() -> Result<i32> {
     run(config, arena)
 }
 
-/// Names of the results that are not about single operations.
+/// The number of results that are not about single operations.
 const RESULTS: usize = 9;
 
 fn run(config: Config, arena: &'static Arena) -> Result<i32> {
@@ -120,7 +120,7 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     for (op, why) in &machine.absent {
         raw::say(&format!("# absent: {}: {why}\n", op.name()));
     }
-    // Twice, so that it is seen what a round leaves behind in caches of all kinds.
+    // Twice, to find out how much memory a round leaves in caches of all kinds.
     let warm = Config {
         seconds: (config.seconds / 10).clamp(4, 15),
         seed: page::mix(config.seed),
@@ -161,7 +161,7 @@ fn run(config: Config, arena: &'static Arena) -> Result<i32> {
     let few = if hurried { 10 } else { 100 };
     ktap.result("pages-merged", &happened(sums.sharing > few, "hardly any"));
     ktap.result("pages-split", &happened(split > few as i64, "hardly any"));
-    // Writing 2 to `run` has a pass begin anew, and goes by the clock.
+    // Writing 2 to `run` restarts the pass, and the writer goes by the clock.
     let enough = sums.passes > 2 || (hurried && sums.scanned > 10_000);
     ktap.result("passes", &happened(enough, "hardly any"));
     for (name, outcome) in findings.results() {

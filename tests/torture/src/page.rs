@@ -1,27 +1,25 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a page holds.
+//! The content of pages.
 //!
-//! A [`Desc`] of 64 bits says it all: every byte of a page is a pure function of
-//! its descriptor. The page begins with the descriptor, taken apart, and ends
-//! with a checksum of itself, so that a page that is found where it should not
-//! be says whose it is.
+//! A [`Desc`] of 64 bits determines every byte of a page. The page begins with the descriptor, field by
+//! field, and ends with a checksum of itself. So a page in the wrong place shows its owner.
 //!
 //! | kind | header | body | equal to |
 //! | --- | --- | --- | --- |
 //! | zero | | | all others |
-//! | class | the class and a small version | the class's | pages of its class and version, whoever owns them |
+//! | class | the class and a small version | the class's | pages of its class and version, of any owner |
 //! | stamped | owner, place, version | the class's | no other page, but 4016 of its bytes are |
 //! | own | owner, place, version | its own | no other page |
 
-/// Bytes, and 64-bit words, of a page.
+/// Bytes, and 64-bit words, per page.
 pub const PAGE: usize = 4096;
 pub const WORDS: usize = PAGE / 8;
-/// Words of the header; the rest but the last word, which is the checksum, is body.
+/// The number of words in the header. The last word is the checksum, and the words between are the body.
 pub const HEADER: usize = 9;
 const MAGIC: u64 = u64::from_le_bytes(*b"tortured");
-/// Bodies that pages of several owners share.
+/// The number of bodies that pages of several owners share.
 pub const CLASSES: usize = 16;
-/// The owner of what is on the disk.
+/// The owner of pages on the disk.
 pub const DISK: u8 = u8::MAX;
 
 /// The words of a page.
@@ -35,11 +33,11 @@ pub enum Kind {
     Own,
 }
 
-/// What a page holds, in 64 bits.
+/// The content of a page, in 64 bits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Desc(pub u64);
 
-/// Who writes a page, and which page it is to him.
+/// The owner of a page, and the page's place in that process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     pub owner: u8,
@@ -60,7 +58,7 @@ impl Desc {
         )
     }
 
-    /// A page that others have as well.
+    /// Content that other pages have as well.
     pub fn class(class: u8, version: u32) -> Self {
         let nobody = Place {
             owner: 0,
@@ -70,17 +68,17 @@ impl Desc {
         Self::pack(1, class % CLASSES as u8, nobody, version)
     }
 
-    /// The body of a class under a header of one's own.
+    /// The body of a class under a header of its own.
     pub fn stamped(class: u8, place: Place, version: u32) -> Self {
         Self::pack(2, class % CLASSES as u8, place, version)
     }
 
-    /// A page that nobody else has.
+    /// Content that no other page has.
     pub fn own(class: u8, place: Place, version: u32) -> Self {
         Self::pack(3, class % CLASSES as u8, place, version)
     }
 
-    /// `None` for what no descriptor looks like.
+    /// `None` if this is no valid descriptor.
     pub fn kind(self) -> Option<Kind> {
         match self.0 & 7 {
             0 if self.0 == 0 => Some(Kind::Zero),
@@ -140,7 +138,7 @@ pub struct Bodies {
     sums: Vec<u64>,
 }
 
-/// Position counts: two words that change places show.
+/// Return a sum in which positions count, so that exchanged words change it.
 fn sum(words: &[u64], first: usize) -> u64 {
     words.iter().enumerate().fold(0u64, |sum, (i, &w)| {
         sum.wrapping_add(w.wrapping_mul((2 * (first + i) + 1) as u64))
@@ -162,7 +160,7 @@ impl Bodies {
         this
     }
 
-    /// Header and checksum of a page, of which the body is there already.
+    /// Write header and checksum of a page whose body is in place.
     fn frame(desc: Desc, page: &mut Words, body: u64) {
         let place = desc.place();
         page[0] = MAGIC;
@@ -177,7 +175,7 @@ impl Bodies {
         page[WORDS - 1] = mix(sum(&page[..HEADER], 0).wrapping_add(body));
     }
 
-    /// Makes the page that `desc` says.
+    /// Write the content of `desc` to `page`.
     pub fn render(&self, desc: Desc, page: &mut Words) {
         let class = desc.class_of() as usize % CLASSES;
         match desc.kind() {
@@ -198,7 +196,7 @@ impl Bodies {
         }
     }
 
-    /// Says what is in a page that is not what it should be.
+    /// Describe the content of a page that differs from the expected one.
     pub fn diagnose(&self, page: &Words, want: Desc) -> String {
         let mut right = [0; WORDS];
         self.render(want, &mut right);

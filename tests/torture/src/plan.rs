@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What is done: a sequence that depends on the seed and on who does it, and
-//! on nothing else.
+//! The sequence of operations, which depends only on the seed and on the process.
 
 use rand::Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -8,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 
 macro_rules! ops {
     ($($op:ident $name:literal $weight:literal $child:literal,)*) => {
-        /// Everything that is counted. Those with a weight are done by workers.
+        /// All counted operations. Workers do those with a weight.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u8)]
         pub enum Op { $($op,)* }
@@ -25,7 +24,7 @@ macro_rules! ops {
                 match self { $(Self::$op => $weight,)* }
             }
 
-            /// Whether a forked child does it too.
+            /// Whether forked children do it as well.
             fn for_children(self) -> bool {
                 match self { $(Self::$op => $child,)* }
             }
@@ -33,7 +32,7 @@ macro_rules! ops {
     };
 }
 
-// Name on the command line, weight, whether children do it too.
+// Name on the command line, weight, whether children do it as well.
 ops! {
     Map "map" 10 true,
     Unmap "munmap" 10 true,
@@ -73,11 +72,11 @@ ops! {
     Munlock "munlock" 5 true,
     MovePages "move-pages" 8 true,
     MigratePages "migrate-pages" 2 true,
-    // How children end.
+    // The ends of children.
     ChildExit "child-exit" 0 true,
     ChildExec "child-exec" 0 true,
     ChildKilled "child-killed" 0 true,
-    // What control tasks do.
+    // The operations of control tasks.
     Kill "kill" 0 false,
     Knob "knob" 0 false,
     BadKnob "knob-bad" 0 false,
@@ -109,14 +108,14 @@ impl Op {
     }
 }
 
-/// Which operations are done at all: one bit each.
+/// The allowed operations, one bit each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allowed(pub u64);
 
 impl Allowed {
     pub const ALL: Self = Self(u64::MAX);
 
-    /// All that `only` names, or all; less what `not` names.
+    /// All that `only` names, or all if it is empty, except those that `not` names.
     pub fn new(only: &str, not: &str) -> Result<Self, String> {
         let bits = |list: &str| -> Result<u64, String> {
             list.split(',')
@@ -137,15 +136,15 @@ impl Allowed {
     }
 }
 
-/// Who does something. Each has a sequence of its own.
+/// The identity of a process, which determines its sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Who {
     pub seed: u64,
-    /// Number of the worker or control task.
+    /// The number of the worker or control task.
     pub number: u32,
     /// How often it was started before.
     pub life: u32,
-    /// Number of the forked child, from 1; 0 for the worker itself.
+    /// The number of the forked child, from 1; 0 for the worker itself.
     pub child: u32,
 }
 
@@ -160,18 +159,18 @@ impl Who {
     }
 }
 
-/// One thing to do, in numbers that the doer applies to what it has.
+/// One operation, in numbers that the process applies to its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     pub op: Op,
-    /// A slot, and another one.
+    /// A slot, and a second one.
     pub slot: u8,
     pub other: u8,
-    /// Where it begins.
+    /// The first page.
     pub at: u16,
-    /// How many pages, from 1.
+    /// The number of pages, from 1.
     pub len: u16,
-    /// Whatever else there is to choose.
+    /// All other choices.
     pub arg: u32,
 }
 
@@ -215,8 +214,7 @@ impl Plan {
         Op::Verify
     }
 
-    /// The next step, allowed or not: leaving an operation out leaves the
-    /// others as they are.
+    /// Return the next step, allowed or not. So excluding an operation leaves the other steps unchanged.
     fn any(&mut self) -> Step {
         let op = self.op();
         let long = self.rng.random_range(0..16) == 0;
@@ -236,7 +234,7 @@ impl Iterator for Plan {
 
     fn next(&mut self) -> Option<Step> {
         let allowed = self.allowed;
-        // Nothing at all may be allowed.
+        // It may be that no operation is allowed.
         (0..100_000)
             .map(|_| self.any())
             .find(|step| allowed.has(step.op))

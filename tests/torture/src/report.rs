@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a run did, as KTAP.
+//! The results of a run, as KTAP.
 
 use crate::arena::{Arena, ERRNOS};
 use crate::plan::{Allowed, Op};
@@ -42,7 +42,7 @@ impl Ktap {
     }
 }
 
-/// The counts of each operation: done, and refused with which errno.
+/// Return the counts of each operation: done, and refused with which errno.
 pub fn table(arena: &Arena) -> String {
     let mut text = format!(
         "# {:16} {:>10} {:>10}  refused with\n",
@@ -86,26 +86,27 @@ fn errno_name(errno: usize) -> String {
     name.to_string()
 }
 
-/// How often something must be expected to happen before it is a failure that it never did.
+/// How often an operation must be expected before its absence is a failure.
 const EXPECTED: f64 = 10.0;
-/// One in so many forked children execs, at least; those that exit or are killed are more.
+/// At least one in this many forked children execs. More of them exit or are killed.
 const EXEC_OF_FORKS: f64 = 8.0;
 
-/// In so many steps of workers everything must have been done; a minute has more, on an idle machine.
+/// After this many steps of workers, each operation must have been done. An idle machine takes more in a
+/// minute.
 const STEPS: u64 = 5_000;
 
-/// The steps of all workers and children.
+/// Return the steps of all workers and children.
 fn steps(arena: &Arena) -> u64 {
     let of_workers = Op::ALL.iter().filter(|op| op.weight() > 0);
     of_workers.map(|&op| arena.tried(op)).sum()
 }
 
-/// Whether the run was too short, or the kernel too slow, for everything to have been done.
+/// Return whether the run was too short, or the kernel too slow, for each operation to be done.
 pub fn hurried(arena: &Arena) -> bool {
     steps(arena) < STEPS
 }
 
-/// How often a worker's operation is to be expected in a run of so many steps; control tasks go by
+/// Return how often a worker's operation is expected in a run with this number of steps. Control tasks go by
 /// the clock.
 fn expected(arena: &Arena, op: Op) -> Option<f64> {
     match op {
@@ -120,7 +121,7 @@ fn expected(arena: &Arena, op: Op) -> Option<f64> {
     }
 }
 
-/// How often it was refused, and with which errno; nothing if it never was.
+/// Return how often an operation was refused, and with which errno; empty if never.
 fn refusals(arena: &Arena, op: Op) -> String {
     let told: Vec<String> = (1..ERRNOS)
         .map(|errno| (errno, arena.counted(op, errno)))
@@ -130,8 +131,8 @@ fn refusals(arena: &Arena, op: Op) -> String {
     told.join(", ")
 }
 
-/// One line for each operation: it was really done. A [`hurried`] run need not have what control tasks do now
-/// and then, nor what is refused more often than not.
+/// Report one line for each operation: it was really done. In a [`hurried`] run, rare operations of control
+/// tasks, and those that are mostly refused, may be absent.
 pub fn operations(ktap: &mut Ktap, arena: &Arena, allowed: Allowed, absent: &[(Op, &str)]) {
     let hurried = hurried(arena);
     for &op in Op::ALL {
@@ -144,8 +145,8 @@ pub fn operations(ktap: &mut Ktap, arena: &Arena, allowed: Allowed, absent: &[(O
         } else if arena.done(op) > 0 {
             ktap.result(&name, &Ok(()));
         } else if let Some(times) = expected(arena, op).filter(|&times| times < EXPECTED) {
-            // A slow kernel does not come that far.
-            ktap.skip(&name, &format!("to be expected {times:.1} times only"));
+            // A slow kernel does not get that far.
+            ktap.skip(&name, &format!("expected {times:.1} times only"));
         } else if hurried && op.weight() == 0 {
             ktap.skip(&name, "never done in so short a run on so slow a kernel");
         } else {

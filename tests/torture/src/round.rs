@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A round: workers and tasks run for a time, and all come to an end.
+//! A round: workers and tasks run for a time, and then all end.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -20,20 +20,20 @@ use crate::still::{self, Findings};
 use crate::watch::{self, Sums, Watch};
 use crate::worker::{self, STATUS_WRONG};
 
-/// What to run.
+/// The parameters of a round.
 #[derive(Clone, Copy)]
 pub struct Config {
     pub seed: u64,
     pub seconds: u64,
     pub workers: u32,
     pub allowed: Allowed,
-    /// How many times slower than a stock kernel: for finding what is stuck.
+    /// How many times slower than a stock kernel this one is, for detecting stuck processes.
     pub slow: u64,
-    /// Whether the round is for caches to be filled only.
+    /// Whether the round only warms up caches.
     pub warm: bool,
 }
 
-/// What came of it, other than the counts in the arena.
+/// The results of a round, besides the counts in the arena.
 pub struct Outcome {
     pub sums: Sums,
     pub split: i64,
@@ -54,27 +54,28 @@ struct Round {
     kill_at: u64,
     group: Option<Group>,
     findings: Findings,
-    /// Whether all are to stand still, and the workers that are started again after that.
+    /// Whether all are to stand still, and the workers to start again after that.
     standing: bool,
     waiting: Vec<(u32, u32)>,
 }
 
-/// How far apart the times are at which all stand still, in seconds; a short round has one. As each takes longer
-/// than that, a long round has no more than [`MAX_STANDS`]. In the debug kernel one takes minutes, so they are farther
-/// apart there, and a round for warming up has none.
+/// The seconds between two stands. A short round has one stand. Each takes longer than this interval, so a
+/// long round has at most [`MAX_STANDS`]. In the debug kernel one takes minutes, so they are rarer there, and
+/// a warm-up round has none.
 const STAND_EVERY: u64 = 10;
 const STAND_EVERY_SLOW: u64 = 30;
 const MAX_STANDS: u64 = 24;
-/// After how many looks it is told who has not come to a stand: a minute at least. The fifth time, they never will.
+/// After how many looks to report processes that have not reached a stand: a minute at least. At the fifth
+/// report, the run fails.
 const STAND_LOOKS: u64 = 12_000;
 
-/// Who all others wait for.
+/// A process that all others wait for.
 enum Missing {
     Owner(usize),
     Task(&'static str, u32),
 }
 
-/// `findings` are those of the rounds before.
+/// Run a round. `findings` are those of the rounds before.
 pub fn run(
     config: Config,
     arena: &'static Arena,
@@ -139,7 +140,7 @@ impl Round {
 
     fn start_worker(&mut self, number: u32, life: u32) -> Result<()> {
         let who = self.who(number, life);
-        // It is in use from now on, not only from when the process gets to it.
+        // The ledger is in use from now on, not only once the process gets to it.
         self.arena.blocks[number as usize].start();
         match sys::fork()? {
             Forked::Child => sys::exit_now(worker::main(self.arena, who, self.config.allowed)),
@@ -176,7 +177,7 @@ impl Round {
         }
     }
 
-    /// Until the time is over and all have ended.
+    /// Supervise until the time is over and all processes have ended.
     fn supervise(&mut self) -> Result<Sums> {
         let mut end = raw::now() + self.config.seconds * 1000;
         let stands = self.stands();
@@ -202,7 +203,7 @@ impl Round {
                 number += 1;
                 self.stand_still(number, &mut watch)?;
                 sums.sample();
-                // Nothing is done in that time.
+                // No process works in that time.
                 let took = raw::now() - now;
                 self.findings.millis += took;
                 end += took;
@@ -211,7 +212,7 @@ impl Round {
             if stopped.is_some() {
                 looks += 1;
             }
-            // At least ten minutes, and longer when this process does not get to it.
+            // At least ten minutes, and longer when this process gets little CPU time.
             if looks > 24_000 * self.config.slow {
                 for pid in self.members.keys() {
                     raw::say(&format!(
@@ -226,7 +227,7 @@ impl Round {
         Ok(sums)
     }
 
-    /// How often all are to stand still.
+    /// Return the number of stands in the round.
     fn stands(&self) -> u64 {
         let Config {
             seconds,
@@ -252,7 +253,7 @@ impl Round {
         Ok(())
     }
 
-    /// Has all processes stand still, and looks at which pages are merged and listed.
+    /// Let all processes stand still, and check which pages are merged and listed.
     fn stand_still(&mut self, number: u32, watch: &mut Watch) -> Result<()> {
         self.standing = true;
         let (arena, slow) = (self.arena, self.config.slow);
@@ -272,7 +273,7 @@ impl Round {
         Ok(())
     }
 
-    /// Waits until all have come to a stand, unless the round fails.
+    /// Wait until all have reached a stand, unless the round fails.
     fn wait_for_all(&mut self, stand: Stand, watch: &mut Watch) -> Result<()> {
         let mut looks = 0;
         while !self.arena.failed() {
@@ -288,10 +289,10 @@ impl Round {
                 }
             }
             if many && looks > 4 * STAND_LOOKS * self.config.slow {
-                bail!("{} do not come to a stand", missing.len());
+                bail!("{} processes do not reach a stand", missing.len());
             }
             self.reap()?;
-            // As often as at other times.
+            // As often as outside a stand.
             if looks % 5 == 0 {
                 self.look_for_stuck(watch)?;
             }
@@ -300,7 +301,7 @@ impl Round {
         Ok(())
     }
 
-    /// Who has come neither to a stand nor to its end.
+    /// Return the processes that have neither reached the stand nor ended.
     fn missing(&self, stand: Stand) -> Vec<Missing> {
         let owners = self.arena.blocks.iter().enumerate().filter(|(_, block)| {
             let pid = block.pid.load(Ordering::Relaxed);
@@ -398,7 +399,7 @@ impl Round {
         Ok(())
     }
 
-    /// A child whose parent is gone.
+    /// Handle the end of a child whose parent is gone.
     fn orphan_ended(&self, pid: u32, ended: Ended) {
         let id = self.arena.block_of(pid);
         let (doomed, last) = id.map_or((false, String::new()), |id| {
@@ -408,7 +409,7 @@ impl Round {
         });
         match ended {
             Ended::Exit(0 | STATUS_WRONG) => {}
-            // Those without a ledger serve a userfaultfd, and die with their parent.
+            // Orphans without a ledger serve a userfaultfd, and die with their parent.
             Ended::Signal(libc::SIGKILL) if doomed || id.is_none() => {}
             _ => self.fault(&format!(
                 "orphan {pid} ended by {ended:?}; its last steps: {last}"
@@ -424,7 +425,7 @@ impl Round {
         raw::say(&format!("# FAULT: {what}\n"));
     }
 
-    /// Whoever is left is killed, and orphans are waited for.
+    /// Kill all remaining processes, and wait for orphans.
     fn end_all(&mut self) {
         self.arena.stop.store(1, Ordering::Relaxed);
         for &pid in self.members.keys() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What there is before a round, and that nothing is left after it.
+//! The state before a round, and the check that nothing is left after it.
 
 use std::fs;
 use std::path::Path;
@@ -23,19 +23,19 @@ use crate::raw::{self, Mem};
 /// Size of the swap space, in MiB.
 const SWAP_MIB: usize = 256;
 
-/// What the guest has.
+/// The abilities of the guest.
 pub struct Machine {
     pub tasks: Vec<&'static Task>,
-    /// The operations that cannot be done, with why.
+    /// The operations that are not possible, with the reason.
     pub absent: Vec<(Op, &'static str)>,
     _swap: Option<Zram>,
 }
 
 impl Machine {
-    /// Finds out what can be done here, and makes ready for it.
+    /// Find out what is possible here, and prepare it.
     pub fn probe(arena: &Arena) -> Result<Self> {
-        // It copies whole huge pages with page tables locked against being freed. At its nice 19, on one CPU
-        // with all these processes, that may take so long that RCU complains.
+        // khugepaged copies whole huge pages while page tables are kept from being freed. At its nice value
+        // of 19, on one CPU with all these processes, that may take so long that RCU complains.
         if let Some(pid) = proc::kernel_thread("khugepaged")? {
             sys::set_nice(pid, 0).context("khugepaged")?;
         }
@@ -76,7 +76,7 @@ impl Machine {
     }
 }
 
-/// Counters that are zero when nothing is registered and nothing merged.
+/// Counters that are zero when no process is registered and no page merged.
 const ZERO: [&str; 6] = [
     "pages_shared",
     "pages_sharing",
@@ -86,8 +86,8 @@ const ZERO: [&str; 6] = [
     "stable_node_dups",
 ];
 
-/// All that took part are gone. Merged pages go with them; what the engine
-/// remembers of them goes at the latest when it is asked to unmerge.
+/// Check the counters after all processes are gone. Merged pages go with them. The engine's metadata of them
+/// goes when it is asked to unmerge, at the latest.
 pub fn counters(slow: u64, forks: u64) -> Result<()> {
     module::ensure_loaded(true)?;
     let dir = Path::new(RKSM);
@@ -96,7 +96,10 @@ pub fn counters(slow: u64, forks: u64) -> Result<()> {
         let all: Vec<(&str, u64)> = all.into_iter().collect::<Result<_>>()?;
         Ok(all.into_iter().filter(|&(_, n)| n != 0).collect())
     };
-    raw::say(&format!("# left when all are gone: {:?}\n", left()?));
+    raw::say(&format!(
+        "# left after the end of all processes: {:?}\n",
+        left()?
+    ));
     engine::write("run", 0)?;
     engine::write("run", 2)?;
     let waited = wait_for("zero", Duration::from_secs(60 * slow), || {
@@ -108,11 +111,11 @@ pub fn counters(slow: u64, forks: u64) -> Result<()> {
     zero_pages(forks)
 }
 
-/// The kernel's own count of pages of zeroes. Its `ksm_fork()` adds what the parent had when its `mm_struct` was
-/// copied, which is before the fork has the mmap_lock: each fork during which another thread, or
-/// the engine, makes or splits such pages leaves the count off by as many for good, with in-tree KSM too; the
-/// engine makes up to 16 under one hold of that lock. It counts from boot on, so `forks` are those of all rounds,
-/// failed ones too; not those that serve a userfaultfd.
+/// Check the kernel's own count of zero pages. `ksm_fork()` adds the parent's count as of the copy of its
+/// `mm_struct`, which precedes the mmap_lock of the fork. If another thread, or the engine, makes or splits
+/// such pages between the two, the count stays off by their number, with in-tree KSM as well. The engine
+/// makes up to 16 under one hold of that lock. The count starts at boot, so `forks` includes those of all
+/// rounds and failed ones, but not those that serve a userfaultfd.
 fn zero_pages(forks: u64) -> Result<()> {
     let text = fs::read_to_string(Path::new(RKSM).join("ksm_zero_pages"))?;
     let off: i64 = text.trim().parse().context("ksm_zero_pages")?;
@@ -127,13 +130,13 @@ fn zero_pages(forks: u64) -> Result<()> {
     Ok(())
 }
 
-/// Unmerges, unloads, and has the kernel let go of what it can.
+/// Unmerge, unload, and let the kernel free what it can.
 pub fn settle(slow: u64) -> Result<()> {
     if module::loaded() {
         engine::reset()?;
         module::unload_soon(Duration::from_secs(60 * slow))?;
     }
-    // What was killed last is freed in the background.
+    // The memory of processes that were killed last is freed in the background.
     for _ in 0..5 {
         fs::write("/proc/sys/vm/drop_caches", "3").context("drop_caches")?;
         std::thread::sleep(Duration::from_millis(200));
@@ -142,7 +145,7 @@ pub fn settle(slow: u64) -> Result<()> {
     Ok(())
 }
 
-/// Memory in KiB while the module is not loaded.
+/// Free memory in KiB while the module is not loaded.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
     free: i64,
@@ -165,12 +168,12 @@ impl Memory {
         Ok(this)
     }
 
-    /// Compares with what two rounds of warming up left. What may be missing
-    /// is 8 MiB, and twice what differed between those two.
+    /// Compare with the memory after two warm-up rounds. At most 8 MiB, and twice the difference between
+    /// those two, may be missing.
     pub fn check(&self, first: Self, second: Self) -> Result<()> {
         let mut slack = 8 << 10;
         if has_quarantine() {
-            // KASAN keeps freed objects, up to so much, before they are used again.
+            // KASAN keeps freed objects, up to a limit, before they are used again.
             slack += proc::meminfo("MemTotal")? / 32;
         }
         let compare = |what, now: i64, first: i64, second: i64| {
@@ -197,7 +200,7 @@ impl Memory {
     }
 }
 
-/// [`Memory::check`] of what there is in the end; some time after, if not at once.
+/// Apply [`Memory::check`] to the memory at the end. Retry for some time.
 pub fn memory_is_back(slow: u64, first: Memory, second: Memory) -> Result<()> {
     for _ in 0..4 {
         if Memory::now()?.check(first, second).is_ok() {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What has to be true while all processes stand still: which merged pages they have, by the kernel's own view of
-//! them, and how many of these the engine has listed.
+//! Checks while all processes stand still: which merged pages they have, by the kernel's own view, and how
+//! many of these the engine has listed.
 //!
-//! After a pass of the scan each mapping of a merged page is listed, for migration, reclaim and memory failure find
-//! it by that alone; and when `run=2` reports success no process has any.
+//! After a pass, each mapping of a merged page is listed, as migration, reclaim and memory failure find it
+//! only by that. And when `run=2` reports success, no process has a merged page.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
@@ -23,27 +23,27 @@ use crate::control::knobs;
 use crate::page::PAGE;
 use crate::raw;
 
-/// Passes in which what is not listed must be listed: one that may be under way, and a whole one.
+/// Passes after which all mappings must be listed: one that may be in progress, and a whole one.
 const PASSES: u64 = 2;
-/// How often to look again before two numbers are said to differ.
+/// How often to look again before two numbers count as different.
 const LOOKS: u32 = 4;
-/// Of how many wrong processes everything is told.
+/// The number of wrong processes to describe in full.
 const TOLD: u64 = 6;
 
-/// What was found over all rounds.
+/// The findings of all rounds.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Findings {
-    /// How often all stood still.
+    /// The number of stands.
     pub stands: u64,
-    /// How long that took.
+    /// The time that they took.
     pub millis: u64,
-    /// Processes and merged pages that were looked at.
+    /// Processes and merged pages that were checked.
     pub processes: u64,
     pub merged: u64,
-    /// Processes with a merged page that is not listed, and with one that is listed and not merged.
+    /// Processes with an unlisted merged page, and processes with a listed page that is not merged.
     pub unlisted: u64,
     pub outdated: u64,
-    /// How often `run=2` was refused because of protected pages, and was wrong.
+    /// How often `run=2` was refused because of protected pages, and how often its result was wrong.
     pub busy: u64,
     pub untrue: u64,
 }
@@ -53,7 +53,7 @@ impl Findings {
         format!("# {self:?}\n")
     }
 
-    /// What the results are about: whether mappings are listed, and whether `run=2` tells the truth.
+    /// Return the results: whether mappings are listed, and whether `run=2` reports the truth.
     pub fn results(&self) -> [(&'static str, Result<(), String>); 2] {
         let listed = match (self.stands, self.unlisted, self.outdated) {
             (0, ..) => Err("never looked".to_string()),
@@ -75,14 +75,14 @@ impl Findings {
     }
 }
 
-/// The merged pages of a process, as the kernel's page tables have them, and as the engine has them listed.
+/// The merged pages of a process: in the kernel's page tables, and in the engine's lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Count {
     merged: u64,
     listed: u64,
 }
 
-/// Counts for all workers and children that are there; by the number of the ledger and the pid.
+/// The counts of all workers and children, by the number of the ledger and the pid.
 type Counts = BTreeMap<(u8, u32), Count>;
 
 fn count_all(arena: &Arena) -> Result<Counts> {
@@ -98,7 +98,7 @@ fn count_all(arena: &Arena) -> Result<Counts> {
     Ok(all)
 }
 
-/// Counts for one process, unless it has ended.
+/// Count for one process, unless it has ended.
 fn count(pid: u32, frames: &mut Frames) -> Result<Option<Count>> {
     if is_gone(pid) {
         return Ok(None);
@@ -106,15 +106,15 @@ fn count(pid: u32, frames: &mut Frames) -> Result<Option<Count>> {
     let merged = merged_areas(pid, frames).map(|areas| areas.iter().map(|area| area.merged).sum());
     let listed = proc::ksm_stat(pid, "ksm_merging_pages");
     let (Ok(merged), Ok(listed)) = (merged, listed) else {
-        // It may have been killed just now.
-        ensure!(is_gone(pid), "pid {pid} cannot be looked at");
+        // It may have been killed at this moment.
+        ensure!(is_gone(pid), "pid {pid} cannot be read");
         return Ok(None);
     };
     let listed = u64::try_from(listed).context("ksm_merging_pages")?;
     Ok(Some(Count { merged, listed }))
 }
 
-/// Whether a process has ended. It may still have to be reaped.
+/// Return whether a process has ended. It need not have been reaped.
 pub fn is_gone(pid: u32) -> bool {
     proc::stat(pid).map_or(true, |stat| matches!(stat.state, 'Z' | 'X'))
 }
@@ -129,10 +129,10 @@ const PM_PRESENT: u64 = 1 << 63;
 const PM_FILE: u64 = 1 << 61;
 const PM_PFN: u64 = (1 << 55) - 1;
 const KPF_KSM: u64 = 1 << 21;
-/// Entries of pagemap that are read at once.
+/// How many entries of pagemap to read at once.
 const CHUNK: usize = 2048;
 
-/// The kernel's flags of page frames. They are asked for once, as the same frames turn up again and again.
+/// The kernel's flags of page frames. Each is read once, as the same frames appear again and again.
 struct Frames {
     flags: File,
     known: HashMap<u64, bool>,
@@ -170,7 +170,7 @@ fn merged_areas(pid: u32, frames: &mut Frames) -> Result<Vec<Area>> {
         };
         let hex = |text| usize::from_str_radix(text, 16).context("maps");
         let (from, to) = (hex(from)? / PAGE, hex(to)? / PAGE);
-        // Kernel addresses, and what cannot hold anonymous pages.
+        // Skip kernel addresses, and mappings that cannot hold anonymous pages.
         if !mode.ends_with('p') || from >> 35 != 0 {
             continue;
         }
@@ -206,7 +206,7 @@ fn write(knob: &str, value: &str) -> io::Result<()> {
     write_to(Path::new(RKSM), knob, value.as_bytes())
 }
 
-/// Lets some passes go by and stops the scan.
+/// Wait for some passes, then stop the scan.
 fn let_pass(slow: u64) -> Result<()> {
     let scans = || read_from(Path::new(RKSM), "full_scans");
     knobs::calm();
@@ -219,7 +219,7 @@ fn let_pass(slow: u64) -> Result<()> {
     Ok(())
 }
 
-/// All processes, and those of which both numbers differ, and still do when looked at again.
+/// Return all processes, and those whose two numbers still differ after several looks.
 fn that_differ(arena: &Arena) -> Result<(Counts, Counts)> {
     let mut all = count_all(arena)?;
     let mut looks = 0;
@@ -229,7 +229,7 @@ fn that_differ(arena: &Arena) -> Result<(Counts, Counts)> {
         if differ.is_empty() || looks == LOOKS {
             return Ok((all, differ));
         }
-        // What was done last may not be finished.
+        // The last action may not be finished.
         std::thread::sleep(Duration::from_millis(20));
         let mut frames = Frames::open()?;
         for &who in differ.keys() {
@@ -242,7 +242,7 @@ fn that_differ(arena: &Arena) -> Result<(Counts, Counts)> {
     }
 }
 
-/// All that can be said about a process.
+/// Describe all that is known about a process.
 fn describe(arena: &Arena, id: u8, pid: u32, count: Count) -> String {
     let block = &arena.blocks[id as usize];
     let mut text = format!(
@@ -257,13 +257,13 @@ fn describe(arena: &Arena, id: u8, pid: u32, count: Count) -> String {
     for area in areas.unwrap_or_default() {
         let mut lines = smaps.lines().skip_while(|l| !l.starts_with(&area.range));
         let flags = lines.find(|l| l.starts_with("VmFlags:")).unwrap_or("");
-        // There is always room.
+        // Writing to a string never fails.
         let _ = writeln!(text, "#   {} in {} {flags}", area.merged, area.range);
     }
     text
 }
 
-/// Looks at what has to be so in a phase.
+/// Check what must be true in a phase.
 pub fn look(arena: &Arena, phase: Phase, slow: u64, findings: &mut Findings) -> Result<()> {
     match phase {
         Phase::Merge => {
@@ -279,12 +279,12 @@ pub fn look(arena: &Arena, phase: Phase, slow: u64, findings: &mut Findings) -> 
     }
 }
 
-/// Each mapping of a merged page is listed after a pass, and nothing else is.
+/// Check that after a pass each mapping of a merged page is listed, and nothing else is.
 fn check_listed(arena: &Arena, slow: u64, findings: &mut Findings) -> Result<()> {
     let_pass(slow)?;
     let (all, mut differ) = that_differ(arena)?;
     if !differ.is_empty() {
-        // The kernel works on its own, too: pages may have been swapped or moved in the very pass.
+        // The kernel works on its own, too: it may have swapped or moved pages during the pass.
         let_pass(slow)?;
         let (_, again) = that_differ(arena)?;
         differ.retain(|who, _| again.contains_key(who));
@@ -305,8 +305,8 @@ fn check_listed(arena: &Arena, slow: u64, findings: &mut Findings) -> Result<()>
     Ok(())
 }
 
-/// Some processes have protected pages: `run=2` unmerges all, or says that it could not, and what is left stays
-/// listed.
+/// With protected pages, `run=2` either unmerges all or reports that it could not, and the remaining pages
+/// stay listed.
 fn with_protected(arena: &Arena, findings: &mut Findings) -> Result<()> {
     match write("run", "2") {
         Ok(()) => check_unmerged(arena, findings, "pages were protected")?,
@@ -329,9 +329,9 @@ fn with_protected(arena: &Arena, findings: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-/// No process has protected pages any more: `run=2` unmerges all.
+/// Without protected pages, `run=2` unmerges all.
 fn without_protected(arena: &Arena, findings: &mut Findings) -> Result<()> {
-    // Writing what it has already does nothing.
+    // Writing the present value does nothing.
     write("run", "0").context("run=0")?;
     match write("run", "2") {
         Ok(()) => check_unmerged(arena, findings, "none was protected")?,

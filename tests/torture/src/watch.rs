@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Finds processes that do not go on, and counts what the engine does.
+//! Find stuck processes, and count what the engine does.
 
 use std::fs;
 use std::path::Path;
@@ -11,11 +11,11 @@ use crate::arena::Arena;
 use crate::plan::Op;
 use crate::raw;
 
-/// How many looks at it one step may take on a kernel that is not slow: five minutes at least. Looks
-/// are counted and not seconds, as they get rarer when the machine is busy with other things.
+/// After how many looks a step counts as stuck on a kernel that is not slow: five minutes at least. Looks
+/// count rather than seconds, as they become rarer on a busy machine.
 const LOOKS: u32 = 12_000;
 
-/// Finds those that stay in one step for too long.
+/// Finds processes that stay in one step for too long.
 pub struct Watch(Vec<(u64, u32)>);
 
 impl Watch {
@@ -23,13 +23,13 @@ impl Watch {
         Self(vec![(0, 0); arena.blocks.len()])
     }
 
-    /// Has a look; those that are stuck, with where they are.
+    /// Look once. Return the stuck processes, with their kernel stacks.
     pub fn look(&mut self, arena: &Arena, slow: u64) -> Vec<String> {
         let mut stuck = Vec::new();
         for (i, (block, (last, looks))) in arena.blocks.iter().zip(&mut self.0).enumerate() {
             let since = block.since.load(Ordering::Relaxed);
             let pid = block.pid.load(Ordering::Relaxed);
-            // Not begun yet, or waiting for its parent.
+            // It has not begun yet, or waits for its parent.
             let Some(op) = block.current().filter(|_| block.in_use() && pid != 0) else {
                 *looks = 0;
                 continue;
@@ -52,7 +52,7 @@ impl Watch {
     }
 }
 
-/// Where in the kernel a task is.
+/// Return where in the kernel a task is.
 pub fn whereabouts(pid: u32) -> String {
     let mut text = String::new();
     for file in ["comm", "wchan", "syscall", "stack"] {
@@ -65,7 +65,7 @@ pub fn whereabouts(pid: u32) -> String {
     text
 }
 
-/// Sums of what the engine's counters, which start anew with the module, went up by.
+/// The total increments of the engine's counters, which start again with the module.
 #[derive(Default)]
 pub struct Sums {
     last: [u64; 4],
@@ -92,10 +92,10 @@ impl Sums {
             &mut self.scanned,
         ];
         for ((sum, now), last) in sums.into_iter().zip(now).zip(self.last) {
-            // Less than before: so many are given up, or it was set back.
+            // The counter may have decreased, or have been reset.
             *sum += now.saturating_sub(last);
         }
-        // These two only count up, so what there is after they were set back is all new.
+        // These two only increase, so after a reset all of the present value is new.
         for (sum, at) in [(&mut self.passes, 2), (&mut self.scanned, 3)] {
             if now[at] < self.last[at] {
                 *sum += now[at];

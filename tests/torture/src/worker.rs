@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A process that does what its plan says to memory of which its ledger knows
-//! every byte.
+//! A process that follows its plan, on memory whose ledger knows every byte.
 
 use std::fs::File;
 use std::io;
@@ -22,9 +21,9 @@ use crate::page::{Bodies, Desc, Kind, Place, Words, PAGE, WORDS};
 use crate::plan::{Allowed, Op, Plan, Step, Who};
 use crate::raw::{self, Mem};
 
-/// Status of a process that found something wrong, and said so.
+/// The exit status of a process that found and reported an error.
 pub const STATUS_WRONG: i32 = 3;
-/// Steps between two looks at everything.
+/// How many steps lie between two checks of all pages.
 const LOOK_EVERY: u32 = 64;
 
 /// Why an operation ends early.
@@ -32,7 +31,7 @@ const LOOK_EVERY: u32 = 64;
 pub enum Stop {
     /// The kernel refused; the ledger is right all the same.
     Refused(i32),
-    /// A page is not what it must be, or something else that may not happen.
+    /// A page has wrong content, or another error occurred.
     Fault(String),
 }
 
@@ -56,25 +55,25 @@ impl From<anyhow::Error> for Stop {
 
 pub type Act = Result<(), Stop>;
 
-/// How long a process goes on.
+/// How long a process works.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Until {
-    /// Until everybody stops.
+    /// Until the round stops.
     Stopped,
-    /// For so many steps.
+    /// For this number of steps.
     Steps(u32),
 }
 
 pub struct Worker {
     pub arena: &'static Arena,
     pub block: &'static Block,
-    /// Number of its block: the owner in its pages.
+    /// The number of its block: the owner in its pages.
     pub id: u8,
     pub who: Who,
     pub slots: [Option<Mem>; SLOTS],
     pub shared_pages: Option<Mem>,
     pub children: Vec<Child>,
-    /// Children forked so far.
+    /// The number of children forked so far.
     pub forks: u32,
     pub disk: Option<File>,
     /// NUMA nodes with memory.
@@ -83,11 +82,11 @@ pub struct Worker {
     pub leaving: bool,
 }
 
-/// The disk that can be read from directly, if the controller found one.
+/// The disk to read with O_DIRECT, if the controller found one.
 pub const DISK_ENV: &str = "RKSM_TORTURE_DISK";
 
 impl Worker {
-    /// A process that begins with untouched memory and the ledger `id`.
+    /// Set up a process that begins with untouched memory and the ledger `id`.
     pub fn new(arena: &'static Arena, id: u8, who: Who) -> Result<Self> {
         let block = &arena.blocks[id as usize];
         block.start();
@@ -128,14 +127,14 @@ impl Worker {
         Ok(this)
     }
 
-    /// Publishes pages that others may write to.
+    /// Map the shared pages, which other processes may write to.
     pub fn open_shared_pages(&mut self) -> Act {
         let mem = Mem::new(SHARED_PAGES)?;
         mem.advise(0, SHARED_PAGES, libc::MADV_MERGEABLE)?;
         let number = self.id as usize;
         for page in &self.arena.shared_pages[number] {
-            // Somebody may be about to find that the one before us is gone; or was killed while at it, and is reaped
-            // by a parent that stands still meanwhile.
+            // A writer may be about to find that the process before this one is gone. Or it was killed while
+            // it had the claim, and its parent, which stands still, has not reaped it.
             while !page.claim(self.id) {
                 self.stand_still()?;
                 std::thread::sleep(Duration::from_millis(1));
@@ -149,7 +148,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Works until the plan, the round or its own end; the exit status.
+    /// Work until the plan, the round or the process ends. Return the exit status.
     pub fn run(&mut self, mut plan: Plan, until: Until) -> i32 {
         let ended = self.work(&mut plan, until).and_then(|()| self.finish());
         match ended {
@@ -192,7 +191,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Stands still as long as all do, with some pages protected if it is the time for that.
+    /// Stand still as long as all do, with some pages protected in the phase for that.
     pub fn stand_still(&mut self) -> Act {
         let (mut last, mut held) = (None, None);
         while let Some(stand) = self.arena.stand() {
@@ -209,20 +208,20 @@ impl Worker {
         if last.is_none() {
             return Ok(());
         }
-        // What is protected must not be looked at.
+        // Protected pages must not be touched.
         drop(held);
         self.block.note_stand(None);
         self.verify_all()
     }
 
-    /// Waits for the children and looks at everything once more.
+    /// Wait for the children and check all pages once more.
     fn finish(&mut self) -> Act {
         self.verify_all()?;
         ops::process::wait_for_all(self)?;
         self.verify_all()
     }
 
-    /// Says that something is wrong, which ends the run.
+    /// Report an error, which ends the run.
     pub fn complain(&self, what: &str) -> i32 {
         self.arena.fail();
         let w = self.who;
@@ -248,17 +247,17 @@ impl Worker {
         &self.block.entries[slot][page]
     }
 
-    /// The pages of `slot`; none if it is empty.
+    /// The number of pages in `slot`; 0 if it is empty.
     pub fn pages(&self, slot: usize) -> usize {
         self.slots[slot].as_ref().map_or(0, Mem::pages)
     }
 
-    /// Applies a step to what there is: slot, first page, number of pages.
+    /// Apply a step to the present mappings. Return slot, first page, and number of pages.
     pub fn range(&self, step: &Step) -> Result<(usize, usize, usize), Stop> {
         self.range_of(usize::from(step.slot) % SLOTS, step.at, step.len)
     }
 
-    /// The same for any slot. There is nothing to do in an empty one.
+    /// Do the same for any slot. An empty slot has no range.
     pub fn range_of(&self, slot: usize, at: u16, len: u16) -> Result<(usize, usize, usize), Stop> {
         let pages = self.pages(slot);
         if pages == 0 {
@@ -272,7 +271,7 @@ impl Worker {
         self.slots[slot].as_mut().ok_or(Stop::Refused(libc::ENOENT))
     }
 
-    /// The pages read as zeroes from now on.
+    /// Record that the pages read as zeroes from now on.
     pub fn set_zero(&self, slot: usize, i: usize, n: usize, op: Op) {
         let step = self.block.steps.load(Ordering::Relaxed);
         for k in i..i + n {
@@ -281,7 +280,7 @@ impl Worker {
         }
     }
 
-    /// The pages may read as zeroes from now on.
+    /// Record that the pages may read as zeroes from now on.
     pub fn set_maybe_zero(&self, slot: usize, i: usize, n: usize, op: Op) {
         let step = self.block.steps.load(Ordering::Relaxed);
         for k in i..i + n {
@@ -291,7 +290,7 @@ impl Worker {
         }
     }
 
-    /// Writes a whole page.
+    /// Write a whole page.
     pub fn put(&mut self, slot: usize, i: usize, desc: Desc, op: Op) -> Act {
         let mut page = [0; WORDS];
         self.bodies.render(desc, &mut page);
@@ -302,7 +301,7 @@ impl Worker {
         Ok(())
     }
 
-    /// A descriptor for page `i` that nothing else has ever had.
+    /// Return the ingredients of a descriptor for page `i` that no page has had before.
     pub fn place(&self, slot: usize, i: usize) -> (Place, u32) {
         let place = Place {
             owner: self.id,
@@ -329,7 +328,7 @@ impl Worker {
                 continue;
             }
             if entry.may_be_zero() && given_up(mem, k, &have, &want) {
-                // Once it is gone it stays so.
+                // Once its content is gone, it stays gone.
                 entry.set(Desc::ZERO, 0);
                 continue;
             }
@@ -375,7 +374,7 @@ impl Worker {
         self.verify_shared_pages()
     }
 
-    /// Looks at the pages that others write to, those at least that nobody is at.
+    /// Check the shared pages, except those that a writer has claimed.
     fn verify_shared_pages(&self) -> Act {
         let Some(mem) = &self.shared_pages else {
             return Ok(());
@@ -405,7 +404,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Whether page `i` holds the body of a class, and which.
+    /// Return the class of the body in page `i`, if it is one.
     pub fn class_at(&self, slot: usize, i: usize) -> Option<u8> {
         let entry = self.entry(slot, i);
         let desc = entry.desc();
@@ -415,8 +414,8 @@ impl Worker {
     }
 }
 
-/// Whether page `k`, read as `have`, is one that was given up and taken. It may have been taken while
-/// it was read: then it began as `want`, the rest is zeroes, and so is all of it when read again.
+/// Return whether page `k`, read as `have`, was given up and taken. It may have been taken during the read:
+/// then it begins like `want`, continues with zeroes, and is all zeroes when read again.
 fn given_up(mem: &Mem, k: usize, have: &Words, want: &Words) -> bool {
     let mut again = [0; WORDS];
     have.iter().zip(want).all(|(&h, &w)| h == 0 || h == w) && {
@@ -425,7 +424,7 @@ fn given_up(mem: &Mem, k: usize, have: &Words, want: &Words) -> bool {
     }
 }
 
-/// What the kernel says about a page.
+/// Describe what the kernel says about a page.
 fn evidence(span: Span) -> String {
     let word = |file: &str, at: u64| -> io::Result<u64> {
         let mut raw = [0; 8];
@@ -444,7 +443,7 @@ fn evidence(span: Span) -> String {
     )
 }
 
-/// The flags of the mapping that holds `addr`.
+/// Return the flags of the mapping that contains `addr`.
 fn vma(addr: usize) -> String {
     let text = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
     let mut here = false;
@@ -466,11 +465,11 @@ fn vma(addr: usize) -> String {
     String::new()
 }
 
-/// What a forked worker becomes; returns the exit status.
+/// Run a forked worker. Return its exit status.
 pub fn main(arena: &'static Arena, who: Who, allowed: Allowed) -> i32 {
     let begin = || -> Result<Worker> {
         sys::die_with_parent()?;
-        // The scanning thread has nice 5, and is to get somewhere.
+        // The scanning thread has nice 5, and must get enough CPU time.
         raw::be_nice(10)?;
         let mut worker = Worker::new(arena, who.number as u8, who)?;
         anyhow::ensure!((who.number as usize) < WORKERS_MAX, "too many workers");

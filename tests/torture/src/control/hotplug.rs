@@ -17,10 +17,10 @@ use super::Control;
 use crate::plan::Op;
 use crate::raw;
 
-/// After this, memory that does not get empty is left online.
+/// How long to try before memory that does not become empty is left online.
 const OFFLINE_LIMIT: Duration = Duration::from_secs(15);
 
-/// The switches of the CPUs that can be taken away.
+/// Return the switches of the CPUs that can be taken offline.
 fn cpus() -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir("/sys/devices/system/cpu") else {
         return Vec::new();
@@ -65,7 +65,7 @@ pub fn memory(control: &mut Control) -> Result<()> {
     raw::interrupt_by(libc::SIGALRM)?;
     let set = |block: usize, state: &str, limit| -> io::Result<()> {
         sys::alarm(limit);
-        // `fs::write()` goes on after a signal.
+        // `fs::write()` would retry after a signal.
         let result = write_to(&blocks[block].dir, "state", state.as_bytes());
         sys::alarm(Duration::ZERO);
         result
@@ -84,14 +84,14 @@ pub fn memory(control: &mut Control) -> Result<()> {
         }
         control.pause(300..2500);
     }
-    // All others are about to end: what is in there goes with them.
+    // All other processes are about to end, and the content of this memory with them.
     for block in (0..blocks.len()).filter(|&b| online[b]) {
         let limit = scaled(OFFLINE_LIMIT);
         let end = raw::now() + 10 * limit.as_millis() as u64;
         while let Err(e) = set(block, "offline", limit) {
             anyhow::ensure!(
                 raw::now() < end,
-                "memory does not go offline at the end: {e}"
+                "memory could not be taken offline at the end: {e}"
             );
             std::thread::sleep(Duration::from_millis(50));
         }

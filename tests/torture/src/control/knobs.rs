@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The module's files, `run`, and unloading and loading.
+//! Tasks that write the module's files and `run`, and that unload and load the module.
 
 use std::fs;
 use std::io;
@@ -32,10 +32,10 @@ const BAD: &[&str] = &[
     "[none]",
 ];
 
-/// Values that a file takes.
+/// Return values that a file accepts.
 fn good(knob: &str) -> &'static [&'static str] {
     match knob {
-        // On, as it is by default.
+        // Only on, which is the default.
         "smart_scan" => &["1", "y", "1\n"],
         "use_zero_pages" => SWITCH,
         "merge_across_nodes" | "merge_eagerly" => &["0", "1"],
@@ -49,7 +49,7 @@ fn good(knob: &str) -> &'static [&'static str] {
     }
 }
 
-/// What brings merging about soon.
+/// Settings with which pages merge soon.
 const CALM: &[(&str, &str)] = &[
     ("advisor_mode", "none"),
     ("pages_to_scan", "3000"),
@@ -63,12 +63,12 @@ fn write(knob: &str, value: &str) -> io::Result<()> {
 
 pub fn calm() {
     for (knob, value) in CALM {
-        // The module may be unloaded just now.
+        // The module may be unloaded at the moment.
         let _ = write(knob, value);
     }
 }
 
-/// All files; those that can be written. None while the module is unloaded.
+/// Return all files, and the writable ones. There are none while the module is unloaded.
 fn files() -> (Vec<String>, Vec<String>) {
     let (mut all, mut writable) = (Vec::new(), Vec::new());
     let Ok(entries) = fs::read_dir(RKSM) else {
@@ -84,13 +84,13 @@ fn files() -> (Vec<String>, Vec<String>) {
         }
         all.push(name);
     }
-    // The order of a directory is not the seed's.
+    // The order within a directory must not affect the sequence.
     all.sort();
     writable.sort();
     (all, writable)
 }
 
-/// Writes anything to any file but `run`, and reads all of them.
+/// Write random values to all files except `run`, and read all files.
 pub fn flip(control: &mut Control) -> Result<()> {
     while !control.stopping() {
         let bad = control.rng.random_range(0..3) == 0;
@@ -120,7 +120,7 @@ pub fn flip(control: &mut Control) -> Result<()> {
     Ok(())
 }
 
-/// Switches `run`.
+/// Write to `run`.
 pub fn run(control: &mut Control) -> Result<()> {
     while !control.stopping() {
         let op = *[Op::Run0, Op::Run1, Op::Run1, Op::Run2]
@@ -137,10 +137,10 @@ pub fn run(control: &mut Control) -> Result<()> {
     Ok(())
 }
 
-/// Unloads the module and loads it again.
+/// Unload the module and load it again.
 pub fn reload(control: &mut Control) -> Result<()> {
     while !control.stopping() {
-        // Loading takes a while on an emulated CPU, in which nothing merges.
+        // Loading takes a while on an emulated CPU, and nothing merges meanwhile.
         control.pause(3000..12_000);
         for _ in 0..10 {
             let unloaded = control.attempt(Op::Unload, || {
@@ -156,7 +156,7 @@ pub fn reload(control: &mut Control) -> Result<()> {
             continue;
         }
         control.pause_briefly(0..200);
-        // Nothing else loads or unloads it: there is no reason to refuse.
+        // Nothing else loads or unloads the module, so loading must succeed.
         if let Err(e) = module::load_file(&module::path()) {
             bail!("cannot load the module again: {e}");
         }

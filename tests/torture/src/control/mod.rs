@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What goes on beside the workers: each task is a process of its own, with a
-//! sequence of its own.
+//! Control tasks, which run beside the workers. Each task is a process of its own, with a sequence of its
+//! own.
 
 pub mod hotplug;
 pub mod knobs;
@@ -17,10 +17,10 @@ use crate::arena::Arena;
 use crate::plan::{Allowed, Op, Who};
 use crate::raw;
 
-/// The numbers of tasks follow those of the workers.
+/// The number of the first task, above those of the workers.
 pub const FIRST: u32 = 1000;
 
-/// What a task works with.
+/// The context of a task.
 pub struct Control {
     pub arena: &'static Arena,
     pub rng: ChaCha8Rng,
@@ -42,7 +42,7 @@ impl Control {
         self.arena.stopping()
     }
 
-    /// Sleeps for some milliseconds of `range`, but not beyond the end, and stands still when all do.
+    /// Sleep for a random number of milliseconds in `range`, but not beyond the end. Stand still when all do.
     pub fn pause(&mut self, range: std::ops::Range<u64>) {
         let end = raw::now() + self.rng.random_range(range);
         self.stand_still();
@@ -52,12 +52,12 @@ impl Control {
         }
     }
 
-    /// Sleeps in the middle of something.
+    /// Sleep in the middle of an action.
     pub fn pause_briefly(&mut self, range: std::ops::Range<u64>) {
         std::thread::sleep(Duration::from_millis(self.rng.random_range(range)));
     }
 
-    /// Returns when all go on.
+    /// Stand still as long as all do.
     pub fn stand_still(&self) {
         let task = (self.who.number - FIRST) as usize;
         while let Some(stand) = self.arena.stand() {
@@ -67,7 +67,7 @@ impl Control {
         self.arena.note_task_stand(task, None);
     }
 
-    /// Does `work` if it is allowed, and counts how it went. `None` if it is not.
+    /// Do `work` if it is allowed, and count its result. `None` if it is not allowed.
     pub fn attempt(&mut self, op: Op, work: impl FnOnce() -> io::Result<()>) -> Option<bool> {
         if !self.allowed.has(op) {
             return None;
@@ -85,13 +85,13 @@ impl Control {
     }
 }
 
-/// A task: its name, what it does to the counts, and the work, which goes on
-/// until the round stops. That it fails ends the run.
+/// A task: its name, the operations that it counts, and its work, which continues until the round stops. The
+/// run fails if the work fails.
 pub struct Task {
     pub name: &'static str,
     pub ops: &'static [Op],
     pub work: fn(&mut Control) -> Result<()>,
-    /// Why it cannot be done here.
+    /// The reason why it is not possible on this machine.
     pub absent: fn() -> Option<&'static str>,
 }
 
@@ -99,7 +99,7 @@ pub fn always() -> Option<&'static str> {
     None
 }
 
-/// The controller has switched it on, where there is one.
+/// Return why there is no swap. The controller has switched it on if there is any.
 fn no_swap() -> Option<&'static str> {
     let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
     (!swaps.contains("zram")).then_some("no zram to swap to")

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What takes pages away: reclaim, compaction, swapping, and groups that run
-//! out of memory.
+//! Tasks that take pages away: reclaim, compaction, swapping, and groups that run out of memory.
 
 use std::fs;
 use std::sync::atomic::Ordering;
@@ -19,21 +18,21 @@ use crate::plan::{Allowed, Op, Plan, Who};
 use crate::raw::{self, Mem};
 use crate::worker::{Stop, Until, Worker, STATUS_WRONG};
 
-/// The group of the workers, and that of those that are to run out of memory;
-/// the kernel's report about the latter is expected by rksm-tools log-check.
+/// The group of the workers, and that of the victims, which run out of memory. rksm-tools log-check expects
+/// the kernel's report about the latter.
 pub const WORKERS: &str = "torture";
 const VICTIMS: &str = "oom";
-/// What a victim's group may have: less than a victim takes.
+/// The memory limit of a victim's group: less than a victim takes.
 const VICTIM_LIMIT: usize = 10 << 20;
 
-/// Why there are no groups.
+/// Return why there are no groups.
 pub fn no_groups() -> Option<&'static str> {
     let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
     let there = controllers.is_ok_and(|c| c.split_whitespace().any(|c| c == "memory"));
     (!there).then_some("the kernel has no memory controller")
 }
 
-/// Reclaims memory of the workers.
+/// Reclaim memory of the workers.
 pub fn reclaim(control: &mut Control) -> Result<()> {
     while !control.stopping() {
         control.pause(100..1200);
@@ -73,7 +72,7 @@ pub fn drop_caches(control: &mut Control) -> Result<()> {
     Ok(())
 }
 
-/// Reads all swapped pages back, and swaps again.
+/// Read all swapped pages back, then swap again.
 pub fn swap(control: &mut Control) -> Result<()> {
     while !control.stopping() {
         control.pause(1000..5000);
@@ -82,21 +81,20 @@ pub fn swap(control: &mut Control) -> Result<()> {
         }
         control.pause(0..500);
         if control.attempt(Op::SwapOn, swap::swap_on) != Some(true) {
-            // Left out by the user, or refused: the disk is needed all the same.
+            // The user excluded it, or the kernel refused. The swap space is needed all the same.
             swap::swap_on()?;
         }
     }
     Ok(())
 }
 
-/// Has processes run out of memory, one after the other, that share pages
-/// with workers.
+/// Let processes that share pages with workers run out of memory, one after the other.
 pub fn oom(control: &mut Control) -> Result<()> {
     let Some(group) = Group::new(VICTIMS)? else {
         bail!("no memory controller");
     };
     group.set("memory.max", &VICTIM_LIMIT.to_string())?;
-    // There may be no accounting of swap.
+    // The kernel may not account for swap.
     let _ = group.set("memory.swap.max", "0");
     let mut life = 0;
     while !control.stopping() {
@@ -127,7 +125,7 @@ pub fn oom(control: &mut Control) -> Result<()> {
         control.arena.bury(id);
         match ended {
             Ended::Signal(libc::SIGKILL) => control.arena.count(Op::Oom, 0),
-            // The round was over before it had all its memory.
+            // The round ended before it had all its memory.
             Ended::Exit(0) => control.arena.count(Op::Oom, libc::EAGAIN),
             Ended::Exit(STATUS_WRONG) => {}
             how => bail!("a process that was to run out of memory ended by {how:?}"),
@@ -136,7 +134,7 @@ pub fn oom(control: &mut Control) -> Result<()> {
     group.remove()
 }
 
-/// Plays for a while, then takes more memory than there is.
+/// Work for a while, then take more memory than the group may have.
 fn victim(control: &Control, group: &Group, id: u8, who: Who) -> i32 {
     let begin = || -> Result<Worker> {
         sys::die_with_parent()?;
@@ -164,7 +162,7 @@ fn victim(control: &Control, group: &Group, id: u8, who: Who) -> i32 {
     }
 }
 
-/// A victim keeps to what takes no memory but its own.
+/// Return the operations of a victim: those that only take memory of its own.
 fn victims_do(allowed: Allowed) -> Allowed {
     let mine = [
         Op::Write,
@@ -190,7 +188,7 @@ fn devour(worker: &mut Worker) -> Result<(), Stop> {
             worker.set_zero(slot, 0, PAGES, Op::Oom);
             worker.block.since.store(raw::now(), Ordering::Relaxed);
             for k in 0..PAGES {
-                // Half of them are equal to pages of others.
+                // Half of them are equal to pages of other processes.
                 let (place, version) = worker.place(slot, k);
                 let desc = if k % 2 == 0 {
                     Desc::class(k as u8, 0)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Others that read and write the pages: disks, pipes, other processes.
+//! Other readers and writers of the pages: disks, pipes, other processes.
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
@@ -12,10 +12,10 @@ use crate::plan::{Op, Step};
 use crate::raw;
 use crate::worker::{Act, Stop, Worker};
 
-/// Pages that fit in a pipe.
+/// The number of pages that fit in a pipe.
 const PIPE: usize = 16;
 
-/// What page `at` of the disk holds: every other one is equal to pages of processes.
+/// Return the content of page `at` of the disk. Every other one is equal to pages of processes.
 pub fn on_disk(at: usize) -> Desc {
     if at % 2 == 0 {
         return Desc::class((at / 2 % CLASSES) as u8, 0);
@@ -28,7 +28,7 @@ pub fn on_disk(at: usize) -> Desc {
     Desc::own((at % CLASSES) as u8, place, at as u32)
 }
 
-/// Reads from the disk straight into pages.
+/// Read from the disk into pages, with O_DIRECT.
 pub fn direct(worker: &mut Worker, step: &Step) -> Act {
     let (slot, i, n) = worker.range(step)?;
     let pages = worker.arena.disk_pages.load(Ordering::Relaxed) as usize;
@@ -44,7 +44,7 @@ pub fn direct(worker: &mut Worker, step: &Step) -> Act {
         worker.entry(slot, i + k).set(on_disk(at + k), 0);
         worker.entry(slot, i + k).note(step.op, number);
     }
-    // What was not read may have been overwritten in part: write it anew.
+    // The rest may have been overwritten in part, so write it again.
     for k in i + whole..i + n {
         worker.put(slot, k, Desc::ZERO, step.op)?;
     }
@@ -52,7 +52,7 @@ pub fn direct(worker: &mut Worker, step: &Step) -> Act {
     worker.verify(slot, i, n)
 }
 
-/// Puts pages into a pipe and reads them from there, after writing to some.
+/// Splice pages into a pipe, write to some of them, and read the pipe.
 pub fn vmsplice(worker: &mut Worker, step: &Step) -> Act {
     let (slot, i, n) = worker.range(step)?;
     let n = n.min(PIPE);
@@ -67,7 +67,7 @@ pub fn vmsplice(worker: &mut Worker, step: &Step) -> Act {
         })
         .collect();
     if step.arg % 2 == 0 {
-        // Time for the engine to come by while the pipe has them.
+        // Time for the engine to scan the pages while the pipe holds them.
         std::thread::sleep(std::time::Duration::from_millis(u64::from(
             (step.arg >> 8) & 31,
         )));
@@ -82,8 +82,8 @@ pub fn vmsplice(worker: &mut Worker, step: &Step) -> Act {
     for (k, (old, maybe)) in before.into_iter().enumerate() {
         let got = raw::read_page(out.as_raw_fd(), &mut have)?;
         let now = worker.entry(slot, i + k).desc();
-        // It is the page itself, so it shows what was written meanwhile, or,
-        // where that had to be copied, does not.
+        // The pipe holds the page itself, so it shows later writes. If a write had to copy the page, it does
+        // not.
         let right = got == PAGE
             && [old, now].into_iter().any(|desc| {
                 worker.bodies.render(desc, &mut want);
@@ -101,7 +101,7 @@ pub fn vmsplice(worker: &mut Worker, step: &Step) -> Act {
     worker.verify(slot, i, n)
 }
 
-/// Writes a page of its own, or one that many have, into another process.
+/// Write a page into another process: a page of its own, or one that many processes have.
 pub fn vm_write(worker: &mut Worker, step: &Step) -> Act {
     let arena = worker.arena;
     let workers = arena.workers.load(Ordering::Relaxed) as usize;
@@ -116,7 +116,7 @@ pub fn vm_write(worker: &mut Worker, step: &Step) -> Act {
     if !shared.claim(worker.id) {
         return Err(Stop::Refused(libc::EBUSY));
     }
-    // Only now is it certain that nobody begins anew at the other end.
+    // Only now is it certain that no new process started at the other end.
     if arena.shared_pid[to].load(Ordering::Acquire) != pid {
         shared.release(worker.id);
         return Err(Stop::Refused(libc::ESRCH));
@@ -135,7 +135,7 @@ pub fn vm_write(worker: &mut Worker, step: &Step) -> Act {
     worker.bodies.render(desc, &mut page);
     shared.begin(desc);
     let written = raw::write_remote(pid, addr + i * PAGE, &page);
-    // Refused, it wrote nothing: one page is written or not.
+    // A refused call wrote nothing: a single page is written or not.
     let holds = if matches!(written, Ok(PAGE)) {
         desc
     } else {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Writing, mapping, moving and advising.
+//! Writes, mappings, moves and advice.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::plan::{Op, Step};
 use crate::raw::Mem;
 use crate::worker::{Act, Stop, Worker};
 
-/// Pages in a huge page.
+/// The number of pages in a huge page.
 const HUGE: usize = 512;
 
 pub fn does(op: Op) -> bool {
@@ -71,7 +71,7 @@ pub fn act(worker: &mut Worker, step: &Step) -> Act {
     worker.verify(slot, i, n)
 }
 
-/// Maps a slot anew: 8 to 512 pages, or what huge pages fit in.
+/// Map a slot again: 8 to 512 pages, or enough for huge pages.
 pub fn map(worker: &mut Worker, slot: usize, arg: u32) -> Act {
     worker.verify(slot, 0, worker.pages(slot))?;
     worker.slots[slot] = None;
@@ -90,7 +90,7 @@ pub fn map(worker: &mut Worker, slot: usize, arg: u32) -> Act {
     let pages = mem.pages();
     worker.slots[slot] = Some(mem);
     worker.set_zero(slot, 0, pages, Op::Map);
-    // A good part of it is filled at once: little merges in empty memory.
+    // Fill a good part of it at once, as little merges in empty memory.
     for k in 0..pages {
         if (k as u32).wrapping_mul(0x9e37_79b1) >> 28 > (arg >> 16) & 7 {
             worker.put(slot, k, class(arg.wrapping_add(k as u32)), Op::Map)?;
@@ -99,7 +99,7 @@ pub fn map(worker: &mut Worker, slot: usize, arg: u32) -> Act {
     Ok(())
 }
 
-/// One of few contents, so that most have their equal somewhere.
+/// Return one of few contents, so that most pages have an equal somewhere.
 fn class(arg: u32) -> Desc {
     Desc::class((arg % CLASSES as u32) as u8, arg / 64 % 2)
 }
@@ -117,7 +117,7 @@ fn unmap(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> A
 
 fn write(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act {
     for k in i..i + n {
-        // One content for all, one for each, or zeroes.
+        // One content for all pages, one for each, or zeroes.
         let desc = match step.arg >> 28 {
             0 => Desc::ZERO,
             1..8 => class(step.arg),
@@ -137,7 +137,7 @@ fn own(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act
     Ok(())
 }
 
-/// Writes a few bytes at the beginning and the end; the rest has to be kept.
+/// Write a few bytes at the beginning and the end. The rest must not change.
 fn stamp(worker: &mut Worker, slot: usize, i: usize, n: usize) -> Act {
     let mut page = [0; WORDS];
     for k in i..i + n {
@@ -161,7 +161,7 @@ fn stamp(worker: &mut Worker, slot: usize, i: usize, n: usize) -> Act {
     Ok(())
 }
 
-/// Gives advice for a range or, more often, for all of a slot.
+/// Give advice for a range or, more often, for a whole slot.
 fn advise_much(worker: &mut Worker, step: &Step, advice: libc::c_int) -> Act {
     let (slot, i, n) = worker.range(step)?;
     let pages = worker.pages(slot);
@@ -174,7 +174,7 @@ fn advise_much(worker: &mut Worker, step: &Step, advice: libc::c_int) -> Act {
     worker.verify(slot, i, n)
 }
 
-/// Few slots have room for a huge page: one of those, if there is any.
+/// Collapse a range. Few slots have room for a huge page: use one of those, if there is any.
 fn collapse(worker: &mut Worker, step: &Step) -> Act {
     let first = usize::from(step.slot) % SLOTS;
     let slot = (first..first + SLOTS)
@@ -205,7 +205,7 @@ fn resize(worker: &mut Worker, step: &Step, slot: usize) -> Act {
     worker.verify(slot, 0, new)
 }
 
-/// A move of several mappings may fail half-way: then all of it is given up.
+/// Move a slot. A move of several mappings may fail half way; then give up the whole slot.
 fn relocate(worker: &mut Worker, slot: usize) -> Act {
     let moved = worker.mem(slot)?.relocate();
     if let Err(e) = moved {
@@ -219,7 +219,7 @@ fn give_up(worker: &mut Worker, slot: usize) {
     worker.slots[slot] = None;
 }
 
-/// Moves pages of one slot onto those of another.
+/// Move pages of one slot onto those of another.
 fn move_over(worker: &mut Worker, step: &Step) -> Act {
     let (from, i, n) = worker.range(step)?;
     let shift = 1 + usize::from(step.other) % (SLOTS - 1);
@@ -253,7 +253,7 @@ fn protect(worker: &mut Worker, slot: usize, i: usize, n: usize) -> Act {
     worker.mem(slot)?.protect(i, n, libc::PROT_READ)?;
     let read_only = worker.verify(slot, i, n);
     let none = worker.mem(slot)?.protect(i, n, libc::PROT_NONE);
-    // Whatever came of it: nothing else expects pages that cannot be written.
+    // Always make them writable again, as other operations expect that.
     let back = worker.mem(slot)?.protect(i, n, rw);
     if let Err(e) = back {
         give_up(worker, slot);
@@ -264,7 +264,7 @@ fn protect(worker: &mut Worker, slot: usize, i: usize, n: usize) -> Act {
     worker.verify(slot, i, n)
 }
 
-/// Takes all access away for a while, in which the pages may be unmerged.
+/// Remove all access for a while, in which the pages may be unmerged.
 fn no_access(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act {
     worker.verify(slot, i, n)?;
     let none = worker.mem(slot)?.protect(i, n, libc::PROT_NONE);
@@ -292,14 +292,14 @@ fn drop_pages(
     advice: libc::c_int,
 ) -> Act {
     if advice == libc::MADV_FREE && (worker.forks > 0 || worker.who.child != 0) {
-        // A page that was unmerged is clean. Shared over a fork, the kernel (7.3) takes it from
-        // both when one of them gives it up: Documentation/testing.md. Only written ones are safe.
+        // An unmerged page is clean. If it is shared over a fork and one process gives it up, the kernel
+        // (7.3) takes it from both: Documentation/testing.md. Only written pages are safe.
         write(worker, step, slot, i, n)?;
     }
     let done = worker.mem(slot)?.advise(i, n, advice);
     match (&done, advice) {
         (Ok(()), libc::MADV_DONTNEED) => worker.set_zero(slot, i, n, step.op),
-        // Refused for one of several mappings, it was done to those before.
+        // A call that fails at one of several mappings has changed those before it.
         _ => worker.set_maybe_zero(slot, i, n, step.op),
     }
     match done {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What workers do.
+//! The operations of workers.
 
 pub mod io;
 pub mod memory;
@@ -11,7 +11,7 @@ pub mod tracking;
 use crate::plan::{Op, Step};
 use crate::worker::{Act, Stop, Worker};
 
-/// Does one step. When it ends early the ledger is right all the same.
+/// Do one step. The ledger is right even if the step ends early.
 pub fn act(worker: &mut Worker, step: &Step) -> Act {
     match step.op {
         Op::Fork => process::fork(worker, step),
@@ -35,7 +35,7 @@ pub fn act(worker: &mut Worker, step: &Step) -> Act {
         Op::BigExit => process::big_exit(worker, step),
         op if memory::does(op) => memory::act(worker, step),
         op => Err(Stop::Fault(format!(
-            "{} is nothing for a worker",
+            "{} is no operation of a worker",
             op.name()
         ))),
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Moving pages between NUMA nodes, and write protection by userfaultfd.
+//! Moves between NUMA nodes, and write protection by userfaultfd.
 
 use std::io;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::plan::{Op, Step};
 use crate::raw::uffd::Uffd;
 use crate::worker::{Act, Stop, Worker};
 
-/// Moves pages to another node, whoever else has them.
+/// Move pages to another node, also those that other processes map.
 pub fn move_pages(worker: &mut Worker, step: &Step) -> Act {
     let (slot, i, n) = worker.range(step)?;
     let Some(&node) = worker
@@ -34,7 +34,7 @@ pub fn move_pages(worker: &mut Worker, step: &Step) -> Act {
     Ok(())
 }
 
-/// Moves all pages of this process from one node to another.
+/// Move all pages of this process from one node to another.
 pub fn migrate(worker: &mut Worker, step: &Step) -> Act {
     let [a, b, ..] = worker.nodes[..] else {
         return Err(Stop::Refused(libc::ENODEV));
@@ -46,21 +46,20 @@ pub fn migrate(worker: &mut Worker, step: &Step) -> Act {
     Ok(())
 }
 
-/// Write-protects pages, has some of them written, paged out or looked at, and
-/// gives them free again.
+/// Write-protect pages, write, page out or read some of them, and lift the protection.
 pub fn uffd(worker: &mut Worker, step: &Step, served: bool) -> Act {
     let (slot, i, n) = worker.range(step)?;
     let n = n.min(64);
     let addr = worker.mem(slot)?.addr() + i * PAGE;
     let uffd = Uffd::new(!served)?;
     uffd.register(addr, n * PAGE)?;
-    // Registered, and dropped with `uffd` whatever comes now.
+    // They stay registered until `uffd` is dropped.
     uffd.protect(addr, n * PAGE, true)?;
     worker.verify(slot, i, n)?;
     if step.arg % 2 == 0 {
         let paged = worker.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT);
         worker.verify(slot, i, n)?;
-        // Locked pages cannot be.
+        // Locked pages cannot be paged out.
         drop(paged);
     }
     std::thread::sleep(Duration::from_millis(u64::from((step.arg >> 8) & 15)));
@@ -78,7 +77,7 @@ pub fn uffd(worker: &mut Worker, step: &Step, served: bool) -> Act {
     worker.verify(slot, i, n)
 }
 
-/// A child that lets every write through, one by one.
+/// Fork a child that lets every write through, one by one.
 fn serve(uffd: &Uffd) -> io::Result<libc::pid_t> {
     match sys::fork()? {
         Forked::Parent(pid) => Ok(pid),
@@ -87,7 +86,7 @@ fn serve(uffd: &Uffd) -> io::Result<libc::pid_t> {
             while let Ok(at) = uffd.next_fault() {
                 match uffd.protect(at & !(PAGE - 1), PAGE, false) {
                     Ok(()) => {}
-                    // Who wrote was killed, and this process is about to be.
+                    // The writer was killed, and this process is about to be.
                     Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {
                         std::thread::sleep(Duration::from_secs(3600));
                     }

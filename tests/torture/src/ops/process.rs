@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Children: they inherit pages and the ledger of them, work for a while, and
-//! exit, exec, or are killed.
+//! Children: they inherit pages and their ledger, work for a while, and exit, exec, or are killed.
 
 use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
@@ -16,9 +15,9 @@ use crate::plan::{Allowed, Op, Plan, Step, Who};
 use crate::raw::{self, Mem};
 use crate::worker::{Act, Stop, Until, Worker, STATUS_WRONG};
 
-/// Children of one process at a time.
+/// The largest number of children of one process at a time.
 const CHILDREN: usize = 2;
-/// Where the arena is, for what is executed.
+/// The descriptor of the arena in executed programs.
 pub const ARENA_FD: RawFd = 100;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -32,7 +31,7 @@ pub struct Child {
     pid: libc::pid_t,
     block: u8,
     end: End,
-    /// The step of the parent after which it is killed.
+    /// The parent kills the child after this step of its own.
     kill_after: u32,
 }
 
@@ -70,7 +69,7 @@ pub fn fork(worker: &mut Worker, step: &Step) -> Act {
         end,
         kill_after: worker.block.steps.load(Ordering::Relaxed) + step.arg % 24,
     });
-    // What either writes is not seen by the other: write at once.
+    // Neither process sees the other's writes: write at once.
     let (slot, i, n) = worker.range(step)?;
     for k in i..i + n {
         let (place, version) = worker.place(slot, k);
@@ -79,7 +78,7 @@ pub fn fork(worker: &mut Worker, step: &Step) -> Act {
     worker.verify_all()
 }
 
-/// The child's ledger is that of its parent as of now.
+/// Copy the parent's ledger to that of the child.
 fn inherit(worker: &Worker, block: &Block) {
     for slot in 0..SLOTS {
         for k in 0..worker.pages(slot) {
@@ -94,7 +93,7 @@ fn become_child(worker: &mut Worker, parent: u32, id: u8, step: &Step, end: End)
     worker.block = &worker.arena.blocks[id as usize];
     let (who, block) = (worker.who, worker.block);
     if !block.take(parent) {
-        // The parent was killed. Nothing was found wrong.
+        // The parent was killed. No error was found.
         sys::exit_now(0);
     }
     block.number.store(who.number, Ordering::Relaxed);
@@ -102,7 +101,7 @@ fn become_child(worker: &mut Worker, parent: u32, id: u8, step: &Step, end: End)
     block.child.store(who.child, Ordering::Relaxed);
     block.pid.store(std::process::id(), Ordering::Relaxed);
     worker.children.clear();
-    // Others go on writing to the shared pages of the parent only.
+    // Other processes write only to the shared pages of the parent.
     worker.shared_pages = None;
     let allowed = Allowed(worker.arena.allowed.load(Ordering::Relaxed));
     let steps = 4 + step.arg % 48;
@@ -112,7 +111,7 @@ fn become_child(worker: &mut Worker, parent: u32, id: u8, step: &Step, end: End)
     }
     match end {
         End::Exit => {}
-        // An orphan is killed by nobody.
+        // No process kills an orphan.
         End::Killed => {
             while raw::parent() == parent && !worker.arena.stopping() {
                 std::thread::sleep(Duration::from_millis(5));
@@ -135,8 +134,8 @@ fn become_child(worker: &mut Worker, parent: u32, id: u8, step: &Step, end: End)
     sys::exit_now(0)
 }
 
-/// What a child becomes that executes this program anew: nothing is inherited
-/// but what `prctl` said, the ledger's number, and the arena.
+/// Run a child that has executed this program. It inherits only the effect of `prctl`, the number of the
+/// ledger, and the arena.
 pub fn executed(id: u8, number: u32, life: u32, child: u32) -> anyhow::Result<i32> {
     let arena = raw::map_arena(ARENA_FD)?;
     let who = Who {
@@ -150,7 +149,7 @@ pub fn executed(id: u8, number: u32, life: u32, child: u32) -> anyhow::Result<i3
     Ok(worker.run(Plan::new(who, allowed), Until::Steps(12)))
 }
 
-/// A child that takes much memory, half of which is equal to that of others, and ends while it is scanned.
+/// Fork a child that takes much memory, half of it equal to that of others, and ends during its scan.
 pub fn big_exit(worker: &mut Worker, step: &Step) -> Act {
     let killed = step.arg & 1 != 0;
     let me = std::process::id();
@@ -175,7 +174,7 @@ pub fn big_exit(worker: &mut Worker, step: &Step) -> Act {
     }
 }
 
-/// With `killed_by`, it waits for that.
+/// Run the large child. With `killed_by`, it waits to be killed by that process.
 fn big_child(worker: &Worker, step: &Step, killed_by: Option<u32>) -> i32 {
     const MANY: usize = 4096;
     let fill = || -> std::io::Result<Mem> {
@@ -192,7 +191,7 @@ fn big_child(worker: &Worker, step: &Step, killed_by: Option<u32>) -> i32 {
         }
         Ok(mem)
     };
-    // It exits with all of it, or, without memory, with nothing.
+    // It exits with all of its memory, or with none if there was too little.
     std::mem::forget(fill());
     let linger = Duration::from_millis(u64::from((step.arg >> 8) & 511));
     std::thread::sleep(linger);
@@ -202,7 +201,7 @@ fn big_child(worker: &Worker, step: &Step, killed_by: Option<u32>) -> i32 {
     0
 }
 
-/// Kills children whose time has come, and reaps those that are gone.
+/// Kill children whose time has come, and reap those that have ended.
 pub fn look_after(worker: &mut Worker) -> Act {
     reap(worker, false)
 }
@@ -214,7 +213,7 @@ pub fn wait_for_all(worker: &mut Worker) -> Act {
     Ok(())
 }
 
-/// Reaps what can be reaped; with `wait`, at least one.
+/// Reap all children that have ended; with `wait`, at least one.
 fn reap(worker: &mut Worker, wait: bool) -> Act {
     loop {
         let now = worker.block.steps.load(Ordering::Relaxed);
@@ -227,8 +226,9 @@ fn reap(worker: &mut Worker, wait: bool) -> Act {
                     .store(1, Ordering::Relaxed);
                 sys::kill(child.pid, libc::SIGKILL)?;
             }
-            // We may be killed at any time: with a child that was reaped, but not buried, its ledger and the shared page
-            // that it may hold would be lost. One that was not reaped is left to the supervisor.
+            // This process may be killed at any time. If it had reaped a child and not released its ledger,
+            // the ledger and any claim on a shared page would be lost. The supervisor takes care of children
+            // that were not reaped.
             match sys::has_ended(child.pid as u32)? {
                 Some(ended) => {
                     let child = worker.children.swap_remove(i);
@@ -257,7 +257,7 @@ fn bury(worker: &Worker, child: &Child, ended: Ended) -> Act {
         (End::Exit | End::Killed, Ended::Exit(0)) => Op::ChildExit,
         (End::Exec, Ended::Exit(0)) => Op::ChildExec,
         (_, Ended::Signal(libc::SIGKILL)) if doomed => Op::ChildKilled,
-        // It said what it found.
+        // The child has reported the error.
         (_, Ended::Exit(STATUS_WRONG)) => return Ok(()),
         _ => {
             return Err(Stop::Fault(format!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Pages that are protected from all access, also from that of the kernel when it unmerges them.
+//! Pages that are protected from all access, including the kernel's when it unmerges them.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::plan::{Op, Step, Who};
 use crate::raw::uffd::NoAccess;
 use crate::worker::{Act, Stop, Worker};
 
-/// Protects pages, and has them unmerged, paged out or left alone meanwhile.
+/// Protect pages, and meanwhile unmerge them, page them out or leave them alone.
 pub fn rwp(worker: &mut Worker, step: &Step) -> Act {
     let (slot, i, n) = worker.range(step)?;
     let n = n.min(64);
@@ -25,7 +25,7 @@ pub fn rwp(worker: &mut Worker, step: &Step) -> Act {
         1..5 => unmerge(worker, step, slot, i, n),
         5..8 => {
             let paged = worker.mem(slot)?.advise(i, n, libc::MADV_PAGEOUT);
-            // Locked pages cannot be.
+            // Locked pages cannot be paged out.
             drop(paged);
         }
         _ => {}
@@ -35,7 +35,7 @@ pub fn rwp(worker: &mut Worker, step: &Step) -> Act {
     worker.verify(slot, i, n)
 }
 
-/// The kernel may refuse, or do it for some pages, or for none and say nothing.
+/// Try to unmerge. The kernel may refuse, or silently unmerge only some pages or none.
 fn unmerge(worker: &Worker, step: &Step, slot: usize, i: usize, n: usize) {
     let Some(mem) = &worker.slots[slot] else {
         return;
@@ -52,7 +52,7 @@ fn unmerge(worker: &Worker, step: &Step, slot: usize, i: usize, n: usize) {
     worker.arena.count(Op::Unmergeable, errno);
 }
 
-/// Asks for everything to be unmerged, which cannot be done, and has merging go on.
+/// Ask for everything to be unmerged, which cannot succeed, then let merging continue.
 fn run_two(worker: &Worker) {
     if !worker.arena.may(Op::Run2) {
         return;
@@ -62,12 +62,12 @@ fn run_two(worker: &Worker) {
         Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
     };
     worker.arena.count(Op::Run2, errno);
-    // The module may be unloaded just now.
+    // The module may be unloaded at the moment.
     let _ = write_to(Path::new(RKSM), "run", b"1");
 }
 
-/// Protects some pages for the time in which all stand still, as the seed says. The caller touches none of its
-/// pages until it drops what this returns.
+/// Protect some pages while all processes stand still; the seed says which. The caller must touch none of its
+/// pages until it drops the result.
 pub fn hold(worker: &Worker, number: u32) -> Result<Option<NoAccess>, Stop> {
     let mut rng = Who {
         seed: mix(worker.who.seed ^ u64::from(number)),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Keeping track of which pages were written to: none that was may be taken for one that was not.
+//! Write tracking: no written page may be reported as clean.
 
 use std::io;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::raw::uffd::Uffd;
 use crate::raw::Mem;
 use crate::worker::{Act, Stop, Worker};
 
-/// Writes every third page, anew or as many others have it, and gives the engine time to merge them.
+/// Write every third page, with new or common content, and give the engine time to merge them.
 fn write_some(worker: &mut Worker, step: &Step, slot: usize, i: usize, n: usize) -> Act {
     for k in (i..i + n).step_by(3) {
         let (place, version) = worker.place(slot, k);
@@ -40,7 +40,7 @@ fn check(dirty: &[bool], slot: usize, i: usize) -> Act {
     }
 }
 
-/// How many pages the kernel has tried to move, and how many huge pages to split.
+/// Return how many pages the kernel has tried to move, and how many huge pages to split.
 fn moves() -> Result<i64> {
     proc::vmstat_sum(&[
         "pgmigrate_success",
@@ -50,15 +50,16 @@ fn moves() -> Result<i64> {
     ])
 }
 
-/// Whether pages were moved since there were so many `moves`. Those of a round are counted at its end.
+/// Return whether pages moved since the count was `before`. The kernel counts the moves of a migration when
+/// it ends.
 fn has_moved_since(before: i64) -> bool {
     let moved = || Ok(moves()? != before);
     wait_for("pages that are moved", Duration::from_secs(2), moved).is_ok()
 }
 
-/// The kernel itself loses writes to a page that it moves while `clear_refs` comes by, with no KSM at all: the
-/// migration entry loses its soft-dirty bit, but remembers that the page may be written to
-/// (`clear_soft_dirty()` in fs/proc/task_mmu.c). So nothing is known about writes from then on.
+/// Track writes by soft-dirty bits. The kernel itself loses writes to a page that it moves while `clear_refs`
+/// is written, even without KSM. The migration entry loses its soft-dirty bit, but stays writable
+/// (`clear_soft_dirty()` in fs/proc/task_mmu.c). So a move makes the result useless.
 fn soft_dirty(worker: &mut Worker, step: &Step) -> Act {
     let (slot, i, n) = worker.range(step)?;
     let before = moves()?;
@@ -97,7 +98,7 @@ pub fn act(worker: &mut Worker, step: &Step) -> Act {
     }
 }
 
-/// Why there is no telling which pages were written to.
+/// Return why the kernel cannot tell which pages were written.
 pub fn no_soft_dirty() -> Option<&'static str> {
     let tell = || -> io::Result<[bool; 2]> {
         let mut mem = Mem::new(1)?;

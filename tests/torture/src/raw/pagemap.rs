@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What the kernel says about which pages of this process were written to.
+//! The kernel's reports about which pages of this process were written.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,18 +11,18 @@ use crate::page::PAGE;
 
 const SOFT_DIRTY: u64 = 1 << 55;
 
-// The kernel's <linux/fs.h>.
+// From the kernel's <linux/fs.h>.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const SCAN_PROTECT: u64 = 1;
 const SCAN_CHECK_ASYNC: u64 = 2;
 const IS_WRITTEN: u64 = 2;
 
-/// Has all pages of this process count as not written to.
+/// Let all pages of this process count as not written.
 pub fn clear_soft_dirty() -> io::Result<()> {
     fs::write("/proc/self/clear_refs", "4")
 }
 
-/// Whether each of `n` pages was written to since.
+/// Return for each of `n` pages whether it was written since [`clear_soft_dirty`].
 pub fn soft_dirty(addr: usize, n: usize) -> io::Result<Vec<bool>> {
     let mut raw = vec![0u8; n * 8];
     File::open("/proc/self/pagemap")?.read_exact_at(&mut raw, (addr / PAGE * 8) as u64)?;
@@ -57,8 +57,8 @@ struct Scan {
     return_mask: u64,
 }
 
-/// Which of `n` pages, which are registered with a userfaultfd that resolves writes by itself, were written to
-/// since they were protected; with `protect`, they are protected by that.
+/// Return which of `n` pages were written since they were protected. They are registered with a userfaultfd
+/// in whose mode the kernel resolves writes. With `protect`, protect them again.
 pub fn written(addr: usize, n: usize, protect: bool) -> io::Result<Vec<bool>> {
     let mut regions = vec![Region::default(); n];
     let mut scan = Scan {
@@ -73,8 +73,8 @@ pub fn written(addr: usize, n: usize, protect: bool) -> io::Result<Vec<bool>> {
         ..Scan::default()
     };
     let map = File::open("/proc/self/pagemap")?;
-    // SAFETY: the request takes a `Scan`, which outlives the call, as does `regions`, which it names with its
-    // length.
+    // SAFETY: The request takes a `Scan`, which outlives the call. So does `regions`, to which it points with
+    // its length.
     let count = check(unsafe { libc::ioctl(map.as_raw_fd(), PAGEMAP_SCAN, &mut scan) }.into())?;
     let mut all = vec![false; n];
     for region in regions.iter().take(count) {

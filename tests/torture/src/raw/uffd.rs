@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
-//! userfaultfd, as far as it protects pages.
+//! The parts of userfaultfd that protect pages.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use super::check;
 
-// The kernel's <linux/userfaultfd.h>.
+// From the kernel's <linux/userfaultfd.h>.
 const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 const UFFDIO_RWPROTECT: libc::c_ulong = 0xc018_aa09;
-/// Faults of the kernel on behalf of a process fail. (A debug kernel logs those that it cannot wait with.)
+/// The kernel's own faults on behalf of a process fail. (A debug kernel logs those for which it cannot wait.)
 const USER_MODE_ONLY: libc::c_int = 1;
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
@@ -47,16 +47,16 @@ struct Protect {
 }
 
 fn open(flags: libc::c_int, features: u64) -> io::Result<OwnedFd> {
-    // SAFETY: takes an integer.
+    // SAFETY: userfaultfd takes an integer.
     let fd = check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | flags) })?;
-    // SAFETY: the descriptor is open and ours alone.
+    // SAFETY: The descriptor is open, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
     let mut api = Api {
         api: UFFD_API,
         features,
         ioctls: 0,
     };
-    // SAFETY: the request takes an `Api`, which outlives the call.
+    // SAFETY: The request takes an `Api`, which outlives the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &mut api) }.into())?;
     Ok(fd)
 }
@@ -68,12 +68,12 @@ fn register(fd: &OwnedFd, start: usize, len: usize, mode: u64) -> io::Result<()>
         mode,
         ioctls: 0,
     };
-    // SAFETY: the request takes a `Register`, which outlives the call.
+    // SAFETY: The request takes a `Register`, which outlives the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_REGISTER, &mut range) }.into()).map(drop)
 }
 
-/// Pages that are protected from all access as long as this exists. A thread that touches them waits; with
-/// `by_itself`, the kernel takes the protection away at once.
+/// Pages that are protected from all access until dropped. A thread that touches them waits; with
+/// `by_itself`, the kernel lifts the protection at once instead.
 pub struct NoAccess(OwnedFd);
 
 impl NoAccess {
@@ -86,18 +86,18 @@ impl NoAccess {
             len: len as u64,
             mode: 1,
         };
-        // SAFETY: the request takes a `Protect`, which outlives the call. The pages are not touched until
-        // the descriptor is closed, which gives them free.
+        // SAFETY: The request takes a `Protect`, which outlives the call. The pages are not touched until the
+        // descriptor is closed, which lifts the protection.
         check(unsafe { libc::ioctl(this.0.as_raw_fd(), UFFDIO_RWPROTECT, &mut range) }.into())?;
         Ok(this)
     }
 }
 
-/// A descriptor that pages can be registered with; closing it gives them free.
+/// A descriptor that pages can be registered with. Closing it lifts their protection.
 pub struct Uffd(OwnedFd);
 
 impl Uffd {
-    /// With `by_itself`, the kernel resolves each write; otherwise somebody has to.
+    /// Open a descriptor. With `by_itself`, the kernel resolves each write; otherwise a process has to.
     pub fn new(by_itself: bool) -> io::Result<Self> {
         let mut features = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_UNPOPULATED;
         if by_itself {
@@ -110,21 +110,21 @@ impl Uffd {
         register(&self.0, start, len, REGISTER_MODE_WP)
     }
 
-    /// Protects from writing, or lets it be written again and wakes who waits.
+    /// Write-protect pages, or lift the protection and wake waiting writers.
     pub fn protect(&self, start: usize, len: usize, on: bool) -> io::Result<()> {
         let mut range = Protect {
             start: start as u64,
             len: len as u64,
             mode: if on { WRITEPROTECT_MODE_WP } else { 0 },
         };
-        // SAFETY: the request takes a `Protect`, which outlives the call.
+        // SAFETY: The request takes a `Protect`, which outlives the call.
         check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_WRITEPROTECT, &mut range) }.into())
             .map(drop)
     }
 
-    /// Waits for a write to a protected page; its address.
+    /// Wait for a write to a protected page. Return its address.
     pub fn next_fault(&self) -> io::Result<usize> {
-        // struct uffd_msg: the event in the first byte, the address in the third word.
+        // The layout of struct uffd_msg: the event in the first byte, the address in the third word.
         let mut message = [0u64; 4];
         loop {
             let fd = self.0.as_raw_fd();
