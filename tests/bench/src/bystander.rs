@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A process that the engine disturbs: it faults and writes in an area that
-//! is registered like any other, and measures how long each fault takes.
+//! A process that the engine disturbs: it faults and writes in a VMA that is registered like any other, and
+//! measures the duration of each fault.
 
 use std::time::{Duration, Instant};
 
@@ -12,8 +12,7 @@ use crate::worker::Mapping;
 
 /// 16 MiB.
 const PAGES: usize = 4096;
-/// Between filling the area and writing to it again: time for the engine to
-/// merge something.
+/// The time between filling the VMA and writing to it again, in which the engine can merge pages.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Fault latencies in ns.
@@ -25,14 +24,14 @@ pub struct Latency {
     pub faults: u64,
 }
 
-/// What the faults were about.
+/// The latencies of all faults and of the two kinds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Latencies {
     /// All of them.
     pub all: Latency,
-    /// Of pages that were not there.
+    /// Faults on pages that did not exist.
     pub fresh: Latency,
-    /// Of pages that had been merged: none if the engine did not get there.
+    /// Faults on merged pages; `None` if the engine merged none in time.
     pub broken: Option<Latency>,
 }
 
@@ -73,7 +72,7 @@ impl Latencies {
         })
     }
 
-    /// As one line, for the parent.
+    /// Print the figures as one line, for the parent.
     fn line(&self) -> String {
         let broken = self.broken.map(|broken| format!(" {}", broken.words()));
         format!(
@@ -100,14 +99,14 @@ impl Latencies {
             (Some(Some(all)), Some(Some(fresh)), Some(broken @ Some(_)), None) => {
                 Ok(Self { all, fresh, broken })
             }
-            _ => bail!("the bystander said {line:?}"),
+            _ => bail!("the bystander printed {line:?}"),
         }
     }
 }
 
-/// Minor faults of this process so far.
+/// Return the number of minor faults of this process so far.
 fn faults() -> Result<i64> {
-    // SAFETY: all zero is a valid rusage.
+    // SAFETY: All zeroes are a valid rusage.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: `usage` outlives the call.
     let ret = unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut usage) };
@@ -124,24 +123,23 @@ struct Bystander {
 }
 
 impl Bystander {
-    /// Writes to the page, and tells the time if that took a fault: of a page
-    /// that was not there, or that had been merged.
+    /// Write to the page. Return the time if that took a fault, on a page that did not exist or was merged.
     fn touch(&mut self, index: usize, value: u64) -> Result<Option<u64>> {
         let word = &mut self.area.page(index)[..8];
         let before = faults()?;
         let start = Instant::now();
         word.copy_from_slice(&value.to_le_bytes());
-        // The write must not move behind the clock.
+        // The compiler must not move the write behind the second reading of the clock.
         std::hint::black_box(&word);
         let time = start.elapsed();
         Ok((faults()? > before).then_some(time.as_nanos() as u64))
     }
 
-    /// Touches every page afresh, gives the engine time, and writes again.
+    /// Touch every page for the first time, give the engine time, and write again.
     fn round(&mut self, round: u64) -> Result<()> {
         self.area.advise(libc::MADV_DONTNEED)?;
         for index in 0..PAGES {
-            // Pairs of equal pages, so that there is something to merge.
+            // Pairs of equal pages, so that some can merge.
             let time = self.touch(index, (1 << 63) | (round << 32) | (index / 2) as u64)?;
             self.fresh.extend(time);
         }
@@ -154,7 +152,7 @@ impl Bystander {
     }
 }
 
-/// Takes at least `least` faults and prints their latency.
+/// Take at least `least` faults and print their latency.
 pub fn run(least: usize) -> Result<()> {
     sys::die_with_parent()?;
     let mut area = Mapping::new(PAGES)?;

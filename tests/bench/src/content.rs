@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a page holds, made from a seed: two pages are equal exactly when
-//! their `Content` is.
+//! The content of pages, made from a seed. Two pages are equal exactly if their `Content` is.
 
 pub const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
@@ -9,9 +8,9 @@ const WORDS: usize = PAGE / 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Content {
     Zero,
-    /// Words that depend on the number in every place.
+    /// Every word depends on the number.
     Random(u64),
-    /// As `Random(base)`, but for the last eight bytes.
+    /// The same as `Random(base)`, except for the last eight bytes.
     Tail {
         base: u64,
         tail: u64,
@@ -31,9 +30,8 @@ pub fn mix(n: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The words of `Random(number)`. A linear congruential generator on top of
-/// a mixed start: cheap on an emulated CPU, and different starts never meet
-/// in the same place.
+/// Return the words of `Random(number)`: a linear congruential generator with a mixed start. It is cheap on
+/// an emulated CPU, and different starts never meet at the same position.
 fn words(seed: u64, number: u64) -> impl Iterator<Item = u64> {
     let mut x = mix(mix(number) ^ seed);
     std::iter::repeat_with(move || {
@@ -44,7 +42,7 @@ fn words(seed: u64, number: u64) -> impl Iterator<Item = u64> {
     })
 }
 
-/// Writes the content to `page`, which is `PAGE` bytes long.
+/// Write the content to `page`, which is `PAGE` bytes long.
 pub fn fill(content: Content, seed: u64, page: &mut [u8]) {
     assert_eq!(page.len(), PAGE);
     let put = |page: &mut [u8], number: u64| {
@@ -57,7 +55,7 @@ pub fn fill(content: Content, seed: u64, page: &mut [u8]) {
         Content::Random(number) => put(page, number),
         Content::Tail { base, tail } => {
             put(page, base);
-            // Not the word that the base has there: tails differ from it too.
+            // This differs from the word of the base, as tails must.
             page[PAGE - 8..].copy_from_slice(&mix(tail ^ seed).to_le_bytes());
         }
         Content::Head { head, rest } => {

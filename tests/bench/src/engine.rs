@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The two engines behind one face.
+//! Both engines behind one interface.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,7 +40,7 @@ impl Engine {
         Path::new("/sys/kernel/mm").join(self.name()).join(knob)
     }
 
-    /// Not every engine has every knob yet.
+    /// Return whether the engine has this file.
     pub fn has(self, knob: &str) -> bool {
         self.path(knob).exists()
     }
@@ -60,7 +60,7 @@ impl Engine {
             .with_context(|| format!("writing {value} to {}", path.display()))
     }
 
-    /// Writes to a knob if the engine has it.
+    /// Write to a file if the engine has it.
     pub fn set(self, knob: &str, value: u64) -> Result<()> {
         if self.has(knob) {
             self.write(knob, value)?;
@@ -68,7 +68,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes the engine ready to be measured; the in-tree one always is.
+    /// Make the engine ready to be measured. The in-tree one always is.
     pub fn load(self) -> Result<()> {
         if self == Self::Rksm && !module::loaded() {
             module::load()?;
@@ -84,14 +84,14 @@ impl Engine {
         Ok(())
     }
 
-    /// Stops, unmerges everything, and makes sure of it.
+    /// Stop, unmerge everything, and check that.
     pub fn reset(self) -> Result<()> {
-        // A value that `run` has already does nothing, hence all three.
+        // Writing the value that `run` already has does nothing, so write all three.
         for run in [0, 2, 0] {
             self.write("run", run)?;
         }
-        // The in-tree thread may still sleep between two wake-ups, where only
-        // a change of this knob reaches it, and only if it sees the change.
+        // The in-tree thread may still sleep between two wake-ups. Only a change of this file wakes it, and
+        // only if it sees the change.
         self.write("sleep_millisecs", DEFAULT_SLEEP)?;
         std::thread::sleep(Duration::from_millis(100));
         for counter in ["pages_shared", "pages_sharing"] {
@@ -107,8 +107,8 @@ impl Engine {
         self.set("merge_eagerly", 0)
     }
 
-    /// Resets, and sets what workload `name` is about. False: the engine does
-    /// not have the knob for it.
+    /// Reset the engine, and apply the settings of workload `name`. Return false if the engine lacks the file
+    /// for it.
     pub fn prepare(self, name: &str, use_zero_pages: bool) -> Result<bool> {
         self.reset()?;
         let wanted = [
@@ -125,15 +125,15 @@ impl Engine {
         Ok(true)
     }
 
-    /// The thread's time on a CPU in ns; exact while it sleeps.
+    /// Return the thread's CPU time in ns. It is exact while the thread sleeps.
     pub fn cpu(self, thread: u32) -> Result<u64> {
         Ok(proc::cpu_time(thread)
             .with_context(|| format!("CPU time of {}", self.thread_name()))?
             .as_nanos() as u64)
     }
 
-    /// Pages that merging has saved: `pages_sharing`, and the pages mapped to
-    /// the kernel's zero page where the engine counts these.
+    /// Return the pages that merging has saved: `pages_sharing`, and the mappings of the kernel's zero page
+    /// if the engine counts these.
     pub fn saved(self) -> Result<u64> {
         let zero = match self.has("ksm_zero_pages") {
             true => self.read("ksm_zero_pages")?,
@@ -143,21 +143,20 @@ impl Engine {
     }
 }
 
-/// What one pass came to.
+/// The result of one pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass {
-    /// Passes that ended in it: one, unless the engine does not stop there.
+    /// The passes that ended in it: one, unless the engine does not stop there.
     pub passes: u64,
     pub cpu: u64,
     pub scanned: u64,
     pub saved: u64,
-    /// CPU until the sharing asked for was seen.
+    /// The CPU time until the requested sharing was reached.
     pub cpu_to_goal: Option<u64>,
 }
 
-/// Runs single passes. A wake-up looks at more pages than there are, so it
-/// ends with the pass, and the thread then sleeps; a write of another value
-/// to `sleep_millisecs` wakes it for the next one.
+/// Runs single passes. Each wake-up scans more pages than there are, so it ends with the pass, and the thread
+/// then sleeps. A changed `sleep_millisecs` wakes it for the next one.
 pub struct Stepper {
     engine: Engine,
     thread: u32,
@@ -165,8 +164,8 @@ pub struct Stepper {
     started: bool,
 }
 
-/// In guest time. Looking costs the engine a context switch each time, so it is
-/// looked at closely only while there is something to see.
+/// The polling interval in guest time. Each poll costs the engine a context switch, so poll only while there
+/// is something to see.
 const POLL: Duration = Duration::from_millis(10);
 const CLOSE_POLL: Duration = Duration::from_millis(1);
 const PASS_LIMIT: Duration = Duration::from_secs(300);
@@ -174,12 +173,12 @@ const SLEEP: u64 = 600_000;
 const DEFAULT_SLEEP: u64 = 20;
 
 impl Stepper {
-    /// `run` must be 0; nothing starts yet.
+    /// Set up the engine. `run` must be 0; nothing starts yet.
     pub fn new(engine: Engine) -> Result<Self> {
         engine.write("pages_to_scan", 100_000_000)?;
         engine.write("sleep_millisecs", SLEEP)?;
         let thread = engine.thread()?;
-        // Once, so that what the kernel allocates for reading is there.
+        // Read them once, so that the kernel's allocations for reading are done.
         for counter in ["full_scans", "pages_scanned"] {
             engine.read(counter)?;
         }
@@ -198,7 +197,7 @@ impl Stepper {
         self.pass_to(None)
     }
 
-    /// One pass, in which `goal` saved pages are looked out for.
+    /// Run one pass, and note when `goal` pages are saved.
     pub fn pass_to(&mut self, goal: Option<u64>) -> Result<Pass> {
         let engine = self.engine;
         let scans = engine.read("full_scans")?;
@@ -218,7 +217,7 @@ impl Stepper {
             std::thread::sleep(if goal.is_some() { CLOSE_POLL } else { POLL });
             if let Some(pages) = goal {
                 if engine.saved()? >= pages {
-                    // It is off the CPU while we run, so this is exact.
+                    // The thread is off the CPU while this process runs, so the time is exact.
                     cpu_to_goal = Some(engine.cpu(self.thread)? - cpu);
                     goal = None;
                 }

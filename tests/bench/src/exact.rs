@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Exact mode: pass by pass on one CPU whose nanoseconds are instructions.
+//! Exact mode: pass by pass, on one CPU with one nanosecond per instruction.
 
 use std::time::Duration;
 
@@ -11,18 +11,18 @@ use crate::phase;
 use crate::results::{mean, median, Record, Sheet};
 use crate::workers::{Facts, Workers};
 
-/// Passes until a workload that does not converge is given up.
+/// How many passes a workload may take to converge.
 const MOST_PASSES: usize = 8;
-/// Unchanged passes that are measured with nothing skipped.
+/// How many unchanged passes to measure with nothing skipped.
 const IDLE_PASSES: usize = 3;
-/// `smart_scan` skips a page longer the older it is, eight passes at most:
-/// so it takes some passes to get there, and nine are one whole round.
+/// `smart_scan` skips a page longer the older it is, eight passes at most. It takes some passes to reach
+/// that, and then nine are a whole round.
 const AGEING_PASSES: usize = 12;
 const SMART_PASSES: usize = 9;
 
 pub const MODE: &str = "exact";
 
-/// Runs one workload on one engine and measures all but the lock holds.
+/// Run one workload on one engine and measure all but the lock holds.
 pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     let mut workers = Workers::start(name)?;
     let mut sheet = Sheet::new(name, engine.name(), MODE);
@@ -50,9 +50,9 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     Ok(sheet.into_records())
 }
 
-/// The kernel's memory use when nothing moves.
+/// Return the kernel's memory use while the engine is stopped.
 fn quiet_memory() -> Result<KernelMemory> {
-    // The first read brings in what reading itself needs.
+    // The first read allocates what reading itself needs.
     KernelMemory::read()?;
     std::thread::sleep(Duration::from_millis(500));
     KernelMemory::read()
@@ -80,7 +80,7 @@ impl Run<'_> {
         cpu as f64 / self.facts.pages as f64
     }
 
-    /// Runs a pass, as a phase of its own, and shows what it came to.
+    /// Run a pass, as a phase of its own, and print its result.
     fn pass(
         &self,
         stepper: &mut Stepper,
@@ -103,12 +103,12 @@ impl Run<'_> {
         Ok(pass)
     }
 
-    /// 99 % of the expected sharing.
+    /// Return 99 % of the expected sharing.
     fn goal(&self) -> u64 {
         (self.facts.expected * 99).div_ceil(100)
     }
 
-    /// An engine that merges what it should leave alone needs time to learn.
+    /// Return the least number of passes. An engine needs time to learn which pages to leave alone.
     fn least_passes(&self) -> usize {
         if self.facts.is_volatile {
             MOST_PASSES
@@ -117,11 +117,11 @@ impl Run<'_> {
         }
     }
 
-    /// From the first look at the pages until merging has nothing left to do.
+    /// Run passes from the first look at the pages until nothing is left to merge.
     fn converge(&mut self, stepper: &mut Stepper, workers: &mut Workers) -> Result<()> {
         let mut passes: Vec<Pass> = Vec::new();
         while passes.len() < MOST_PASSES {
-            // No goal when it was reached before, or there is none.
+            // No goal if it was reached before, or if there is none.
             let goal =
                 Some(self.goal()).filter(|&goal| goal > 0 && passes.iter().all(|p| p.saved < goal));
             let pass = self.pass(stepper, "pass", passes.len() + 1, goal)?;
@@ -181,7 +181,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Passes in which nothing has changed.
+    /// Run passes in which nothing changes.
     fn idle(&mut self, stepper: &mut Stepper) -> Result<()> {
         if self.smart.is_none() {
             let value = self.idle_passes(stepper, "idle", IDLE_PASSES)?;
@@ -189,14 +189,13 @@ impl Run<'_> {
             return Ok(());
         }
         self.engine.write("smart_scan", 0)?;
-        // What was skipped until now gets its look first.
+        // Pages that were skipped until now are scanned first.
         stepper.pass()?;
         let value = self.idle_passes(stepper, "idle", IDLE_PASSES)?;
         self.put_idle(Some(0), median(value));
         self.engine.write("smart_scan", 1)?;
         stepper.passes(AGEING_PASSES)?;
-        // Some passes skip nearly all, others nothing: only the mean says
-        // what it costs.
+        // Some passes skip nearly all, others nothing, so only the mean shows the cost.
         let value = self.idle_passes(stepper, "smart", SMART_PASSES)?;
         self.put_idle(Some(1), mean(&value));
         Ok(())

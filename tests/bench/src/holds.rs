@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How long the engine's thread holds locks, in instructions of its own.
+//! The durations of the engine thread's lock holds, in instructions of its own.
 
 use std::collections::{HashMap, HashSet};
 
-/// Where the kernel has its array of `struct page`, in which the page-table
-/// locks lie; the array is never larger than this.
+/// The largest size of the kernel's array of `struct page`, in which the page-table locks lie.
 const VMEMMAP_SIZE: u64 = 1 << 50;
 
 /// The longest hold of one kind of lock.
@@ -12,7 +11,7 @@ const VMEMMAP_SIZE: u64 = 1 << 50;
 pub struct Longest {
     pub count: u64,
     pub max: u64,
-    /// Who took the lock then.
+    /// The function that took the lock in that hold.
     pub caller: u64,
 }
 
@@ -24,12 +23,12 @@ struct Held {
 
 #[derive(Default)]
 pub struct Holds {
-    /// Instructions of others, and of interrupts, up to now.
+    /// Instructions of other tasks, and of interrupts, so far.
     others: u64,
-    /// Since when those run; `None` while the engine's thread does.
+    /// When the engine's thread was interrupted or switched out; `None` while it runs.
     stopped: Option<u64>,
     is_engine: bool,
-    /// Interrupts that the engine's thread is in.
+    /// The nesting depth of interrupts of the engine's thread.
     depth: u32,
     mmap_locks: HashSet<u64>,
     held: HashMap<u64, Held>,
@@ -41,7 +40,7 @@ impl Holds {
         self.mmap_locks.insert(lock);
     }
 
-    /// A task runs from `now` on: the engine's thread or another.
+    /// Switch to the engine's thread or to another task at `now`.
     pub fn run(&mut self, now: u64, engine: bool) {
         self.is_engine = engine;
         self.update(now);
@@ -69,7 +68,7 @@ impl Holds {
         }
     }
 
-    /// The thread's own instructions up to `now`.
+    /// Return the thread's own instructions up to `now`.
     fn own(&self, now: u64) -> u64 {
         self.stopped.unwrap_or(now) - self.others
     }
@@ -113,7 +112,7 @@ impl Holds {
         }
     }
 
-    /// What there was since the last call.
+    /// Take the results since the last call.
     pub fn take(&mut self) -> HashMap<&'static str, Longest> {
         std::mem::take(&mut self.longest)
     }
@@ -164,10 +163,10 @@ mod tests {
         let mut holds = running();
         holds.lock(110, MMAP, VMEMMAP, 1);
         holds.interrupt(120);
-        // The interrupt's own locks are not the thread's.
+        // Locks of the interrupt do not count for the thread.
         holds.lock(121, PTL, VMEMMAP, 1);
         holds.unlock(150, PTL);
-        // It ends with a switch to another task, and returns much later.
+        // The interrupt ends with a switch to another task, and returns much later.
         holds.run(160, false);
         holds.run(1000, true);
         holds.interrupt_over(1010);

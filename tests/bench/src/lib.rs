@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The benchmark: both engines on the same workloads in the same boot.
 //!
-//! `content` and `workload` are the generator; `worker` and `workers` are the
-//! processes that hold what it makes; `engine` drives an engine pass by pass;
-//! `exact` and `wall` measure; `phase` tells QEMU's plugin (in plugin/) what is being
-//! measured, and `holds` is its bookkeeping of locks; `results`,
-//! `table`, `report`, `targets` and `plot` are what comes out.
+//! `content` and `workload` generate workloads. `worker` is a process that holds one's pages, and `workers`
+//! controls these processes. `engine` drives an engine pass by pass. `exact` and `wall` measure. `phase`
+//! tells QEMU's plugin (in plugin/) what is being measured, and `holds` is its bookkeeping of locks.
+//! `results`, `table`, `report`, `targets` and `plot` produce the output.
 
 pub mod bystander;
 pub mod content;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What the figures were measured on.
+//! The machine that the figures were measured on.
 
 use std::fs;
 use std::path::Path;
@@ -22,7 +22,7 @@ pub struct Machine {
     pub revision: String,
 }
 
-/// The value behind `key` in a text of `key : value` lines.
+/// Return the value of `key` in a text of `key : value` lines.
 fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
@@ -37,7 +37,7 @@ fn first_line(command: &str, args: &[&str]) -> Option<String> {
 }
 
 impl Machine {
-    /// This machine; what only the caller knows comes as arguments.
+    /// Describe this machine. The arguments are facts that only the caller knows.
     pub fn describe(guest_kernel: &str, accel: &str, runs: usize, revision: &str) -> Result<Self> {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").context("cpuinfo")?;
         let meminfo = fs::read_to_string("/proc/meminfo").context("meminfo")?;

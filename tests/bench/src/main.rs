@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The benchmark's program, in the guest and outside; scripts/bench calls it.
+//! The benchmark's program, for inside and outside the guest. scripts/bench calls it.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,7 +23,7 @@ outside:
   save-guest DIR NUMBER        boot a small guest and save it
   machine DIR KERNEL ACCEL RUNS REVISION
                                describe this machine
-  join DIR                     make results.json of what was measured
+  join DIR                     make results.json of the measurements
   report DIR                   make tables and plots of it
   table FILE                   show results on the terminal
   profile DIR                  show where instructions go

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How much memory the kernel uses for itself.
+//! The kernel's own use of memory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,8 +11,8 @@ use crate::content::PAGE;
 
 /// The kernel's own use of memory at one moment, in bytes.
 ///
-/// Objects are counted, not the pages of their caches: what others have freed
-/// before stands open in those pages and would make a later use look free.
+/// Objects are counted, not the pages of their caches. Objects that were freed before leave room in those
+/// pages, so a later allocation would look free.
 #[derive(Clone, Debug)]
 pub struct KernelMemory {
     /// Objects in use, by slab cache.
@@ -24,7 +24,7 @@ pub struct KernelMemory {
 
 impl KernelMemory {
     pub fn read() -> Result<Self> {
-        // Folds the per-CPU differences into the totals.
+        // This adds the per-CPU differences to the totals.
         fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
         let text = fs::read_to_string("/proc/slabinfo").context("slabinfo")?;
         let caches = caches(&text);
@@ -40,12 +40,12 @@ impl KernelMemory {
         self.objects.values().sum::<i64>() + self.large + self.vmalloc
     }
 
-    /// By how much the use has grown since `before`.
+    /// Return the growth since `before`.
     pub fn growth(&self, before: &Self) -> i64 {
         self.total() - before.total()
     }
 
-    /// What has changed most since `before`, for people.
+    /// Describe the largest changes since `before`.
     pub fn changes(&self, before: &Self) -> String {
         let mut list: Vec<(i64, String)> = self
             .objects
@@ -68,14 +68,14 @@ struct Cache {
     pages: i64,
 }
 
-/// Bytes per cache, from the text of /proc/slabinfo.
+/// Return the bytes of each cache, from the text of /proc/slabinfo.
 fn caches(text: &str) -> BTreeMap<String, Cache> {
     text.lines()
         .filter_map(|line| {
             let words: Vec<&str> = line.split_whitespace().collect();
             let number = |at: usize| words.get(at)?.parse::<i64>().ok();
-            // "name active objects size per-slab pages : tunables a b c :
-            // slabdata active-slabs slabs shared"
+            // The format is "name active objects size per-slab pages : tunables a b c : slabdata active-slabs
+            // slabs shared".
             Some((
                 words.first()?.to_string(),
                 Cache {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The pages that processes have registered, from outside: what they hold, and
-//! so what merging must come to.
+//! The registered pages of processes, seen from outside: their content, and so the expected result of
+//! merging.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
@@ -10,20 +10,19 @@ use anyhow::{Context, Result};
 
 use crate::content::{mix, PAGE};
 
-/// Pages read at a time.
+/// The number of pages to read at a time.
 const CHUNK: usize = 256;
 /// Bits of /proc/<pid>/pagemap.
 const PRESENT: u64 = 1 << 63;
 const FILE_OR_SHARED: u64 = 1 << 61;
 const PFN: u64 = (1 << 55) - 1;
-/// Bits of /proc/kpageflags: a page of zeroes that is nobody's own, and a part
-/// of a huge page.
+/// Bits of /proc/kpageflags: the kernel's zero page, and a part of a huge page.
 const ZERO_PAGE: u64 = 1 << 24;
 const HUGE: u64 = 1 << 22;
 
 type Hash = (u64, u64);
 
-/// A mapped page: whose, where, and what it holds.
+/// A mapped page: its process, address and content.
 struct Seen {
     pid: u32,
     addr: u64,
@@ -49,11 +48,9 @@ impl Survey {
         self.0.len() as u64
     }
 
-    /// What `pages_sharing` must come to: all but one of the mappings of every
-    /// content that more than one page holds. A page that is mapped more than
-    /// once since a fork is no gain by itself. Nor is a zero page in a huge one:
-    /// when that is split for the sake of others, the kernel itself gives its
-    /// zero pages back.
+    /// Return the expected `pages_sharing`: all but one of the mappings of every content that more than one
+    /// page holds. A page with several mappings because of a fork is no gain by itself. Nor is a zero page in
+    /// a huge one: when that is split because of other pages, the kernel itself frees its zero pages.
     pub fn expected_sharing(&self) -> u64 {
         let zero = hash(&[0; PAGE]);
         let mut groups: HashMap<Hash, (u64, HashSet<u64>)> = HashMap::new();
@@ -69,8 +66,8 @@ impl Survey {
             .sum()
     }
 
-    /// A number that changes with any byte or place of any page that is not
-    /// all zero: it does not matter how zeroes are mapped.
+    /// Return a number that depends on every byte and address of all pages, except those that are all zero.
+    /// It does not matter how zeroes are mapped.
     pub fn digest(&self) -> u64 {
         let zero = hash(&[0; PAGE]);
         self.0
@@ -83,8 +80,7 @@ impl Survey {
     }
 }
 
-/// Two independent hashes over the words of a page: equal only by an accident
-/// that nobody will see.
+/// Return two independent hashes over the words of a page. A collision is too unlikely to ever occur.
 fn hash(page: &[u8]) -> Hash {
     let mut hash = (1, 2);
     for word in words(page) {
@@ -98,7 +94,7 @@ fn hash(page: &[u8]) -> Hash {
     (mix(hash.0), mix(hash.1))
 }
 
-/// The ranges of a process that are open to merging, from its smaps.
+/// Return the mergeable ranges of a process, from its smaps.
 fn mergeable(smaps: &str) -> Vec<(u64, u64)> {
     let mut ranges = Vec::new();
     let mut current = None;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Bars of both engines side by side, as SVG.
+//! Bar charts of both engines side by side, as SVG.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-/// One workload's figures. What was not measured has no bar.
+/// The figures of one workload. A missing figure has no bar.
 pub struct Bars {
     pub workload: String,
     pub ksm: Option<f64>,
@@ -18,10 +18,10 @@ pub struct Bars {
 const SIZE: (u32, u32) = (960, 420);
 const KSM: RGBColor = RGBColor(0xb0, 0xb0, 0xb0);
 const RKSM: RGBColor = RGBColor(0xd9, 0x5f, 0x02);
-/// Parts of a group's width: a bar of each engine, and the gap.
+/// The width of an engine's bar, as a part of a group's width; the rest is the gap.
 const BAR: f64 = 0.38;
 
-/// Draws the bars to `file`, on a logarithmic scale.
+/// Draw the bars to `file`, on a logarithmic scale.
 pub fn draw(file: &Path, title: &str, unit: &str, bars: &[Bars]) -> Result<()> {
     let area = SVGBackend::new(file, SIZE).into_drawing_area();
     chart(&area, title, unit, bars).map_err(|e| anyhow!("{}: {e}", file.display()))?;
@@ -29,7 +29,7 @@ pub fn draw(file: &Path, title: &str, unit: &str, bars: &[Bars]) -> Result<()> {
         .map_err(|e| anyhow!("{}: {e}", file.display()))
 }
 
-/// The scale: whole powers of ten around all values.
+/// Return the range of the scale: whole powers of ten around all values.
 fn range(bars: &[Bars]) -> (f64, f64) {
     let values = bars
         .iter()
@@ -133,13 +133,13 @@ fn centred(style: TextStyle<'_>, vertical: VPos) -> TextStyle<'_> {
     style.pos(Pos::new(HPos::Center, vertical))
 }
 
-/// Names that do not fit under their bars.
+/// Shorten a name that does not fit under its bars.
 fn short(name: &str) -> String {
     name.replace("zero_use_zero_pages", "zero, uzp")
         .replace("_eager", ", e.")
 }
 
-/// A number with three digits and a unit prefix.
+/// Format a number with three digits and a unit prefix.
 fn brief(value: f64) -> String {
     let (scaled, prefix) = match value {
         v if v >= 1e9 => (v / 1e9, "G"),
@@ -188,7 +188,7 @@ mod tests {
         for part in ["A title", "a unit", "unique", "ksmd", "rksmd"] {
             assert!(svg.contains(part), "no {part:?}");
         }
-        // One of each engine, and one of each in the legend.
+        // One bar of each engine, and one of each in the legend.
         for color in ["#B0B0B0", "#D95F02"] {
             assert_eq!(svg.matches(&format!("fill=\"{color}\"")).count(), 2);
         }

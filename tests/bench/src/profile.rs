@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Where the engine's instructions go, function by function, from how often
-//! each translation block ran.
+//! The engine's instructions, function by function, computed from how often each translation block ran.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -14,14 +13,14 @@ use crate::results;
 use crate::table::figure;
 use crate::trace::{Block, Trace};
 
-/// Functions below this share of a phase are added up in one line.
+/// Functions below this share of a phase are summed up in one line.
 const LEAST_SHARE: f64 = 0.004;
 
 /// Functions by address.
 struct Symbols(Vec<(u64, String)>);
 
 impl Symbols {
-    /// From the text of /proc/kallsyms.
+    /// Parse the text of /proc/kallsyms.
     fn parse(text: &str) -> Self {
         let mut list: Vec<(u64, String)> = text
             .lines()
@@ -35,13 +34,13 @@ impl Symbols {
                 is_code.then(|| (addr, demangled(name) + &tag(module)))
             })
             .collect();
-        // Of several names for one address, the first in the alphabet.
+        // Of several names for one address, use the alphabetically first.
         list.sort();
         list.dedup_by_key(|(addr, _)| *addr);
         Self(list)
     }
 
-    /// The function that holds `addr`, and where it begins.
+    /// Return the function that contains `addr`, and its start.
     fn find(&self, addr: u64) -> Option<(u64, &str)> {
         let after = self.0.partition_point(|(start, _)| *start <= addr);
         let (start, name) = self.0.get(after.checked_sub(1)?)?;
@@ -56,7 +55,7 @@ fn tag(module: &str) -> String {
     }
 }
 
-/// The path that a Rust symbol names; other names as they are.
+/// Return the path in a Rust symbol. Other names stay as they are.
 fn demangled(name: &str) -> String {
     format!("{:#}", rustc_demangle::demangle(name))
 }
@@ -67,7 +66,7 @@ struct Line {
     calls: u64,
 }
 
-/// One phase's table.
+/// Return one phase's table.
 fn phase_table(phase: &Phase, blocks: &[&Block], symbols: &Symbols) -> String {
     let mut lines: HashMap<&str, Line> = HashMap::new();
     for block in blocks {
@@ -123,7 +122,7 @@ fn phase_table(phase: &Phase, blocks: &[&Block], symbols: &Symbols) -> String {
     out
 }
 
-/// Which phases are shown: the first passes, and one idle pass of each sort.
+/// Return whether a phase is shown: the first passes, and one idle pass of each kind.
 fn is_shown(phase: &Phase) -> bool {
     match phase.what.split_once(' ') {
         Some(("pass", number)) => matches!(number, "1" | "2"),
@@ -132,7 +131,7 @@ fn is_shown(phase: &Phase) -> bool {
     }
 }
 
-/// The tables of what the guest and the plugin left in `dir`.
+/// Return the tables for the files that the guest and the plugin left in `dir`.
 pub fn report(dir: &Path) -> Result<String> {
     let phases: Vec<Phase> = results::load(&dir.join("phases.json"))?;
     let trace = Trace::load(dir)?;

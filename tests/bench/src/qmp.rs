@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Small guests under QEMU: booted and saved outside, restored paused inside
-//! the benchmark's guest.
+//! Small guests under QEMU. They are booted and saved outside, and restored, paused, inside the benchmark's
+//! guest.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::{json, Value};
 
-/// What the small guests print when they have done their part.
+/// The line that a small guest prints when it is ready.
 const READY: &str = "guest: ready";
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -23,8 +23,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Starts QEMU on the kernel and the initramfs in `dir`, as guest `number`.
-    /// A saved guest has to be restored with the same arguments.
+    /// Start QEMU with the kernel and the initramfs in `dir`, as guest `number`. A saved guest has to be
+    /// restored with the same arguments.
     fn start(dir: &Path, number: usize, more: &[&str]) -> Result<Self> {
         let mut child = Command::new("qemu-system-x86_64")
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
@@ -55,7 +55,7 @@ impl Guest {
         self.child.id()
     }
 
-    /// One QMP command and what it returns; events are passed over.
+    /// Run one QMP command and return its result. Events are skipped.
     fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
         let command = json!({ "execute": name, "arguments": arguments });
         writeln!(self.stdin, "{command}")?;
@@ -81,7 +81,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Restores guest `number` from `dir`, and leaves it paused.
+    /// Restore guest `number` from `dir`, and leave it paused.
     pub fn restore(dir: &Path, number: usize) -> Result<Self> {
         let from = format!("file:{}", saved(dir, number).display());
         let mut guest = Self::start(dir, number, &["-S", "-serial", "null", "-incoming", &from])?;
@@ -96,7 +96,7 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Boots guest `number` and saves it to `dir` when it is ready.
+    /// Boot guest `number` and save it to `dir` when it is ready.
     pub fn save(dir: &Path, number: usize) -> Result<()> {
         let log = dir.join(format!("guest-{number}.log"));
         let serial = format!("file:{}", log.display());
@@ -124,13 +124,13 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Gone already, if that fails.
+        // If this fails, the process is gone already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Where guest `number` is saved.
+/// Return the file in which guest `number` is saved.
 fn saved(dir: &Path, number: usize) -> PathBuf {
     dir.join(format!("guest-{number}"))
 }

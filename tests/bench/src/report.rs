@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! results.json for people: Markdown tables and plots.
+//! results.json in readable form: Markdown tables and plots.
 
 use std::fs;
 use std::path::Path;
@@ -13,11 +13,11 @@ use crate::table::figure;
 use crate::trace::Spread;
 use crate::{exact, targets, wall};
 
-/// A metric and how it is presented.
+/// A metric and its presentation.
 struct Metric {
     mode: &'static str,
     name: &'static str,
-    /// Which of several figures; `None` takes what there is.
+    /// The `smart_scan` setting of the figure; `None` takes any.
     smart_scan: Option<u64>,
     title: &'static str,
     unit: &'static str,
@@ -204,7 +204,7 @@ impl Report {
             .iter()
             .filter(|r| r.workload == workload && r.engine == engine)
             .filter(|r| r.mode == metric.mode && r.metric == metric.name)
-            // An engine without the knob never skips: what it has is both.
+            // An engine without the file never skips, so its figure counts as both.
             .find(|r| {
                 metric.smart_scan.is_none()
                     || r.smart_scan.is_none()
@@ -213,7 +213,7 @@ impl Report {
             .map(|r| r.value)
     }
 
-    /// `min–max` of a figure that was measured more than once.
+    /// Return `min–max` of a figure that was measured more than once.
     fn spread(&self, metric: &Metric, workload: &str, engine: &str) -> Option<String> {
         if metric.mode != wall::MODE {
             return None;
@@ -226,7 +226,7 @@ impl Report {
         Some(format!(" ({}–{})", figure(found.min), figure(found.max)))
     }
 
-    /// The workloads, in the order in which they were measured.
+    /// Return the workloads, in the order in which they were measured.
     fn workloads(&self) -> Vec<&str> {
         let mut names: Vec<&str> = Vec::new();
         for record in &self.records {
@@ -274,7 +274,7 @@ impl Report {
         out
     }
 
-    /// What each workload is made of.
+    /// Return the table of the workloads and their sizes.
     fn workload_table(&self) -> String {
         let mut out =
             String::from("| workload | pages | expected sharing |\n| --- | ---: | ---: |\n");
@@ -291,7 +291,7 @@ impl Report {
     }
 }
 
-/// Writes table.md and the plots to `dir`, from what lies there.
+/// Write table.md and the plots to `dir`, from the results there.
 pub fn write(dir: &Path) -> Result<()> {
     let spread = dir.join("spread.json");
     let report = Report {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! One figure, as it stands in results.json.
+//! A figure, in the form of results.json.
 
 use std::fs;
 use std::path::Path;
@@ -13,8 +13,7 @@ pub struct Record {
     pub workload: String,
     pub engine: String,
     pub mode: String,
-    /// The knob's value while the figure was taken; null where the engine
-    /// has no such knob.
+    /// The value of the file `smart_scan` during the measurement; null if the engine has no such file.
     pub smart_scan: Option<u64>,
     pub metric: String,
     pub value: f64,
@@ -46,7 +45,7 @@ impl Sheet {
             mode: self.mode.clone(),
             smart_scan,
             metric: metric.into(),
-            // Beyond a ten-thousandth nothing is measured.
+            // Smaller differences than a ten-thousandth are noise.
             value: (value * 1e4).round() / 1e4,
             unit: unit.into(),
         });
@@ -57,19 +56,19 @@ impl Sheet {
     }
 }
 
-/// Reads a list from a JSON file.
+/// Read a list from a JSON file.
 pub fn load<T: DeserializeOwned>(file: &Path) -> Result<Vec<T>> {
     let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
     serde_json::from_str(&text).with_context(|| file.display().to_string())
 }
 
-/// Writes a list to a JSON file.
+/// Write a list to a JSON file.
 pub fn save<T: Serialize>(file: &Path, list: &[T]) -> Result<()> {
     let text = serde_json::to_string_pretty(list)? + "\n";
     fs::write(file, text).with_context(|| file.display().to_string())
 }
 
-/// The middle one of the values; of an even number, the lower middle one.
+/// Return the median of the values; of an even number, the lower one of the middle two.
 pub fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len().saturating_sub(1) / 2).copied()
@@ -79,7 +78,7 @@ pub fn mean(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
-/// The smallest value that `share` of all values do not exceed.
+/// Return the smallest value that `share` of all values do not exceed.
 pub fn percentile(sorted: &[u64], share: f64) -> Option<u64> {
     let rank = (share * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.saturating_sub(1)).copied()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A boot's worth of measuring: one engine after the other, the same workloads.
+//! A session in one boot: one engine after the other, on the same workloads.
 
 use std::fs;
 use std::path::Path;
@@ -28,14 +28,14 @@ impl Mode {
 pub struct Session<'a> {
     pub mode: Mode,
     pub workloads: &'a [String],
-    /// How often each is measured.
+    /// How often to measure each workload.
     pub runs: usize,
-    /// Where the figures go.
+    /// The directory for the figures.
     pub out: &'a Path,
 }
 
 impl Session<'_> {
-    /// Measures the engines in turn; in between, nothing stays merged.
+    /// Measure the engines in turn. Nothing stays merged in between.
     pub fn run(&self, engines: &[Engine]) -> Result<()> {
         prepare_guest()?;
         let mut records = Vec::new();
@@ -45,12 +45,12 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// One run of one workload. The module is loaded for it anew: what it has
-    /// kept of an earlier workload would not count as metadata of this one.
+    /// Run one workload once. Load the module again first: memory that it kept from an earlier workload would
+    /// not count as metadata of this one.
     fn run_once(&self, engine: Engine, name: &str) -> Result<Vec<Record>> {
         engine.load()?;
         if self.mode == Mode::Exact {
-            // The profile needs the module's symbols, too.
+            // The profile needs the module's symbols as well.
             fs::copy("/proc/kallsyms", self.out.join("kallsyms")).context("kallsyms")?;
         }
         let records = match self.mode {
@@ -73,7 +73,7 @@ impl Session<'_> {
             for _ in 0..self.runs {
                 let run = self.run_once(engine, name);
                 records.extend(run.with_context(|| format!("{} on {name}", engine.name()))?);
-                // Each time, so that what comes later cannot cost what there is.
+                // Save each time, so that a later failure cannot lose figures.
                 let file = format!("{}.json", self.mode.name());
                 results::save(&self.out.join(file), records)?;
                 results::save(&self.out.join("phases.json"), &phase::all())?;
@@ -83,7 +83,7 @@ impl Session<'_> {
     }
 }
 
-/// Huge pages only where a workload asks for them, and none made later.
+/// Allow huge pages only where a workload asks for them, and let khugepaged make none.
 fn prepare_guest() -> Result<()> {
     let huge = Path::new("/sys/kernel/mm/transparent_hugepage");
     fs::write(huge.join("enabled"), "madvise").context("huge pages")?;

@@ -6,7 +6,7 @@ use crate::results::Record;
 /// What identifies a row: all but the engine.
 type Key<'a> = (&'a str, &'a str, &'a str, Option<u64>);
 
-/// A figure with as many digits as tell something.
+/// Format a figure with as many digits as are significant.
 pub fn figure(value: f64) -> String {
     let digits = if value.fract() == 0.0 || value.abs() >= 1000.0 {
         0
@@ -32,8 +32,7 @@ pub fn figure(value: f64) -> String {
     grouped + &rest
 }
 
-/// One line per workload, mode and metric: in-tree, rksm, and how many times
-/// less rksm takes.
+/// Return one line per workload, mode and metric: the figures of in-tree KSM and rksm, and their ratio.
 pub fn plain(records: &[Record]) -> String {
     let mut out = format!(
         "{:<20} {:<24} {:>5} {:>16} {:>16} {:>9}  {}\n",
@@ -62,8 +61,8 @@ pub fn plain(records: &[Record]) -> String {
     out
 }
 
-/// The rows in the order in which they were measured. An engine without the
-/// knob is shown beside the other's default (and its idle figure beside both).
+/// Return the rows in the order in which they were measured. An engine without `smart_scan` is shown beside
+/// the other's default, and its idle figure beside both.
 fn rows(records: &[Record]) -> Vec<(Key<'_>, &str)> {
     let mut rows: Vec<(Key<'_>, &str)> = Vec::new();
     for r in records {
@@ -80,7 +79,7 @@ fn rows(records: &[Record]) -> Vec<(Key<'_>, &str)> {
             rows.push((key, &r.unit));
         }
     }
-    // By workload first: the engines were measured one after the other.
+    // By workload first, as the engines were measured one after the other.
     let place = |key: &Key<'_>| {
         rows.iter()
             .position(|(k, _)| (k.0, k.1) == (key.0, key.1))

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The targets that the engine was built for, beside what was measured.
+//! The targets of the engine, compared with the figures.
 
 use crate::table::figure;
 use crate::{exact, wall};
 
-/// A figure: mode, workload, metric, and which `smart_scan` where it matters.
+/// A figure: mode, workload, metric, and `smart_scan` where it matters.
 pub type Which = (&'static str, &'static str, &'static str, Option<u64>);
 
-/// What rksm's figure is held against.
+/// The limit for rksm's figure.
 enum Limit {
-    /// At most this.
+    /// At most this value.
     Most(f64),
-    /// At most this, and so many times less than in-tree.
+    /// At most this value, and less than in-tree by this factor.
     MostAndTimesLess(f64, f64),
-    /// So many times less than in-tree.
+    /// Less than in-tree by this factor.
     TimesLess(f64),
 }
 
@@ -29,7 +29,7 @@ fn target(what: &'static str, which: Which, limit: Limit) -> Target {
     Target { what, which, limit }
 }
 
-/// Those that are one figure each.
+/// The targets that are about one figure each.
 fn targets() -> Vec<Target> {
     let exact = |workload, metric| (exact::MODE, workload, metric, None);
     let idle = |workload| (exact::MODE, workload, IDLE, Some(0));
@@ -82,8 +82,7 @@ fn targets() -> Vec<Target> {
     ]
 }
 
-/// Workloads on which rksm is to cost less and merge no less, and by what
-/// the cost is judged.
+/// Workloads on which rksm must cost less and merge no less than in-tree KSM, and the figures for the cost.
 const BETTER: [&str; 6] = ["tail", "volatile", "vmas", "sparse", "fork", "real"];
 const COSTS: [(&str, &str, Option<u64>); 3] = [
     ("CPU until 99 %", "cpu_to_99", None),
@@ -91,8 +90,7 @@ const COSTS: [(&str, &str, Option<u64>); 3] = [
     ("later passes, smart_scan", IDLE, Some(1)),
 ];
 
-/// A share of in-tree's sharing that is no less: pages of real programs come
-/// and go.
+/// The share of in-tree's sharing that counts as no less: pages of real programs come and go.
 const NO_LESS: f64 = 0.99;
 
 fn verdict(met: bool) -> &'static str {
@@ -117,7 +115,7 @@ fn row(what: &str, ksm: Option<f64>, rksm: Option<f64>, target: &str, met: Optio
     )
 }
 
-/// The table of targets; `find` looks a figure up for an engine.
+/// Return the table of targets. `find` returns a figure of an engine.
 pub fn table(find: impl Fn(Which, &str) -> Option<f64>) -> String {
     let mut out = String::from("| what | ksmd | rksmd | ksmd : rksmd | target | |\n");
     out += "| --- | ---: | ---: | ---: | --- | --- |\n";
@@ -163,7 +161,7 @@ mod tests {
         line.to_string()
     }
 
-    /// In-tree's and rksm's figure for everything.
+    /// Return the same two figures, in-tree's and rksm's, for everything.
     fn both(ksm: f64, rksm: f64) -> impl Fn(Which, &str) -> Option<f64> {
         move |_, engine| Some(if engine == "ksm" { ksm } else { rksm })
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What QEMU's plugin has written down, and how it joins the results.
+//! The records of QEMU's plugin, and how they are added to the results.
 
 use std::collections::HashMap;
 use std::fs;
@@ -22,7 +22,7 @@ pub struct Hold {
     pub caller: u64,
 }
 
-/// How often a translation block ran in one phase, and its instructions.
+/// How often a translation block ran in one phase, and how many instructions it has.
 #[derive(Debug, PartialEq)]
 pub struct Block {
     pub phase: u64,
@@ -78,7 +78,7 @@ impl Trace {
     }
 }
 
-/// The longest holds per workload and engine, over all its phases.
+/// Return the longest holds per workload and engine, over all its phases.
 fn longest(phases: &[Phase], trace: &Trace) -> Vec<Record> {
     let by_number: HashMap<u64, &Phase> = phases.iter().map(|p| (p.number, p)).collect();
     let mut records = Vec::new();
@@ -111,7 +111,7 @@ fn longest(phases: &[Phase], trace: &Trace) -> Vec<Record> {
     records
 }
 
-/// A figure of several runs: results.json has the median, spread.json all.
+/// A figure of several runs. results.json has the median, spread.json all values.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     #[serde(flatten)]
@@ -121,7 +121,7 @@ pub struct Spread {
     pub runs: usize,
 }
 
-/// The same figure of all runs, as one.
+/// Combine the values of the same figure in all runs.
 fn spread(records: &[Record]) -> Vec<Spread> {
     let key = |r: &Record| {
         let Record {
@@ -165,7 +165,7 @@ fn spread(records: &[Record]) -> Vec<Spread> {
         .collect()
 }
 
-/// Makes results.json (and spread.json) of what was measured into `dir`.
+/// Write results.json and spread.json to `dir`, from the figures there.
 pub fn join(dir: &Path) -> Result<()> {
     let mut records: Vec<Record> = Vec::new();
     let exact = dir.join("exact.json");

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Wall mode: the engine at full speed on one of two CPUs, and what that is
-//! like for others.
+//! Wall mode: the engine at full speed on one of two CPUs, and its effect on another process.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,15 +12,15 @@ use crate::results::{Record, Sheet};
 use crate::workers::Workers;
 
 pub const MODE: &str = "wall";
-/// Faults of the bystander per run.
+/// The number of the bystander's faults per run.
 const FAULTS: usize = 20_000;
 const POLL: Duration = Duration::from_millis(1);
 /// How long merging may take on a slow emulated CPU.
 const LIMIT: Duration = Duration::from_secs(300);
-/// Passes that are waited for when there is nothing, or no more, to merge.
+/// How many passes to wait for when nothing is left to merge.
 const PASSES: u64 = 3;
 
-/// One run of one workload on one engine.
+/// Run one workload on one engine once.
 pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     let mut workers = Workers::start(name)?;
     let facts = workers.facts();
@@ -70,7 +69,7 @@ pub fn run(engine: Engine, name: &str) -> Result<Vec<Record>> {
     Ok(sheet.into_records())
 }
 
-/// What it took to reach 99 % of the expected sharing.
+/// The effort to reach 99 % of the expected sharing.
 #[derive(Clone, Copy)]
 struct Goal {
     passes: u64,
@@ -84,8 +83,8 @@ struct Race {
 }
 
 impl Race {
-    /// Starts the engine at full speed, waits for the goal and for some passes
-    /// more, and leaves it running.
+    /// Start the engine at full speed, wait for the goal and for some more passes, and leave the engine
+    /// running.
     fn run(engine: Engine, workers: &mut Workers) -> Result<Self> {
         let facts = workers.facts();
         let thread = engine.thread()?;
@@ -104,7 +103,7 @@ impl Race {
             let now = engine.read("full_scans")? - scans;
             if goal.is_none() && facts.expected > 0 && engine.saved()? >= goal_pages {
                 goal = Some(Goal {
-                    // The one under way counts.
+                    // The pass in progress counts.
                     passes: now + 1,
                     cpu: engine.cpu(thread)? - cpu,
                     time: start.elapsed(),
@@ -115,7 +114,7 @@ impl Race {
                 workers.rewrite()?;
             }
             passes = now;
-            // More passes than any workload needs: it will not get there.
+            // No workload needs so many passes, so the goal will not be reached.
             if goal.is_none() && facts.expected > 0 {
                 until = until.max(3 * PASSES);
             }
@@ -130,7 +129,7 @@ impl Race {
     }
 }
 
-/// Runs the bystander to its end.
+/// Run the bystander to its end.
 fn bystander(faults: usize) -> Result<Latencies> {
     let output = Command::new(std::env::current_exe()?)
         .args(["bystander", &faults.to_string()])

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A process of a workload: maps, fills and registers its areas as planned,
-//! says so, and sleeps until told to do something.
+//! A process of a workload. It maps, fills and registers its VMAs as planned, reports that, and sleeps until
+//! it gets a command.
 //!
-//! Commands come as lines on standard input (`rewrite ROUND`, `verify`); the
-//! end of the input ends the process. Every answer is one line.
+//! Commands are lines on standard input (`rewrite ROUND`, `verify`). The process ends at the end of the
+//! input. Every answer is one line.
 
 use std::io::{BufRead, Write};
 
@@ -22,10 +22,10 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// `pages` pages at a multiple of 2 MiB.
+    /// Map `pages` pages at a multiple of 2 MiB.
     pub fn new(pages: usize) -> Result<Self> {
         let length = pages * PAGE;
-        // SAFETY: a fresh anonymous mapping; nothing of ours is replaced.
+        // SAFETY: This is a fresh anonymous mapping, which replaces nothing of ours.
         let at = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -41,9 +41,9 @@ impl Mapping {
         }
         let base = at as usize;
         let aligned = base.next_multiple_of(HUGE);
-        // What is left over would be a part of the area, so it goes away.
+        // The surplus would be a part of the VMA, so unmap it.
         for (from, to) in [(base, aligned), (aligned + length, base + length + HUGE)] {
-            // SAFETY: a part of the mapping made above that nobody uses.
+            // SAFETY: The range is an unused part of the mapping made above.
             let ret = unsafe { libc::munmap(from as *mut libc::c_void, to - from) };
             ensure!(from == to || ret == 0, "munmap");
         }
@@ -54,8 +54,8 @@ impl Mapping {
     }
 
     pub fn advise(&mut self, advice: libc::c_int) -> Result<()> {
-        // SAFETY: the range is this mapping's, and as it is borrowed through
-        // `self` only, its content may change.
+        // SAFETY: The range belongs to this mapping, which is only borrowed through `self`, so its content
+        // may change.
         let ret = unsafe { libc::madvise(self.base.cast(), self.pages * PAGE, advice) };
         if ret != 0 {
             return Err(std::io::Error::last_os_error()).context("madvise");
@@ -63,10 +63,10 @@ impl Mapping {
         Ok(())
     }
 
-    /// Takes page `index` out of the mapping; it must not be used any more.
+    /// Unmap page `index`; it must not be used any more.
     fn punch(&mut self, index: usize) -> Result<()> {
         assert!(index < self.pages);
-        // SAFETY: within the mapping; the caller does not use the page again.
+        // SAFETY: The page lies in the mapping, and the caller does not use it again.
         let ret = unsafe { libc::munmap(self.base.add(index * PAGE).cast(), PAGE) };
         ensure!(ret == 0, "munmap");
         Ok(())
@@ -74,9 +74,8 @@ impl Mapping {
 
     pub fn page(&mut self, index: usize) -> &mut [u8] {
         assert!(index < self.pages);
-        // SAFETY: within the mapping, which is never unmapped but for pages
-        // that the plan does not use, and borrowed through `self` only. A page
-        // is always initialised: fresh ones are zero.
+        // SAFETY: The page lies in the mapping, which is only borrowed through `self`. Only pages that the
+        // plan does not use are ever unmapped. A page is always initialised: fresh ones are zero.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(index * PAGE), PAGE) }
     }
 }
@@ -111,7 +110,7 @@ impl Filled {
     fn put(&mut self, place: usize, content: Content, seed: u64) {
         self.area.contents[place] = content;
         let page = self.mapping.page(place * self.area.stride);
-        // So that a zero page is a page of its own as well.
+        // A write, so that a zero page is also a page of its own.
         page[0] = 1;
         fill(content, seed, page);
     }
@@ -128,8 +127,8 @@ impl Filled {
     }
 }
 
-/// Forks the children whose parent is `me`; in them, their own children too,
-/// and what they write. Returns only in `me`, or in a child, as that.
+/// Fork the children of process `me`. In each child, fork its own children as well, and do its writes. Return
+/// only in `me`, or in a child with its number as `me`.
 fn fork_tree(process: &Process, root: &mut Filled, seed: u64) -> Result<()> {
     let mut me = 0;
     let mut next = 1;
@@ -150,13 +149,13 @@ fn fork_tree(process: &Process, root: &mut Filled, seed: u64) -> Result<()> {
         root.put(*place, *content, seed);
     }
     println!("ready {}", std::process::id());
-    // The first process ends all by ending.
+    // All processes end with the first one.
     loop {
         std::thread::park();
     }
 }
 
-/// What process `index` of workload `name` does.
+/// Run process `index` of workload `name`.
 pub fn run(name: &str, index: usize, seed: u64) -> Result<()> {
     sys::die_with_parent()?;
     let plan = plan(name, 1).context("no such workload")?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The processes of a running workload, from outside.
+//! The processes of a running workload, controlled from outside.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -12,19 +12,19 @@ use crate::qmp::Guest;
 use crate::workload::plan;
 
 pub const SEED: u64 = 0x6b73_6d20;
-/// Of the workload `real`.
+/// The name of the workload of real programs.
 pub const REAL: &str = "real";
 const PYTHONS: usize = 8;
 pub const GUESTS: usize = 4;
 
-/// Where the parts of `real` are: set by scripts/bench.
+/// Return the directory in `variable`, which scripts/bench sets for the workload `real`.
 fn path_of(variable: &str) -> Result<PathBuf> {
     std::env::var_os(variable)
         .map(PathBuf::from)
         .with_context(|| format!("{variable} is not set: scripts/bench does that"))
 }
 
-/// A process that answers lines.
+/// A process that answers each command with a line.
 struct Worker {
     child: Child,
     stdin: ChildStdin,
@@ -56,7 +56,7 @@ impl Worker {
         Ok(line.trim_end().to_string())
     }
 
-    /// Waits for a line that begins with `word`, and returns the next word.
+    /// Wait for a line that begins with `word`, and return the next word.
     fn expect(&mut self, word: &str) -> Result<String> {
         let line = self.line()?;
         let mut words = line.split(' ');
@@ -75,13 +75,13 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // Gone already, if that fails.
+        // If this fails, the process is gone already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// What is known of a workload before the engine starts.
+/// Facts about a workload, known before the engine starts.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts {
     pub pages: u64,
@@ -97,13 +97,13 @@ pub struct Workers {
     pids: Vec<u32>,
     facts: Facts,
     round: u64,
-    /// What the small guests' memory held at the start.
+    /// The digest of the small guests' memory at the start.
     digest: Option<u64>,
 }
 
 impl Workers {
-    /// Starts the processes of workload `name`; returns when all pages are
-    /// filled and registered, and everybody sleeps.
+    /// Start the processes of workload `name`. Return when all pages are filled and registered, and all
+    /// processes sleep.
     pub fn start(name: &str) -> Result<Self> {
         if name == REAL {
             Self::real()
@@ -139,7 +139,7 @@ impl Workers {
         Ok(this)
     }
 
-    /// Python processes that hold their library's text, and saved guests.
+    /// Start Python processes that hold their library's text, and restore saved guests.
     fn real() -> Result<Self> {
         let holder = path_of("RKSM_BENCH_HOLDER")?;
         let guests_dir = path_of("RKSM_BENCH_GUESTS")?;
@@ -151,7 +151,7 @@ impl Workers {
                 .arg("python3")
                 .arg(&holder)
                 .arg(number.to_string())
-                // Else the same strings hash to other places in each.
+                // Otherwise the same strings hash to different places in each process.
                 .env("PYTHONHASHSEED", "0");
             workers.push(Worker::start(&mut command)?);
         }
@@ -192,7 +192,7 @@ impl Workers {
         self.facts
     }
 
-    /// Has the volatile pages written anew.
+    /// Let the workers rewrite the volatile pages.
     pub fn rewrite(&mut self) -> Result<()> {
         self.round += 1;
         for worker in &mut self.workers {
@@ -201,7 +201,7 @@ impl Workers {
         Ok(())
     }
 
-    /// Has everybody compare every page with what was written last.
+    /// Let all processes compare every page with what was written last.
     pub fn verify(&mut self) -> Result<()> {
         for worker in &mut self.workers {
             worker.ask("verify", "verified")?;
@@ -223,7 +223,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.workers.clear();
         self.guests.clear();
-        // Forked ones die with the first; wait until they have.
+        // Forked children die with their first process; wait until they have.
         for pid in &self.pids {
             let path = format!("/proc/{pid}");
             for _ in 0..1000 {

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The workloads: which process holds what in which page. A plan is a pure
-//! function of the workload's name and a scale, so that what merging must
-//! come to can be counted before anything runs.
+//! The workloads: the content of each page of each process. A plan is a pure function of the workload's name
+//! and a scale, so the expected sharing can be counted in advance.
 
 use std::collections::HashMap;
 
 use crate::content::{mix, Content};
 
-/// Pages in 64 MiB.
+/// The number of pages in 64 MiB.
 const FULL: usize = 16384;
 const PER_HUGE: usize = 512;
-/// Every how many pages of `volatile` one is rewritten between passes.
+/// One in this many pages of `volatile` is rewritten between passes.
 const VOLATILE_EVERY: usize = 10;
 
-/// Numbers of contents: `class` tells apart what must differ.
+/// Return the number of a content. Different classes never have equal numbers.
 fn number(class: u64, owner: usize, index: usize) -> u64 {
     (class << 56) | ((owner as u64) << 40) | index as u64
 }
@@ -26,18 +25,18 @@ fn own(owner: usize, index: usize) -> Content {
     Content::Random(number(2, owner, index))
 }
 
-/// A mapping and what its pages hold. Page `k` with content is the mapping's
-/// page `k * stride`; the others are never touched.
+/// A mapping and the content of its pages. Page `k` with content is the mapping's page `k * stride`; the
+/// others are never touched.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Area {
     pub contents: Vec<Content>,
     pub stride: usize,
-    /// Pages of the mapping.
+    /// The number of pages of the mapping.
     pub span: usize,
     pub huge: bool,
-    /// Only the pages with content stay mapped: each becomes a VMA.
+    /// Whether only the pages with content stay mapped, so that each becomes a VMA.
     pub split: bool,
-    /// Places in `contents` that are rewritten between passes.
+    /// Indices in `contents` of pages that are rewritten between passes.
     pub volatile: Vec<usize>,
 }
 
@@ -61,8 +60,8 @@ impl Area {
         }
     }
 
-    /// What volatile page `place` holds in `round`. Every second one is the
-    /// same in all processes: a merge of it would soon be broken.
+    /// Return the content of volatile page `place` in `round`. Every second one is the same in all processes,
+    /// so a merge of it would soon break.
     pub fn rewritten(&self, owner: usize, place: usize, round: u64) -> Content {
         let index = (place << 20) | round as usize;
         if place % 2 == 0 {
@@ -73,19 +72,19 @@ impl Area {
     }
 }
 
-/// What a forked child does with its copy of the first area.
+/// The actions of a forked child on its copy of the first VMA.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Child {
-    /// Whose child it is: 0 the first process, n the n-th child.
+    /// Its parent: 0 is the first process, n the n-th child.
     pub parent: usize,
-    /// Places that it writes, and what.
+    /// The places that it writes, with the content.
     pub writes: Vec<(usize, Content)>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Process {
     pub areas: Vec<Area>,
-    /// A tree of children, forked before anyone writes.
+    /// A tree of children, all forked before any of them writes.
     pub children: Vec<Child>,
 }
 
@@ -95,17 +94,15 @@ pub struct Plan {
     pub use_zero_pages: bool,
 }
 
-/// The ending of workloads that are run with `merge_eagerly` set: the same
-/// pages, on engines that have this knob.
+/// The suffix of workloads that run with `merge_eagerly` set: the same pages, on engines that have this file.
 const EAGER: &str = "_eager";
 
-/// Whether a workload of this name wants `merge_eagerly`.
+/// Return whether a workload of this name wants `merge_eagerly`.
 pub fn is_eager(name: &str) -> bool {
     name.ends_with(EAGER)
 }
 
-/// Every workload made by the generator, in the order of the report. `real`
-/// comes from real programs instead.
+/// All generated workloads, in the order of the report. `real` comes from real programs instead.
 pub const GENERATED: [&str; 13] = [
     "dup50",
     "dup50_eager",
@@ -122,7 +119,7 @@ pub const GENERATED: [&str; 13] = [
     "fork",
 ];
 
-/// Shuffles in a way that depends on `seed` alone.
+/// Shuffle in a way that depends only on `seed`.
 fn shuffled<T>(mut list: Vec<T>, seed: u64) -> Vec<T> {
     let mut x = mix(seed);
     for i in (1..list.len()).rev() {
@@ -132,8 +129,8 @@ fn shuffled<T>(mut list: Vec<T>, seed: u64) -> Vec<T> {
     list
 }
 
-/// Half of the pages equal across all processes, the others unique, in an
-/// order that differs between the processes.
+/// Half of the pages are equal across all processes, the others unique, in an order that differs between the
+/// processes.
 fn half_equal(owner: usize, pages: usize) -> Vec<Content> {
     let content = |i| {
         if i % 2 == 0 {
@@ -156,8 +153,8 @@ fn each(processes: usize, area: impl Fn(usize) -> Area) -> Plan {
     }
 }
 
-/// The plan of workload `name`, its pages divided by `shrink` (1 in earnest,
-/// more in tests); `None` when there is no such workload.
+/// Return the plan of workload `name`, with its number of pages divided by `shrink` (1 for a measurement,
+/// more in tests). `None` if there is no such workload.
 pub fn plan(name: &str, shrink: usize) -> Option<Plan> {
     let pages = FULL / shrink;
     let plan = match name.strip_suffix(EAGER).unwrap_or(name) {
@@ -189,7 +186,7 @@ pub fn plan(name: &str, shrink: usize) -> Option<Plan> {
     Some(plan)
 }
 
-/// Half of the pages zero, the others unique.
+/// Half of the pages are zero, the others unique.
 fn zero(pages: usize) -> Plan {
     each(4, |p| {
         let content = |i| {
@@ -203,9 +200,8 @@ fn zero(pages: usize) -> Plan {
     })
 }
 
-/// Of eight pages three differ in the last eight bytes only, three have their
-/// first half in common, and two are equal across the processes, though
-/// alike to the first three.
+/// Of eight pages, three differ in the last eight bytes only, and three have their first half in common. Two
+/// are equal across the processes, though similar to the first three.
 fn tail(owner: usize, pages: usize) -> Vec<Content> {
     let content = |i| match i % 8 {
         0..3 => Content::Tail {
@@ -253,8 +249,8 @@ fn sparse(owner: usize, pages: usize) -> Process {
     }
 }
 
-/// Sixteen children of which twelve are grandchildren; each writes a quarter
-/// of its pages, half of that with what its siblings write as well.
+/// There are sixteen children, of which twelve are grandchildren. Each writes a quarter of its pages, half of
+/// that with the same content as its siblings.
 fn fork(pages: usize) -> Plan {
     let places = shuffled((0..pages).collect(), 3);
     let writes = |child: usize| {
@@ -288,7 +284,7 @@ fn fork(pages: usize) -> Plan {
 }
 
 impl Plan {
-    /// Pages with content, once for each process that maps them.
+    /// Return the number of pages with content, once for each process that maps them.
     pub fn pages(&self) -> u64 {
         self.processes
             .iter()
@@ -299,8 +295,8 @@ impl Plan {
             .sum()
     }
 
-    /// The contents of all pages that hold still. A page that processes share
-    /// since a fork counts once.
+    /// Return the contents of all pages that are not rewritten. A page that processes share since a fork
+    /// counts once.
     pub fn steady(&self) -> Vec<Content> {
         let mut all = Vec::new();
         for process in &self.processes {
@@ -319,8 +315,8 @@ impl Plan {
         all
     }
 
-    /// By how much `pages_sharing` (and `ksm_zero_pages`, where zero pages
-    /// are used) must grow: all but one of the pages of every content.
+    /// Return the expected growth of `pages_sharing` (and of `ksm_zero_pages`, with zero pages in use): all
+    /// but one of the pages of every content.
     pub fn expected_sharing(&self) -> u64 {
         let mut count: HashMap<Content, u64> = HashMap::new();
         for content in self.steady() {
@@ -357,7 +353,7 @@ mod tests {
         plan(name, SHRINK).unwrap()
     }
 
-    /// The same count as `expected_sharing`, from the bytes themselves.
+    /// Return the same count as `expected_sharing`, from the bytes themselves.
     fn sharing_by_bytes(plan: &Plan) -> u64 {
         let mut pages = HashSet::new();
         let mut sharing = 0;
@@ -435,7 +431,7 @@ mod tests {
                 assert!(seen.insert(area.rewritten(0, place, round)));
             }
         }
-        // One place in two is rewritten alike in all processes.
+        // One of two places is rewritten alike in all processes.
         assert_eq!(area.rewritten(0, 20, 1), area.rewritten(1, 20, 1));
         assert_ne!(area.rewritten(0, 25, 1), area.rewritten(1, 25, 1));
     }

@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A QEMU plugin that watches the engine's thread from outside the guest, so
-//! that watching costs the guest nothing and every figure is exact:
+//! A QEMU plugin that watches the engine's thread from outside the guest. So watching costs the guest
+//! nothing, and every figure is exact:
 //!
 //! - the longest that the thread holds a page-table lock and an mmap_lock,
 //!   in instructions of its own (interrupts and other tasks not counted);
 //! - with `profile=on`, how often it executes each translation block.
 //!
-//! The guest divides time into phases by an instruction that does nothing,
-//! `nopl` with a displacement that nobody uses, with the phase in RDI; phase 0
-//! is not recorded.
+//! The guest divides time into phases by an instruction that does nothing: `nopl` with an otherwise unused
+//! displacement, with the phase in RDI. Phase 0 is not recorded.
 //!
-//! Arguments: `out` (where the figures go), `syms` (lines of /proc/kallsyms of
-//! the same kernel without KASLR), and the offsets `comm`, `mm` (in
-//! task_struct) and `mmap_lock` (in mm_struct).
+//! Arguments: `out` (the directory for the figures), `syms` (lines of /proc/kallsyms of the same kernel
+//! without KASLR), and the offsets `comm`, `mm` (in task_struct) and `mmap_lock` (in mm_struct).
 
 mod qemu;
 
@@ -31,8 +29,7 @@ pub static qemu_plugin_version: c_int = 4;
 
 /// `nopl 0x726b736d(%rax)`.
 const PHASE: [u8; 7] = [0x0f, 0x1f, 0x80, 0x6d, 0x73, 0x6b, 0x72];
-/// `mov %rsp, disp32(%rdi)` and `mov disp32(%rsi), %rsp`: the exchange of
-/// stacks in __switch_to_asm.
+/// `mov %rsp, disp32(%rdi)` and `mov disp32(%rsi), %rsp`: the exchange of stacks in __switch_to_asm.
 const SAVE_STACK: [u8; 3] = [0x48, 0x89, 0xa7];
 const LOAD_STACK: [u8; 3] = [0x48, 0x8b, 0xa6];
 /// `iretq`.
@@ -40,7 +37,7 @@ const IRET: [u8; 2] = [0x48, 0xcf];
 const KERNEL: u64 = 1 << 63;
 const ENGINES: [&[u8]; 2] = [b"ksmd\0", b"rksmd\0"];
 
-/// What a function that is watched does.
+/// The effect of a watched function.
 #[derive(Clone, Copy, PartialEq)]
 enum Hook {
     Lock,
@@ -58,7 +55,7 @@ struct Config {
     vmemmap_base: u64,
 }
 
-/// The registers that are read.
+/// The registers that the plugin reads.
 #[derive(Clone, Copy)]
 struct Registers {
     rdi: Register,
@@ -83,12 +80,11 @@ struct State {
 
 static CONFIG: OnceLock<Config> = OnceLock::new();
 static STATE: Mutex<Option<State>> = Mutex::new(None);
-/// Instructions executed so far, and whether the engine's thread runs.
+/// The number of executed instructions, and whether the engine's thread runs.
 static CLOCK: OnceLock<Counter> = OnceLock::new();
 static ACTIVE: OnceLock<Counter> = OnceLock::new();
 
-/// Runs `f` with all that the callbacks work on; before start-up is done,
-/// there is nothing to do.
+/// Run `f` with the state of the callbacks. Do nothing before start-up is complete.
 fn with(f: impl FnOnce(&Config, &mut State, Counter, Counter)) {
     let (Some(config), Some(&clock), Some(&active)) = (CONFIG.get(), CLOCK.get(), ACTIVE.get())
     else {
@@ -144,8 +140,8 @@ impl Config {
     }
 }
 
-/// What is watched, by name. A lock that is only tried counts from there: if
-/// it is not got, nobody unlocks it, and the next try begins anew.
+/// Return the watched function `name`. A trylock counts from the attempt: if it fails, no unlock follows, and
+/// the next attempt starts again.
 fn hook(name: &str) -> Option<Hook> {
     match name {
         "_raw_spin_lock"
@@ -165,7 +161,7 @@ fn hook(name: &str) -> Option<Hook> {
 
 /// # Safety
 ///
-/// To be called by QEMU only, with valid arguments.
+/// Only QEMU may call this, with valid arguments.
 #[no_mangle]
 pub unsafe extern "C" fn qemu_plugin_install(
     id: qemu::Id,
@@ -259,7 +255,7 @@ extern "C" fn translated(_id: qemu::Id, tb: *mut qemu::Tb) {
     });
 }
 
-/// Another task is about to run.
+/// Handle the switch to another task.
 extern "C" fn switched(_cpu: c_uint, _data: *mut c_void) {
     with(|config, state, clock, active| {
         let Some(next) = state.regs.and_then(|r| r.rsi.read()) else {
@@ -305,7 +301,7 @@ extern "C" fn interrupt_over(_cpu: c_uint, _data: *mut c_void) {
 }
 
 extern "C" fn counted_ran(_cpu: c_uint, data: *mut c_void) {
-    // SAFETY: `data` is the leaked reference that was registered with it.
+    // SAFETY: `data` is the leaked reference that was registered with the callback.
     let counted = unsafe { &*(data as *const Counted) };
     counted.execs.fetch_add(1, Ordering::Relaxed);
 }
@@ -330,7 +326,7 @@ extern "C" fn ending(_id: qemu::Id, _data: *mut c_void) {
 }
 
 impl State {
-    /// Writes down the phase that ends, and begins `next`.
+    /// Record the phase that ends, and begin `next`.
     fn finish_phase(&mut self, next: u64) -> std::io::Result<()> {
         let phase = std::mem::replace(&mut self.phase, next);
         let holds = self.holds.take();
@@ -338,8 +334,7 @@ impl State {
         for block in &self.blocks {
             let execs = block.execs.swap(0, Ordering::Relaxed);
             if execs > 0 {
-                // A block may have been translated more than once, and not
-                // always to the same length.
+                // A block may have been translated more than once, with different lengths.
                 let entry = blocks.entry(block.addr).or_default();
                 entry.0 += execs;
                 entry.1 += execs * block.insns;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The part of QEMU's plugin interface (version 4) that is used here, and
-//! safe faces for it. All callbacks run on the only virtual CPU's thread.
+//! The part of QEMU's plugin interface (version 4) that the plugin needs, with safe wrappers. All callbacks
+//! run on the only virtual CPU's thread.
 
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 
@@ -90,7 +90,7 @@ extern "C" {
     fn qemu_plugin_get_registers() -> *mut GArray;
     fn qemu_plugin_read_register(handle: *mut c_void, to: *mut GArray) -> c_int;
     fn qemu_plugin_read_memory_vaddr(addr: u64, to: *mut GArray, len: usize) -> bool;
-    // GLib's, which QEMU is linked with.
+    // Functions of GLib, with which QEMU is linked.
     fn g_byte_array_new() -> *mut GArray;
     fn g_byte_array_set_size(array: *mut GArray, len: c_uint) -> *mut GArray;
     fn g_array_free(array: *mut GArray, free_segment: c_int) -> *mut c_char;
@@ -100,15 +100,14 @@ extern "C" {
 #[derive(Clone, Copy)]
 pub struct Counter(U64);
 
-// SAFETY: the scoreboard behind it lives for ever, and QEMU's accessors may be
-// called from any of its threads.
+// SAFETY: The scoreboard behind it lives forever, and any thread of QEMU may call the accessors.
 unsafe impl Send for Counter {}
-// SAFETY: as above.
+// SAFETY: Any thread of QEMU may call the accessors, also at the same time.
 unsafe impl Sync for Counter {}
 
 impl Counter {
     pub fn new() -> Self {
-        // SAFETY: takes a size only; never freed.
+        // SAFETY: The function takes a size only, and the scoreboard is never freed.
         let score = unsafe { qemu_plugin_scoreboard_new(8) };
         Self(U64 { score, offset: 0 })
     }
@@ -119,7 +118,7 @@ impl Counter {
     }
 
     pub fn set(self, value: u64) {
-        // SAFETY: as in `get`.
+        // SAFETY: `self` is a scoreboard of one u64, and there is a CPU 0.
         unsafe { qemu_plugin_u64_set(self.0, 0, value) }
     }
 }
@@ -134,12 +133,12 @@ impl Block {
     }
 
     pub fn addr(&self) -> u64 {
-        // SAFETY: the block is valid during the callback (see `new`).
+        // SAFETY: The block is valid during the callback (see `new`).
         unsafe { qemu_plugin_tb_vaddr(self.0) }
     }
 
     pub fn len(&self) -> usize {
-        // SAFETY: as above.
+        // SAFETY: The block is valid during the callback (see `new`).
         unsafe { qemu_plugin_tb_n_insns(self.0) }
     }
 
@@ -147,8 +146,7 @@ impl Block {
     pub fn bytes(&self, index: usize) -> [u8; 8] {
         let mut bytes = [0; 8];
         assert!(index < self.len());
-        // SAFETY: the index is in range, and `bytes` has room for what is
-        // asked for.
+        // SAFETY: The index is in range, and `bytes` has room for the requested number.
         unsafe {
             let insn = qemu_plugin_tb_get_insn(self.0, index);
             qemu_plugin_insn_data(insn, bytes.as_mut_ptr().cast(), bytes.len());
@@ -156,10 +154,10 @@ impl Block {
         bytes
     }
 
-    /// Calls `cb` whenever the block begins while `flag` is 1.
+    /// Call `cb` whenever the block begins while `flag` is 1.
     pub fn on_exec_if(&self, flag: Counter, cb: Udata, data: u64) {
-        // SAFETY: `cb` is a function, the scoreboard lives for ever, and
-        // `data` is a number or a leaked reference to `cb`.
+        // SAFETY: `cb` is a function, the scoreboard lives forever, and `data` is a number or a leaked
+        // reference to `cb`.
         unsafe {
             qemu_plugin_register_vcpu_tb_exec_cond_cb(
                 self.0,
@@ -173,16 +171,16 @@ impl Block {
         }
     }
 
-    /// Adds `n` to `counter` whenever the block begins.
+    /// Add `n` to `counter` whenever the block begins.
     pub fn add_on_exec(&self, counter: Counter, n: u64) {
-        // SAFETY: the scoreboard lives for ever.
+        // SAFETY: The scoreboard lives forever.
         unsafe { qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(self.0, ADD_U64, counter.0, n) }
     }
 
-    /// Calls `cb` whenever instruction `index` begins.
+    /// Call `cb` whenever instruction `index` begins.
     pub fn on_insn(&self, index: usize, cb: Udata) {
         assert!(index < self.len());
-        // SAFETY: the index is in range, and `cb` ignores its data.
+        // SAFETY: The index is in range, and `cb` ignores its data.
         unsafe {
             let insn = qemu_plugin_tb_get_insn(self.0, index);
             qemu_plugin_register_vcpu_insn_exec_cb(insn, cb, CB_R_REGS, std::ptr::null_mut());
@@ -190,12 +188,12 @@ impl Block {
     }
 }
 
-/// A byte array of GLib's, for what QEMU reads out.
+/// A byte array of GLib, for QEMU's results.
 struct Bytes(*mut GArray);
 
 impl Bytes {
     fn new() -> Self {
-        // SAFETY: no preconditions.
+        // SAFETY: The function has no preconditions.
         Self(unsafe { g_byte_array_new() })
     }
 
@@ -213,7 +211,7 @@ impl Bytes {
 
 impl Drop for Bytes {
     fn drop(&mut self) {
-        // SAFETY: ours, and not used any more. A byte array is an array.
+        // SAFETY: The array is ours, and not used any more. A byte array is an array.
         unsafe { g_array_free(self.0, 1) };
     }
 }
@@ -226,11 +224,11 @@ fn number(bytes: &[u8]) -> Option<u64> {
 #[derive(Clone, Copy)]
 pub struct Register(*mut c_void);
 
-// SAFETY: a handle that QEMU gives out for good, used on its CPU thread.
+// SAFETY: QEMU never invalidates the handle, and it is used on its CPU thread.
 unsafe impl Send for Register {}
 
 impl Register {
-    /// The register called `name`. Only in the callback of a CPU's start.
+    /// Find the register `name`. Only allowed in the callback of a CPU's start.
     pub fn find(name: &str) -> Option<Self> {
         // SAFETY: QEMU returns an array of descriptors with C strings that
         // live as long as the CPU.
@@ -249,10 +247,10 @@ impl Register {
         }
     }
 
-    /// Its value. Only in callbacks registered above, which ask for registers.
+    /// Read the register. Only allowed in the callbacks registered above, which request access to registers.
     pub fn read(self) -> Option<u64> {
         let bytes = Bytes::new();
-        // SAFETY: the handle is QEMU's and the array is ours.
+        // SAFETY: The handle is QEMU's and the array is ours.
         let n = unsafe { qemu_plugin_read_register(self.0, bytes.0) };
         if n < 8 {
             return None;
@@ -261,10 +259,10 @@ impl Register {
     }
 }
 
-/// The guest's memory at `addr`, as the CPU sees it.
+/// Read the guest's memory at `addr`, as the CPU sees it.
 pub fn memory(addr: u64, len: usize) -> Option<Vec<u8>> {
     let bytes = Bytes::new();
-    // SAFETY: the array is ours and is made large enough first.
+    // SAFETY: The array is ours, and large enough.
     let ok = unsafe {
         g_byte_array_set_size(bytes.0, len as c_uint);
         qemu_plugin_read_memory_vaddr(addr, bytes.0, len)
@@ -276,7 +274,7 @@ pub fn memory_u64(addr: u64) -> Option<u64> {
     number(&memory(addr, 8)?)
 }
 
-/// Registers what the plugin consists of.
+/// Register the plugin's callbacks.
 pub fn register(id: Id, init: VcpuInit, trans: Trans, exit: AtExit) {
     // SAFETY: `id` is what QEMU gave us, and all three are functions.
     unsafe {
@@ -294,7 +292,7 @@ pub fn register(id: Id, init: VcpuInit, trans: Trans, exit: AtExit) {
 pub unsafe fn arguments(argc: c_int, argv: *const *const c_char) -> Vec<(String, String)> {
     (0..argc as usize)
         .filter_map(|i| {
-            // SAFETY: in range, and a C string (see above).
+            // SAFETY: The index is in range, and the entry is a C string by the contract.
             let arg = unsafe { CStr::from_ptr(*argv.add(i)) };
             let (name, value) = arg.to_str().ok()?.split_once('=')?;
             Some((name.to_string(), value.to_string()))
