@@ -16,7 +16,7 @@ import os
 import sys
 import sysconfig
 
-# What a middling application pulls in.
+# Modules that a medium-sized application imports.
 MODULES = """
     argparse array ast asyncio base64 bisect bz2 calendar cmd code codecs
     collections concurrent.futures configparser contextlib copy csv ctypes
@@ -38,7 +38,7 @@ STEP = 1 << 20
 
 
 def import_library():
-    """Imports what there is of MODULES; a small Python may lack some."""
+    """Import MODULES; a small Python may lack some of them."""
     count = 0
     for name in MODULES:
         try:
@@ -50,7 +50,7 @@ def import_library():
 
 
 def library_files():
-    """The library's sources, in an order that every process agrees on."""
+    """The library's sources, in the same order in every process."""
     top = sysconfig.get_paths()["stdlib"]
     for path, dirs, names in os.walk(top):
         dirs[:] = sorted(d for d in dirs if d != "__pycache__")
@@ -67,7 +67,7 @@ def pieces(files):
 
 
 def load(files):
-    """All the text in one piece of memory that can be written to."""
+    """All the text in one writable piece of memory."""
     text = bytearray(sum(os.path.getsize(name) for name in files))
     at = 0
     for piece in pieces(files):
@@ -92,7 +92,7 @@ class Holder:
         self.rewritten = False
 
     def expected(self):
-        """The digest of what must be held, from the files alone."""
+        """The digest of the expected text, from the files alone."""
         change = table(self.key) if self.rewritten else None
         digest = hashlib.sha256()
         for piece in pieces(self.files):
@@ -124,7 +124,7 @@ def main():
             case "quit":
                 return
             case other:
-                sys.exit(f"holder: {other!r} is not understood")
+                sys.exit(f"holder: {other!r} is no command")
 
 
 main()
