@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The very files that the kernel module is built from.
+//! Files that the tools share with the kernel module.
 
 #[path = "../../../src/abi/btf.rs"]
 pub mod btf;

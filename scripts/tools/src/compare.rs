@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Whether the module was compiled with the types of the image that it is for.
+//! Check that the module was compiled with the types of the image that it is for.
 //!
-//! The headers that C and Rust are compiled with come from a kernel tree, the layouts and signatures
-//! from an image. A tree that was configured otherwise than the image passes every other check: the
-//! signatures are those of the image, and so is the kernel that they are compared with at load. So
-//! what the compilers made of the headers, which the module's debug information tells, is compared
-//! with the image's BTF.
+//! The headers that C and Rust are compiled with come from a kernel tree, but layouts and signatures come
+//! from an image. A tree with another configuration than the image passes every other check: the signatures
+//! are those of the image, and so is the kernel that they are compared with at load. So compare the compiled
+//! types, which the module's debug information describes, with the image's BTF.
 
 use crate::abi::btf::{Btf, Kind, Type};
 use crate::dwarf::{Known, Language};
@@ -15,15 +14,15 @@ use anyhow::{ensure, Context, Result};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 
-/// How many differences are told.
+/// The largest number of differences to report.
 const TOLD_MAX: usize = 20;
 
-/// What was compared.
+/// The result of a comparison.
 #[derive(Debug)]
 pub struct Compared {
-    /// Number of types from C that the image has, too.
+    /// Number of types from C that the image has as well.
     pub c: usize,
-    /// Number of types from Rust that the image has, too.
+    /// Number of types from Rust that the image has as well.
     pub rust: usize,
     /// Listed interfaces that the module's debug information does not describe.
     pub unknown: Vec<String>,
@@ -102,8 +101,8 @@ impl<'a> Image<'a> {
     }
 }
 
-/// Compare the types that a module was compiled with with those of the image. The listed ones come
-/// first in what is told.
+/// Compare the types that a module was compiled with with those of the image. Differences of listed types are
+/// reported first.
 pub fn compare(btf: &Btf<'_>, known: &[Known], listed: &[Interface]) -> Result<Compared> {
     let image = Image::read(btf)?;
     let mut compared: BTreeSet<(Language, bool, &str)> = BTreeSet::new();

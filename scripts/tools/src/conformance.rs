@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Compares, case by case, what the kernel's own selftests said of in-tree KSM and of rksm.
+//! Compare, case by case, the results of the kernel's own selftests with in-tree KSM and with rksm.
 
 use crate::text::{
     find_skip, ktap_result, lines, number, split_digits, strip_cr, trim_end, trim_start, words,
@@ -12,7 +12,7 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// How a case came out.
+/// The result of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It passed.
@@ -46,19 +46,19 @@ pub struct Case {
     pub test: Vec<u8>,
     /// The case within it.
     pub name: Vec<u8>,
-    /// How it came out.
+    /// Its result.
     pub outcome: Outcome,
 }
 
-/// The name of the case that stands for how a program ended.
+/// The name of the case for a program's exit.
 const END: &[u8] = b"exit status";
 
-/// From here on, the status says that `timeout` or a signal ended the program.
+/// Statuses from here on mean that `timeout` or a signal ended the program.
 const STATUS_ENDED: u64 = 124;
-/// What the kernel's selftests exit with when they cannot be run.
+/// The exit status of the kernel's selftests when they cannot run.
 const STATUS_SKIP: u64 = 4;
 
-/// The cases of one program, in the order that it printed them.
+/// The cases of one program, in the order of its output.
 #[derive(Default)]
 struct Cases {
     names: Vec<Vec<u8>>,
@@ -67,7 +67,7 @@ struct Cases {
 }
 
 impl Cases {
-    /// A name that comes again is another case.
+    /// Add a case. A repeated name is another case.
     fn put(&mut self, name: &[u8], outcome: Outcome) {
         let tab_to_space = |byte: &u8| if *byte == b'\t' { b' ' } else { *byte };
         let mut name: Vec<u8> = name.iter().map(tab_to_space).collect();
@@ -85,11 +85,11 @@ impl Cases {
     }
 }
 
-/// The cases of one test. `status` is what its program exited with, as text, and `output` what it printed,
-/// where there is a file of it.
+/// Return the cases of one test. `status` is its program's exit status, as text, and `output` its output, if
+/// there is a file of it.
 ///
-/// A program that prints TAP has a case for each result line, and one for how it ended; others are
-/// one case. The kernel's own harness names its cases, other programs announce each with `[RUN]`.
+/// A program that prints TAP has a case for each result line, and one for its exit; any other program is one
+/// case. The kernel's own harness names its cases, other programs announce each with `[RUN]`.
 pub fn cases(test: &[u8], status: Option<&[u8]>, output: Option<&[u8]>) -> Vec<Case> {
     let case = |name: &[u8], outcome| Case {
         test: test.to_vec(),
@@ -108,7 +108,7 @@ pub fn cases(test: &[u8], status: Option<&[u8]>, output: Option<&[u8]>) -> Vec<C
         if let Some(name) = line.strip_prefix(b"# [RUN] ") {
             run = [trim_end(name, b" "), b": "].concat();
         } else if let Some(why) = line.strip_prefix(b"Bail out!") {
-            // Programs with a failed case end with that, too.
+            // Programs with a failed case end with that line as well.
             bailed |= !is_count_of_failures(why);
         } else if let Some(count) = line.strip_prefix(b"1..") {
             if count.first().is_some_and(u8::is_ascii_digit) {
@@ -138,7 +138,7 @@ pub fn cases(test: &[u8], status: Option<&[u8]>, output: Option<&[u8]>) -> Vec<C
         .collect()
 }
 
-/// How a program ended: failed if that says more than its cases do.
+/// Return the result of a program's exit: failed if it shows more than the cases do.
 fn end(cases: &Cases, status: Option<&[u8]>, is_incomplete: bool) -> Outcome {
     let number = status.and_then(|text| {
         let text = text.trim_ascii();
@@ -150,14 +150,14 @@ fn end(cases: &Cases, status: Option<&[u8]>, is_incomplete: bool) -> Outcome {
         (_, Some(0)) => Outcome::Pass,
         (_, Some(STATUS_SKIP)) if cases.names.is_empty() => Outcome::Skip,
         (_, Some(STATUS_SKIP)) => Outcome::Pass,
-        // 1 says no more than a failed case did.
+        // Status 1 shows no more than a failed case did.
         (_, Some(1)) if cases.has_failed() => Outcome::Pass,
         (None, _) => Outcome::Missing,
         _ => Outcome::Fail,
     }
 }
 
-/// Whether that is ` 1 out of 2 tests failed`.
+/// Return whether the text is ` 1 out of 2 tests failed`.
 fn is_count_of_failures(why: &[u8]) -> bool {
     let counted = || {
         let (failed, text) = split_digits(why.strip_prefix(b" ")?);
@@ -168,7 +168,7 @@ fn is_count_of_failures(why: &[u8]) -> bool {
     counted() == Some(true)
 }
 
-/// `N` for each hexadecimal number: they vary from run to run.
+/// Return the text with `N` for each hexadecimal number, as these vary from run to run.
 fn without_addresses(mut text: &[u8]) -> Vec<u8> {
     let mut name = Vec::with_capacity(text.len());
     while let [first, rest @ ..] = text {
@@ -185,7 +185,7 @@ fn without_addresses(mut text: &[u8]) -> Vec<u8> {
     name
 }
 
-/// What both engines' cases say.
+/// The comparison of both engines' cases.
 pub struct Comparison {
     /// A result line for each case, as KTAP.
     pub ktap: Vec<u8>,
@@ -201,7 +201,7 @@ struct Pair {
     rksm: Outcome,
 }
 
-/// What a pair counts as.
+/// The verdict on a pair.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Passed,
@@ -217,7 +217,7 @@ impl Pair {
         match (self.ksm, self.rksm) {
             (_, Pass) => Verdict::Passed,
             (Skip, Skip) => Verdict::SkippedByBoth,
-            // Programs name a case that they skip by the reason. The case that the other engine has for it counts.
+            // A program names a skipped case by the reason, so the other engine's name for it counts.
             (Skip, Missing) | (Missing, Skip) => Verdict::SkippedByOne,
             (Fail, Fail) => Verdict::FailsWithBoth,
             _ => Verdict::FailsWithRksm,
@@ -253,7 +253,7 @@ const HEAD: &str = "\
 | --- | ---: | ---: | ---: | ---: | ---: |
 ";
 
-/// Compare the cases of both engines. Of two cases of one name the later one counts.
+/// Compare the cases of both engines. Of two cases with the same name, the later one counts.
 pub fn compare(ksm: &[Case], rksm: &[Case]) -> Comparison {
     let mut order: Vec<(&[u8], &[u8])> = Vec::new();
     let mut pairs: HashMap<(&[u8], &[u8]), Pair> = HashMap::new();
@@ -291,7 +291,7 @@ pub fn compare(ksm: &[Case], rksm: &[Case]) -> Comparison {
             Verdict::FailsWithBoth => ("ok", " # SKIP fails with in-tree KSM, too"),
             Verdict::FailsWithRksm => ("not ok", ""),
         };
-        // A directive within the name would be taken for ours.
+        // A directive within the name would count as ours.
         let mut name = [*test, b": ", *name].concat();
         name.retain(|byte| *byte != b'#');
         ktap.extend_from_slice(format!("{result} {} ", i.saturating_add(1)).as_bytes());
@@ -325,7 +325,7 @@ pub fn compare(ksm: &[Case], rksm: &[Case]) -> Comparison {
     }
 }
 
-/// The cases of all tests of the plan that `dir` has for one engine, which are written down there.
+/// Read the cases of all tests of the plan for one engine from `dir`, and write them down there.
 fn read_cases(dir: &Path, engine: &str, plan: &[u8]) -> Result<Vec<Case>> {
     let left = |test: &[u8], what: &[u8]| {
         let file = [test, what].concat();
@@ -348,8 +348,8 @@ fn read_cases(dir: &Path, engine: &str, plan: &[u8]) -> Result<Vec<Case>> {
     Ok(found)
 }
 
-/// Compare what scripts/conformance-guest left in `dir`, print it, and write `table.md` there. Says whether
-/// rksm passes all that in-tree KSM passes.
+/// Compare the results of scripts/conformance-guest in `dir`, print the comparison, and write `table.md`
+/// there. Return whether rksm passes all that in-tree KSM passes.
 pub fn run(dir: &Path, out: &mut impl Write) -> Result<bool> {
     let plan = dir.join("plan");
     let plan = fs::read(&plan).with_context(|| format!("cannot read {}", plan.display()))?;
@@ -377,7 +377,7 @@ mod tests {
     const KSM: usize = 0;
     const RKSM: usize = 1;
 
-    /// What runs of two tests, a and b, left with each engine: status and output.
+    /// The results of two tests, a and b, with each engine: status and output.
     #[derive(Clone)]
     struct Left {
         a: [(Option<&'static str>, &'static str); 2],
@@ -393,7 +393,7 @@ mod tests {
         }
     }
 
-    /// Test a as it is given, and test b passed.
+    /// Test a as given, and test b passed.
     fn with(ksm: (&'static str, &'static str), rksm: (&'static str, &'static str)) -> Left {
         Left {
             a: [(Some(ksm.0), ksm.1), (Some(rksm.0), rksm.1)],
@@ -401,7 +401,7 @@ mod tests {
         }
     }
 
-    /// Test a as it is given with rksm, and as in [`left`] with in-tree KSM.
+    /// Test a as given with rksm, and as in [`left`] with in-tree KSM.
     fn with_rksm(status: &'static str, output: &'static str) -> Left {
         let mut left = left();
         left.a[RKSM] = (Some(status), output);
@@ -531,7 +531,7 @@ mod tests {
         assert_eq!(results(&left), "++++-");
     }
 
-    /// What stands between the number and the end of a result line.
+    /// A directive between the number and the end of a result line.
     #[test]
     fn names() {
         let output = b"\

@@ -7,7 +7,7 @@ use gimli::{constants as dw, AttributeValue, EndianSlice, LittleEndian, Reader a
 use object::{Object, ObjectSection};
 use std::collections::HashMap;
 
-/// What relocations make of the debug sections of an object that is not linked yet.
+/// The resolved relocations of the debug sections of an object that is not linked yet.
 #[derive(Debug, Default)]
 struct Relocations(object::read::RelocationMap);
 
@@ -26,7 +26,7 @@ type Slice<'a> = gimli::RelocateReader<EndianSlice<'a, LittleEndian>, &'a Reloca
 type Unit<'a> = gimli::Unit<Slice<'a>>;
 type Entry<'a> = gimli::DebuggingInformationEntry<'a, 'a, Slice<'a>>;
 
-/// How deep types may nest.
+/// The largest nesting depth of types.
 const NEST_MAX: u32 = 32;
 
 /// The language that a type was compiled from.
@@ -45,7 +45,7 @@ pub struct Known {
     pub language: Language,
     /// Its name in C; empty for an enumeration without one.
     pub name: String,
-    /// What it looks like.
+    /// Its layout.
     pub shape: Shape,
 }
 
@@ -107,7 +107,8 @@ pub fn types(object: &[u8]) -> Result<Vec<Known>> {
     Ok(known)
 }
 
-/// Whether bindgen made up the name of a type that has none in C: that of the outer type, and a number.
+/// Return whether bindgen made up the name of a type that has none in C, from that of the outer type and a
+/// number.
 fn is_made_up(name: &str) -> bool {
     name.rsplit_once("__bindgen_ty_")
         .is_some_and(|(_, number)| number.bytes().all(|byte| byte.is_ascii_digit()))
@@ -152,7 +153,7 @@ impl<'a> UnitReader<'a> {
         Ok(())
     }
 
-    /// What a type looks like, if it is a complete one of the kernel's headers.
+    /// Return the layout of a type, if it is a complete one of the kernel's headers.
     fn shape(&self, offset: UnitOffset, path: &[String]) -> Result<Option<Shape>> {
         let entry = self.entry(offset)?;
         let name = self.name(offset)?;
@@ -160,9 +161,9 @@ impl<'a> UnitReader<'a> {
             return Ok(None);
         }
         if self.language == Language::Rust {
-            // bindgen makes constants of enumerations, which leave no trace. Everything else but its
-            // structures is Rust's own; those have no parameters, and those without a name in C are
-            // seen where they are members.
+            // bindgen turns enumerations into constants, which leave no trace. Other types than its
+            // structures are Rust's own. Those have no parameters, and those without a name in C are seen as
+            // members.
             let bindings = path.iter().any(|part| part == "bindings" || part == "ffi");
             let of_c = !name.contains(['<', '{']) && !is_made_up(&name);
             let enumeration = entry.tag() == dw::DW_TAG_enumeration_type;
@@ -205,8 +206,8 @@ impl<'a> UnitReader<'a> {
         })
     }
 
-    /// Add the members of a structure or union that is at bit `base` of the outermost one, where its
-    /// members' names begin with `prefix`.
+    /// Add the members of a structure or union at bit `base` of the outermost one. Their names begin with
+    /// `prefix`.
     fn members(
         &self,
         offset: UnitOffset,
@@ -260,7 +261,7 @@ impl<'a> UnitReader<'a> {
         Ok(())
     }
 
-    /// Where a member begins, in bits, and how wide it is if it is a bitfield.
+    /// Return the first bit of a member, and its width if it is a bitfield.
     fn place(&self, member: UnitOffset, target: UnitOffset) -> Result<(u64, Option<u64>)> {
         let entry = self.entry(member)?;
         let number = |name| -> Result<Option<u64>> {
@@ -274,7 +275,7 @@ impl<'a> UnitReader<'a> {
         let at = match (number(dw::DW_AT_data_bit_offset)?, width) {
             (Some(bit), _) => bit,
             (None, Some(width)) => match number(dw::DW_AT_bit_offset)? {
-                // Up to DWARF 3: counted from the upper end of what it is stored in.
+                // Up to DWARF 3, the offset counts from the upper end of the storage unit.
                 Some(from_top) => {
                     let storage = match number(dw::DW_AT_byte_size)? {
                         Some(size) => size,
@@ -291,7 +292,7 @@ impl<'a> UnitReader<'a> {
         Ok((at, width))
     }
 
-    /// The structure or union without a name that a type is, or is an array of.
+    /// Return the structure or union without a name that a type is, or is an array of.
     fn nameless(&self, offset: UnitOffset) -> Result<Option<UnitOffset>> {
         let mut offset = offset;
         for _ in 0..NEST_MAX {
@@ -320,7 +321,7 @@ impl<'a> UnitReader<'a> {
         bail!("types nest too deeply")
     }
 
-    /// What bindgen makes of a structure that is only declared.
+    /// Return whether this is bindgen's rendering of a structure that is only declared.
     fn is_forward(&self, offset: UnitOffset) -> Result<bool> {
         match self.children(offset, dw::DW_TAG_member)?[..] {
             [only] => Ok(matches!(self.name(only)?.as_str(), "_unused" | "_address")),
@@ -328,8 +329,8 @@ impl<'a> UnitReader<'a> {
         }
     }
 
-    /// The type behind `__BindgenUnionField<T>`, which has no size: a member of a union that bindgen made a
-    /// structure of.
+    /// Return the type behind `__BindgenUnionField<T>`, which has no size: a member of a union that bindgen
+    /// rendered as a structure.
     fn within_union_field(&self, offset: UnitOffset) -> Result<Option<UnitOffset>> {
         if self.language != Language::Rust
             || !self.name(offset)?.starts_with("__BindgenUnionField<")
@@ -385,7 +386,7 @@ impl<'a> UnitReader<'a> {
         Ok(self.unit.entry(offset)?)
     }
 
-    /// The children of one sort, in their order.
+    /// Return the children of one kind, in their order.
     fn children(&self, offset: UnitOffset, tag: gimli::DwTag) -> Result<Vec<UnitOffset>> {
         let mut tree = self.unit.entries_tree(Some(offset))?;
         let mut children = tree.root()?.children();

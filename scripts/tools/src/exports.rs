@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use std::collections::HashMap;
 
-/// Exported symbols, each with the namespace it is exported to (mostly none).
+/// Exported symbols, each with the namespace that it is exported to (mostly none).
 #[derive(Debug, Default)]
 pub struct Exports(HashMap<String, String>);
 
@@ -35,7 +35,7 @@ impl Exports {
         Ok(Exports(exports))
     }
 
-    /// Whether the module of this name, which imports these namespaces, may use the symbol.
+    /// Return whether the module of this name, which imports these namespaces, may use the symbol.
     pub fn access(&self, symbol: &str, module: &str, imports: &[String]) -> Access<'_> {
         match self.0.get(symbol) {
             None => Access::None,
@@ -51,9 +51,9 @@ impl Exports {
     }
 }
 
-/// Whether a namespace is one of the form `module:NAME,PREFIX*,…` and has the module in it.
+/// Return whether a namespace has the form `module:NAME,PREFIX*,…` and includes the module.
 fn names_module(namespace: &str, module: &str) -> bool {
-    // The kernel takes '-' and '_' for the same in names of modules.
+    // The kernel treats '-' and '_' alike in module names.
     let plain = |name: &str| name.replace('-', "_");
     let module = plain(module);
     namespace.strip_prefix("module:").is_some_and(|patterns| {

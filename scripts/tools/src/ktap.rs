@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Counts the results that a command prints: those of KTAP and of cargo test.
+//! Count the results that a command prints: those of KTAP and of cargo test.
 
 use crate::text::{
     contains, find_skip, for_each_line, ktap_result, lines, number, strip_cr, trim_start, words,
@@ -14,7 +14,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
-/// How many tests came to which end.
+/// The number of tests by result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Passed.
@@ -26,8 +26,8 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Count a command as one failed that shows no failure, and yet has `status` or no result at all.
-    /// Returns what is to be said of it.
+    /// Count a command as one failure if it shows none, but has a non-zero `status` or no result at all.
+    /// Return the message about that.
     pub fn judge(&mut self, status: i32) -> Option<String> {
         if *self == Counts::default() {
             self.failed = 1;
@@ -41,14 +41,14 @@ impl Counts {
     }
 }
 
-/// Results of one indentation that no line has summed up so far.
+/// Results at one indentation that no line has summed up so far.
 #[derive(Default)]
 struct Block {
     results: u64,
     failed: u64,
 }
 
-/// Counts line by line.
+/// A counter that works line by line.
 #[derive(Default)]
 pub struct Counter {
     counts: Counts,
@@ -81,7 +81,7 @@ impl Counter {
         block.results += 1;
         block.failed += u64::from(!ok);
         if !inner.is_empty() {
-            // A sum: only a failure that no inner result has shown counts.
+            // This is a sum. It only counts if it fails and no inner result shows a failure.
             if !ok && inner.values().all(|block| block.failed == 0) {
                 self.counts.failed += 1;
             }
@@ -94,21 +94,21 @@ impl Counter {
         }
     }
 
-    /// What all lines so far add up to.
+    /// Return the total of all lines so far.
     pub fn counts(&self) -> Counts {
         self.counts
     }
 }
 
-/// Run a command, pass its output on to `out` line by line, count the results in it, and append
-/// "STAGE passed failed skipped" to the file `tally`. Says whether nothing failed.
+/// Run a command, pass its output on to `out` line by line, count the results in it, and append "STAGE passed
+/// failed skipped" to the file `tally`. Return whether nothing failed.
 pub fn run(
     stage: &OsStr,
     tally: &Path,
     command: &[OsString],
     out: &mut impl Write,
 ) -> Result<bool> {
-    // The shell, as Rust 1.85 cannot make one pipe of two outputs. It is gone when the command runs.
+    // Use the shell, as Rust 1.85 cannot make one pipe of two outputs. It is gone when the command runs.
     let mut child = Command::new("/bin/sh")
         .args(["-c", "exec \"$@\" 2>&1", "ktap-sum"])
         .args(command)
@@ -120,7 +120,7 @@ pub fn run(
         Some(pipe) => show(BufReader::new(pipe), &mut counter, out),
         None => Ok(()),
     };
-    // The pipe is closed by now: a command whose output nobody takes any more ends by that.
+    // The pipe is closed by now, which ends a command that still writes to it.
     let status = child.wait().context("cannot wait for the command")?;
     shown.context("cannot pass the output on")?;
 
@@ -159,13 +159,14 @@ fn show(
     })
 }
 
-/// The status as the shell has it in `$?`.
+/// Return the status as in the shell's `$?`.
 fn shell_status(status: ExitStatus) -> i32 {
     let signal = || status.signal().unwrap_or(0).saturating_add(128);
     status.code().unwrap_or_else(signal)
 }
 
-/// "N passed, N failed[, N skipped]" for a tally, and whether nothing failed. No stage at all is a failure.
+/// Return "N passed, N failed[, N skipped]" for a tally, and whether nothing failed. A tally without a stage
+/// is a failure.
 pub fn total(tally: &[u8]) -> (String, bool) {
     let mut sum = Counts::default();
     let mut stages = 0_u64;
@@ -190,7 +191,7 @@ pub fn total(tally: &[u8]) -> (String, bool) {
 mod tests {
     use super::*;
 
-    /// What the output of a command that ended with `status` adds up to.
+    /// Return the counts for the output of a command that ended with `status`.
     fn sum(output: &str, status: i32) -> (u64, u64, u64) {
         let mut counter = Counter::default();
         for line in lines(output.as_bytes()) {

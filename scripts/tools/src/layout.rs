@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Makes `ksm_layout.rs` from the BTF of the kernel that the module is built for.
+//! Generate `ksm_layout.rs` from the BTF of the kernel that the module is built for.
 
 use crate::abi::btf::{self, Blob, Btf, Budget, Kind, Type};
 use crate::abi::buildid;
@@ -13,8 +13,7 @@ use object::{elf, Endianness};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-/// Structures whose layout the module must share, with the members that the rest of the kernel
-/// looks at.
+/// Structures whose layout the module must share, with the members that the rest of the kernel accesses.
 const SHARED: [(&str, &[&str]); 3] = [
     ("ksm_stable_node", &["hlist", "kpfn"]),
     (
@@ -24,13 +23,13 @@ const SHARED: [(&str, &[&str]); 3] = [
     ("ksm_mm_slot", &["slot"]),
 ];
 
-/// Alignment is not in BTF. No member of these structures asks for more than a word.
+/// BTF has no alignment. No member of these structures needs more than a word.
 const WORD: u64 = 8;
 const NEST_MAX: u32 = 16;
 
 impl std::error::Error for btf::Error {}
 
-/// The BTF in an ELF file, or the file itself if it is raw BTF.
+/// Return the BTF in an ELF file, or the file itself if it is raw BTF.
 pub fn find_btf(data: &[u8]) -> Result<&[u8]> {
     if !data.starts_with(&elf::ELFMAG) {
         return Ok(data);
@@ -44,7 +43,7 @@ pub fn find_btf(data: &[u8]) -> Result<&[u8]> {
     Ok(section.data(endian, data)?)
 }
 
-/// The build id of an ELF image, if it has one.
+/// Return the build id of an ELF image, if it has one.
 pub fn find_build_id(image: &[u8]) -> Result<Option<&[u8]>> {
     ensure!(
         image.starts_with(&elf::ELFMAG),
@@ -52,7 +51,7 @@ pub fn find_build_id(image: &[u8]) -> Result<Option<&[u8]>> {
     );
     let header = elf::FileHeader64::<Endianness>::parse(image).context("not a 64-bit ELF file")?;
     let endian = header.endian()?;
-    // The section that the kernel keeps in memory. Its linker script collects all notes there.
+    // The kernel keeps this section in memory. Its linker script collects all notes there.
     let sections = header.sections(endian, image)?;
     let Some((_, section)) = sections.section_by_name(endian, b".notes") else {
         return Ok(None);
@@ -69,11 +68,11 @@ pub fn find_build_id(image: &[u8]) -> Result<Option<&[u8]>> {
     Ok(id)
 }
 
-/// A build id as it is usually written.
+/// Format a build id in the usual way.
 pub fn hex(id: &[u8]) -> String {
     let mut text = String::new();
     for byte in id {
-        // A string takes everything.
+        // Writing to a string never fails.
         let _ = write!(text, "{byte:02x}");
     }
     text
@@ -94,19 +93,19 @@ impl<'a> Types<'a> {
         Ok(Types { blob, index })
     }
 
-    /// Look types up.
+    /// Return the index for looking up types.
     pub fn btf(&self) -> Btf<'_> {
         Btf::new(self.blob, &self.index)
     }
 }
 
-/// What was made.
+/// The result of the generator.
 pub struct Generated {
     /// Text of the Rust file.
     pub text: String,
     /// Number of signatures in it.
     pub signatures: usize,
-    /// What the user should know, one line each.
+    /// Notes for the user, one line each.
     pub notes: Vec<String>,
 }
 
@@ -125,7 +124,7 @@ fn by_name<'a>(btf: &Btf<'a>) -> Result<ByName<'a>> {
     Ok(types)
 }
 
-/// The types of this name that differ from each other: signature and one type for each.
+/// Return the types of this name that differ from each other: each signature with one type.
 fn distinct<'a>(
     btf: &Btf<'a>,
     types: &ByName<'a>,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The list files: `src/abi/symbols.klp` and `src/abi/structs.list`.
 //!
-//! One name a line; `#` starts a comment; blank lines do not count.
+//! There is one name per line; `#` starts a comment; blank lines do not count.
 
 use anyhow::{bail, ensure, Context, Result};
 use std::collections::HashSet;
@@ -9,15 +9,15 @@ use std::collections::HashSet;
 /// An unexported symbol of the kernel that the module uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Symbol {
-    /// Its name in kallsyms.
+    /// The name in kallsyms.
     pub name: String,
-    /// Which of several symbols of that name, counted from 1; 0: the name must be unique.
+    /// The number of the symbol among several of that name, from 1. With 0, the name must be unique.
     pub sympos: u32,
-    /// Whether only some kernels' headers make the module use it.
+    /// Whether the module uses it only with some kernels' headers.
     pub optional: bool,
 }
 
-/// Parse a list of symbols: `name[,sympos][?]` a line; `?`: the module need not use it.
+/// Parse a list of symbols: `name[,sympos][?]` per line. With `?`, the module need not use it.
 pub fn parse_symbols(text: &str) -> Result<Vec<Symbol>> {
     parse(text, |item| {
         let (item, optional) = optional(item);
@@ -44,7 +44,7 @@ pub fn parse_symbols(text: &str) -> Result<Vec<Symbol>> {
 /// A part of the kernel's interface whose signature is checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// What it is.
+    /// The kind of interface.
     pub sort: Sort,
     /// Its name.
     pub name: String,
@@ -52,12 +52,12 @@ pub struct Interface {
     pub optional: bool,
 }
 
-/// The sorts of interfaces.
+/// The kinds of interfaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sort {
     /// Structure or union.
     Struct,
-    /// Function that is used otherwise than through a listed symbol.
+    /// Function that is not only used through a listed symbol.
     Func,
     /// Enumeration.
     Enum,
@@ -66,7 +66,7 @@ pub enum Sort {
 }
 
 impl Sort {
-    /// What stands before its name in C, or something like it.
+    /// Return the keyword before its name in C, or something similar.
     pub fn keyword(self) -> &'static str {
         match self {
             Sort::Struct => "struct",
@@ -77,8 +77,8 @@ impl Sort {
     }
 }
 
-/// Parse a list of interfaces: `name[?]` of a structure, or a keyword (`func`, `enum`, `constant`)
-/// and a name, a line; `?`: not every kernel has it.
+/// Parse a list of interfaces. Each line is `name[?]` of a structure, or a keyword (`func`, `enum`,
+/// `constant`) and a name. With `?`, not every kernel has it.
 pub fn parse_interfaces(text: &str) -> Result<Vec<Interface>> {
     parse(text, |item| {
         let (item, optional) = optional(item);
@@ -98,7 +98,7 @@ pub fn parse_interfaces(text: &str) -> Result<Vec<Interface>> {
     })
 }
 
-/// Whether the item ends in `?`, and what stands before that.
+/// Return whether the item ends in `?`, and the part before that.
 fn optional(item: &str) -> (&str, bool) {
     match item.strip_suffix('?') {
         Some(item) => (item.trim(), true),

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Looks through a kernel log for reports of trouble.
+//! Search a kernel log for reports of trouble.
 
 use crate::text::{contains, for_each_line, split_digits, strip_cr, trim_start};
 use std::collections::VecDeque;
 use std::io::{self, BufRead, Write};
 
-/// What the kernel prints when something is wrong, as patterns of [`matches`].
+/// Messages of the kernel about errors, as patterns of [`matches`].
 const TROUBLE: &[&str] = &[
     "WARNING: ",
     "^BUG:",
@@ -65,19 +65,19 @@ const TROUBLE: &[&str] = &[
     "double fault",
 ];
 
-/// Reports end in a call trace, so more than the first lines of one would say little.
+/// Reports end in a call trace, so more of the first lines would help little.
 const LINES_BEFORE: usize = 2;
 const LINES_AFTER: u64 = 12;
 const REPORTS_MAX: u32 = 20;
 
-/// How many lines are held back at most for the end of a report of the OOM killer.
+/// The largest number of lines to hold back until a report of the OOM killer ends.
 const HELD_MAX: usize = 400;
 
-/// How many lines, at most, stand before the first function of a call trace.
+/// The largest number of lines before the first function of a call trace.
 const TRACE_MAX: usize = 40;
 
-/// Whether `text` holds what the pattern says: `^` is the start of the line, `*` any bytes, and
-/// `%d` a decimal number.
+/// Return whether `text` contains the pattern: `^` is the start of the line, `*` any bytes, and `%d` a
+/// decimal number.
 fn matches(pattern: &str, text: &[u8]) -> bool {
     let anchored = pattern.strip_prefix('^');
     let mut anywhere = anchored.is_none();
@@ -96,9 +96,9 @@ fn matches(pattern: &str, text: &[u8]) -> bool {
     true
 }
 
-/// What follows the first `piece` in `text`.
+/// Return the text after the first `piece` in `text`.
 fn find<'a>(piece: &str, text: &'a [u8]) -> Option<&'a [u8]> {
-    // Nearly all places are ruled out by one byte.
+    // One byte rules out nearly all places.
     let first = piece.bytes().next().filter(|byte| *byte != b'%');
     (0..=text.len()).find_map(|at| {
         let text = text.get(at..)?;
@@ -109,7 +109,7 @@ fn find<'a>(piece: &str, text: &'a [u8]) -> Option<&'a [u8]> {
     })
 }
 
-/// What follows `piece`, which may hold `%d`, at the start of `text`.
+/// Return the text after `piece`, which may contain `%d`, at the start of `text`.
 fn after<'a>(piece: &str, text: &'a [u8]) -> Option<&'a [u8]> {
     let mut literals = piece.split("%d");
     let mut rest = text.strip_prefix(literals.next()?.as_bytes())?;
@@ -122,9 +122,9 @@ fn after<'a>(piece: &str, text: &'a [u8]) -> Option<&'a [u8]> {
     Some(rest)
 }
 
-/// Whether one line, without its time stamp, is trouble.
+/// Return whether one line, without its time stamp, is trouble.
 fn is_trouble(text: &[u8]) -> bool {
-    // As in "watchdog: BUG: ", but not in "DEBUG: ".
+    // A match in "watchdog: BUG: ", but not in "DEBUG: ".
     let is_bug = |window: &[u8]| match window {
         [before, b'B', b'U', b'G', b':', b' '] => !before.is_ascii_uppercase() && *before != b'_',
         _ => false,
@@ -132,7 +132,7 @@ fn is_trouble(text: &[u8]) -> bool {
     text.windows(6).any(is_bug) || TROUBLE.iter().any(|pattern| matches(pattern, text))
 }
 
-/// A line without level, time stamp and caller: `<4>[    3.141592][  T123] `.
+/// Return a line without level, time stamp and caller: `<4>[    3.141592][  T123] `.
 fn without_stamp(line: &[u8]) -> &[u8] {
     let stamp = || {
         let rest = after("<%d>", line).unwrap_or(line);
@@ -143,7 +143,7 @@ fn without_stamp(line: &[u8]) -> &[u8] {
     stamp().unwrap_or(line)
 }
 
-/// What follows a pair of brackets that holds some of `bytes`, and nothing else.
+/// Return the text after a pair of brackets that contains only `bytes`.
 fn bracketed<'a>(text: &'a [u8], bytes: &[u8]) -> Option<&'a [u8]> {
     let text = text.strip_prefix(b"[")?;
     let rest = trim_start(text, bytes);
@@ -153,8 +153,8 @@ fn bracketed<'a>(text: &'a [u8], bytes: &[u8]) -> Option<&'a [u8]> {
     rest.strip_prefix(b"]")
 }
 
-/// What the kernel goes on to say of a fault that a test has injected. Only such a fault keeps the
-/// kernel from a few bytes for these: vmalloc says so with a trace, kprobes with a warning and a trace.
+/// The kernel's further messages about a fault that a test has injected. Only an injected fault makes such
+/// small allocations fail. vmalloc reports that with a trace, kprobes with a warning and a trace.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Injected {
     Nothing,
@@ -162,17 +162,17 @@ enum Injected {
     WarningAndTrace,
 }
 
-/// A report that is held back until its end, or the lines that say what it is about.
+/// A report that is held back until its end, or until a line shows its subject.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Held {
-    /// Of the OOM killer.
+    /// A report of the OOM killer.
     Oom,
-    /// Of a page-table entry that the kernel's own checks find wrong.
+    /// A report of the kernel's own checks about a wrong page-table entry.
     BadEntry,
 }
 
 impl Held {
-    /// Which report begins with this line.
+    /// Return the report that begins with this line.
     fn beginning_with(text: &[u8]) -> Option<Self> {
         if contains(text, b"invoked oom-killer: ") {
             return Some(Self::Oom);
@@ -181,9 +181,10 @@ impl Held {
     }
 }
 
-/// PAGEMAP_SCAN that write-protects pages leaves an entry writable if its page is being migrated: make_uffd_wp_pte() of
-/// fs/proc/task_mmu.c sets the mark, but keeps the migration entry a writable one, which CONFIG_PAGE_TABLE_CHECK
-/// reports once. Seen with 7.3.4, without the module, while one thread scanned and another moved the pages.
+/// PAGEMAP_SCAN with write protection leaves an entry writable if its page is being migrated.
+/// make_uffd_wp_pte() in fs/proc/task_mmu.c sets the mark, but leaves the migration entry writable, which
+/// CONFIG_PAGE_TABLE_CHECK reports once. Seen with 7.3.4, without the module, while one thread scanned and
+/// another moved the pages.
 const BAD_ENTRY: &[u8] = b"WARNING: at __page_table_check_ptes_set+";
 const BAD_ENTRY_OF: &[u8] = b" make_uffd_wp_pte+";
 
@@ -191,16 +192,16 @@ struct Checker<'a, W> {
     out: &'a mut W,
     /// Number of the current line.
     number: u64,
-    /// Number of the last line to be shown of the current report.
+    /// Number of the last line to show of the current report.
     until: u64,
     reports: u32,
     found: bool,
     /// The last lines with their numbers.
     before: VecDeque<(u64, Vec<u8>)>,
     injected: Injected,
-    /// The lines of a report whose end has not come yet.
+    /// The lines of a report that has not ended yet.
     held: Vec<Vec<u8>>,
-    /// The line of that report which names the group.
+    /// The line of that report that names the group.
     group: Vec<u8>,
 }
 
@@ -215,9 +216,9 @@ impl<W: Write> Checker<'_, W> {
         }
     }
 
-    /// A group that a test has run out of memory (rksm-oom), or that the victim is to come from when
-    /// all memory is gone (rksm-oom-all), is no trouble. The report is held back until its end says
-    /// whether it is about that group.
+    /// A report is no trouble if a test has made the group (rksm-oom) run out of memory, or has made it the
+    /// source of victims when all memory is used (rksm-oom-all). The report is held back until its end shows
+    /// whether it is about such a group.
     fn oom_line(&mut self, line: &[u8]) -> io::Result<()> {
         let text = without_stamp(line);
         self.held.push(line.to_vec());
@@ -226,7 +227,7 @@ impl<W: Write> Checker<'_, W> {
         }
         let of_group = contains(&self.group, b"for /rksm-oom:");
         if text.starts_with(b"oom-kill:constraint=") {
-            // Another message may have come in the middle of this line.
+            // Another message may have interrupted this line.
             let pardoned = of_group && matches("constraint=CONSTRAINT_MEMCG,", text)
                 || matches("constraint=CONSTRAINT_MEMCG,*oom_memcg=/rksm-oom,", text)
                 || matches(
@@ -243,7 +244,7 @@ impl<W: Write> Checker<'_, W> {
         }
     }
 
-    /// The report of [`BAD_ENTRY`] is no trouble if the innermost function of its trace is that of [`BAD_ENTRY_OF`].
+    /// Accept the report of [`BAD_ENTRY`] if the innermost function of its trace is that of [`BAD_ENTRY_OF`].
     fn bad_entry_line(&mut self, line: &[u8]) -> io::Result<()> {
         let before = self.held.last().map(|line| without_stamp(line).to_vec());
         self.held.push(line.to_vec());
@@ -257,7 +258,7 @@ impl<W: Write> Checker<'_, W> {
         }
     }
 
-    /// Check the lines that are held back. A report that is pardoned may have its call trace.
+    /// Check the lines that are held back. An accepted report may have its call trace.
     fn release(&mut self, pardoned: bool) -> io::Result<()> {
         self.group.clear();
         for (at, line) in std::mem::take(&mut self.held).iter().enumerate() {
@@ -336,7 +337,7 @@ impl<W: Write> Checker<'_, W> {
     }
 }
 
-/// Print each report in a kernel log, with some lines around it. Says whether there is none.
+/// Print each report in a kernel log, with some lines around it. Return whether there is none.
 pub fn is_clean(log: impl BufRead, out: &mut impl Write) -> io::Result<bool> {
     let mut checker = Checker {
         out,
@@ -359,7 +360,7 @@ pub fn is_clean(log: impl BufRead, out: &mut impl Write) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    /// Check `log` between what comes first and last in each. Returns what is shown.
+    /// Check `log` between the usual first and last lines. Return the output.
     fn check(log: &str) -> Option<String> {
         let log = format!(
             "[    0.000000] Linux version 7.3.4\n\
@@ -395,7 +396,7 @@ mod tests {
         );
     }
 
-    /// What the kernel says when a group is out of memory.
+    /// Return the kernel's report about a group that is out of memory.
     fn oom_report(constraint: &str, line: &str) -> String {
         format!(
             "\
@@ -554,7 +555,7 @@ mod tests {
         is_found(&format!("{cut}{more}"));
     }
 
-    /// Each kind of trouble, by what it is.
+    /// Each kind of trouble, with its name.
     const KINDS: &[(&str, &str)] = &[
         ("WARN", "WARNING: mm/ksm.c:123 at rksm_scan+0x12/0x34, CPU#1: rksmd/77"),
         ("old WARN", "WARNING: CPU: 1 PID: 77 at mm/ksm.c:123 rksm_scan+0x12/0x34"),
@@ -619,7 +620,7 @@ mod tests {
         }
     }
 
-    /// No pattern stands in the list for nothing: each finds a line that it is made of.
+    /// Every pattern in the list is needed: each finds a line made from it.
     #[test]
     fn each_pattern_is_found() {
         for pattern in TROUBLE {
@@ -692,7 +693,7 @@ mod tests {
         }
     }
 
-    /// Two lines before a report, twelve after it; nothing is shown twice.
+    /// Show two lines before a report and twelve after it, and no line twice.
     #[test]
     fn lines_around_a_report() {
         let mut log: Vec<String> = (1..=60).map(|n| format!("[    1.0] line {n}")).collect();

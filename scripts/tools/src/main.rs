@@ -31,7 +31,7 @@ usage: rksm-tools layout --vmlinux FILE --list FILE --structs FILE --out FILE
 fn main() -> ExitCode {
     let args: Vec<OsString> = env::args_os().skip(1).collect();
     let rest = args.get(1..).unwrap_or_default();
-    // Not for pico_args: what comes behind ktap-sum is a command that has options of its own.
+    // pico_args cannot parse this: the command after ktap-sum has options of its own.
     match args.first().and_then(|word| word.to_str()) {
         Some("ktap-sum") => verdict(ktap_sum(rest)),
         Some("log-check") => verdict(log_check(rest)),
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The status of a parser: 1 when what it looked at is not good, 2 when it could not look at it.
+/// Return the status of a parser: 1 if its input shows a failure, 2 if it cannot read it.
 fn verdict(good: Result<bool>) -> ExitCode {
     match good {
         Ok(good) => ExitCode::from(u8::from(!good)),
@@ -235,7 +235,7 @@ fn postlink(mut args: Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The symbol table of whichever file has one.
+/// Read the symbol table of whichever file has one.
 fn kernel_symbols(
     vmlinux: Option<&Path>,
     system_map: Option<&Path>,
@@ -265,7 +265,7 @@ fn optional_path(args: &mut Arguments, option: &'static str) -> Result<Option<Pa
     })?)
 }
 
-/// The positional arguments, exactly as many as there are names.
+/// Return the positional arguments, exactly as many as there are names.
 fn rest<const N: usize>(args: Arguments, names: [&str; N]) -> Result<[PathBuf; N]> {
     let rest: Vec<OsString> = args.finish();
     let rest: Vec<PathBuf> = rest.into_iter().map(PathBuf::from).collect();

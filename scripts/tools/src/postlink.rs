@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Turns references to unexported symbols of the kernel into livepatch relocations.
+//! Turn references to unexported symbols of the kernel into livepatch relocations.
 //!
 //! The module loader of a kernel with livepatch support resolves such references by itself, see
-//! `Documentation/livepatch/module-elf-format.rst` in the kernel's source. It wants:
+//! `Documentation/livepatch/module-elf-format.rst` in the kernel's source. It expects:
 //!
 //! - `livepatch=...` in `.modinfo`,
 //! - the symbol named `.klp.sym.vmlinux.<name>,<position>`, with section index `SHN_LIVEPATCH`,
-//! - relocations against such symbols, and none else, in sections named `.klp.rela.vmlinux.<target
-//!   section>` that carry
-//!   `SHF_RELA_LIVEPATCH` and `SHF_ALLOC`.
+//! - relocations against such symbols, and no others, in sections named `.klp.rela.vmlinux.<target
+//!   section>` that carry `SHF_RELA_LIVEPATCH` and `SHF_ALLOC`.
 //!
-//! The loader walks through the relocation sections of both sorts in one pass, before it looks at
-//! any special section (jump labels, static calls, alternatives, exception tables, initialisation
-//! code, ...). So all target sections are treated alike. Relocations of sections that are not
-//! loaded (debug information) are never applied and stay where they are.
+//! The loader processes the relocation sections of both kinds in one pass, before any special section (jump
+//! labels, static calls, alternatives, exception tables, initialisation code, ...). So all target sections
+//! are treated alike. Relocations of sections that are not loaded (debug information) are never applied and
+//! stay where they are.
 
 use crate::exports::{Access, Exports};
 use crate::list::Symbol;
@@ -29,9 +28,9 @@ use std::fmt;
 pub const SHF_RELA_LIVEPATCH: u32 = 0x0010_0000;
 /// Section index of livepatch symbols.
 pub const SHN_LIVEPATCH: u16 = 0xff20;
-/// What names of livepatch relocation sections for the kernel proper start with.
+/// Prefix of the names of livepatch relocation sections for the kernel proper.
 pub const SECTION_PREFIX: &str = ".klp.rela.vmlinux.";
-/// What names of livepatch symbols of the kernel proper start with.
+/// Prefix of the names of livepatch symbols of the kernel proper.
 pub const SYMBOL_PREFIX: &str = ".klp.sym.vmlinux.";
 
 /// Size and alignment of an `Elf64_Rela`.
@@ -49,7 +48,7 @@ const KNOWN_RELOCATIONS: [u32; 7] = [
     elf::R_X86_64_PC64,
 ];
 
-/// Everything that the tool knows about the kernel.
+/// What the tool knows about the kernel.
 pub struct Kernel<'a> {
     /// The unexported symbols that the module is allowed to use.
     pub list: &'a [Symbol],
@@ -76,11 +75,11 @@ impl std::error::Error for Refused {}
 pub struct Linked {
     /// The new file.
     pub module: Vec<u8>,
-    /// How many symbols became livepatch symbols.
+    /// The number of symbols that became livepatch symbols.
     pub symbols: usize,
-    /// How many relocations were moved.
+    /// The number of relocations that were moved.
     pub relocations: usize,
-    /// What the user should know, one line each.
+    /// Notes for the user, one line each.
     pub notes: Vec<String>,
 }
 
@@ -107,7 +106,7 @@ pub fn postlink(module: &[u8], kernel: &Kernel<'_>) -> Result<Linked> {
     })
 }
 
-/// Refuse what is not a freshly linked module.
+/// Refuse any file that is not a freshly linked module.
 fn check_input(module: &[u8]) -> Result<()> {
     let header = elf::FileHeader64::<Endianness>::parse(module).context("not a 64-bit ELF file")?;
     let endian = header.endian()?;
@@ -127,7 +126,7 @@ fn check_input(module: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// What `.modinfo` says about the module.
+/// The contents of `.modinfo`.
 struct ModInfo {
     section: SectionId,
     name: String,
@@ -178,8 +177,7 @@ impl ModInfo {
     }
 }
 
-/// Decide for each undefined symbol how it will be resolved. Gives those that become livepatch
-/// symbols.
+/// Decide for each undefined symbol how it will be resolved. Return those that become livepatch symbols.
 fn classify(
     elf: &Builder<'_>,
     info: &ModInfo,
@@ -205,7 +203,7 @@ fn classify(
         let access = kernel.exports.access(&name, &info.name, &info.imports);
         match (listed.get(symbol.name.as_slice()), access) {
             (Some(_), Access::Granted) => {
-                // Not moved, but not unused either: one fault is enough.
+                // It is not moved, but counts as used: one fault is enough.
                 used_names.insert(name.to_string());
                 faults.push(format!(
                     "{name}: is exported, so it must not be on the list"
@@ -216,7 +214,7 @@ fn classify(
                 used.insert(symbol.id().index(), entry.clone());
             }
             (None, Access::Granted) => {}
-            // The loader ignores this one too.
+            // The loader ignores this one as well.
             (None, _) if name == "_GLOBAL_OFFSET_TABLE_" => {}
             (None, _) if symbol.st_bind() == elf::STB_WEAK => {
                 notes.push(format!("{name}: weak, and nothing will define it"));
@@ -252,7 +250,7 @@ fn classify(
     Ok(used)
 }
 
-/// Move the relocations against the used symbols into sections of their own. Says how many.
+/// Move the relocations against the used symbols into sections of their own. Return their number.
 fn move_relocations(elf: &mut Builder<'_>, used: &HashMap<usize, Symbol>) -> Result<usize> {
     use object::build::Id;
 
@@ -304,7 +302,7 @@ fn move_relocations(elf: &mut Builder<'_>, used: &HashMap<usize, Symbol>) -> Res
         let (ours, theirs): (Vec<_>, Vec<_>) = relocations
             .drain(..)
             .partition(|relocation| is_used(relocation.symbol).is_some());
-        // An empty section would be in nobody's way, but not every reader of ELF files takes it.
+        // An empty section would do no harm, but some readers of ELF files reject it.
         section.delete = theirs.is_empty() && !ours.is_empty();
         *relocations = theirs;
         if !ours.is_empty() {
@@ -334,7 +332,7 @@ fn move_relocations(elf: &mut Builder<'_>, used: &HashMap<usize, Symbol>) -> Res
     Ok(count)
 }
 
-/// Make livepatch symbols of the used ones.
+/// Turn the used symbols into livepatch symbols.
 fn rename_symbols(elf: &mut Builder<'_>, used: &HashMap<usize, Symbol>) {
     use object::build::Id;
 
@@ -343,7 +341,7 @@ fn rename_symbols(elf: &mut Builder<'_>, used: &HashMap<usize, Symbol>) {
             let name = format!("{SYMBOL_PREFIX}{},{}", entry.name, entry.sympos);
             symbol.name = name.into_bytes().into();
             symbol.st_shndx = SHN_LIVEPATCH;
-            // A livepatch symbol is found or the load fails: it cannot be weak.
+            // A livepatch symbol is found or the load fails, so it cannot be weak.
             symbol.set_st_info(elf::STB_GLOBAL, symbol.st_type());
         }
     }

@@ -1,50 +1,50 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a type looks like in memory, whichever description of it was read.
+//! The memory layout of a type, from any description of it.
 
 use crate::abi::btf::{self, Btf, Kind, Type};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-/// Stands for the members of a structure that bindgen could not render.
+/// A placeholder for the members of a structure that bindgen could not render.
 pub const OPAQUE: &str = "(opaque)";
 
-/// How deep types may nest.
+/// The largest nesting depth of types.
 const NEST_MAX: u32 = 32;
 
-/// A member of a structure or union. Those of an inner one without a name follow it, with its own
-/// name and a dot in front if it is a named member, and in its place if it is not.
+/// A member of a structure or union. The members of an inner type without a name follow it. If the inner type
+/// is a named member, their names begin with that name and a dot; otherwise they stand in its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
     /// Its name.
     pub path: String,
-    /// Where it is in the outermost structure.
+    /// Its position in the outermost structure.
     pub bit_offset: u64,
-    /// How long it is.
+    /// Its length.
     pub bits: u64,
     /// Whether it is a bitfield.
     pub bitfield: bool,
 }
 
-/// What a type looks like.
+/// The layout of a type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Shape {
     /// A structure or union.
     Aggregate {
         /// Bytes.
         size: u64,
-        /// In the order of their declaration.
+        /// The members in the order of their declaration.
         members: Vec<Member>,
     },
     /// An enumeration.
     Enumeration {
         /// Bytes.
         size: u64,
-        /// Name and value of each.
+        /// The name and value of each enumerator.
         values: Vec<(String, i64)>,
     },
 }
 
 impl Shape {
-    /// Read it from BTF. `None` for a type that is neither.
+    /// Read the layout from BTF. `None` for a type that is neither.
     pub fn of_btf(btf: &Btf<'_>, ty: &Type<'_>) -> btf::Result<Option<Self>> {
         let size = u64::from(ty.own_size());
         if ty.kind().is_enumeration() {
@@ -63,10 +63,10 @@ impl Shape {
         Ok(Some(Shape::Aggregate { size, members }))
     }
 
-    /// How this, which is compiled into the module, differs from what the `image` has.
+    /// Describe how this layout, which is compiled into the module, differs from that of the `image`.
     ///
-    /// With `partly`, it is from Rust: bindgen has no members for bitfields and shows not all types
-    /// without a name as such.
+    /// With `partly`, it is from Rust: bindgen has no members for bitfields, and renders some types without a
+    /// name in other ways.
     pub fn difference(&self, image: &Shape, partly: bool) -> Option<String> {
         match (self, image) {
             (
@@ -97,12 +97,12 @@ impl Shape {
     }
 }
 
-/// The first enumerator, by name, that has another value. The values take `size` bytes.
+/// Return the first enumerator, by name, that has another value. The values take `size` bytes.
 fn other_value(size: u64, ours: &[(String, i64)], image: &[(String, i64)]) -> Option<String> {
     let by_name = |values: &[(String, i64)]| -> BTreeMap<String, i64> {
         let bits = |value: i64| match size {
             8.. => value,
-            // Whether they are signed is for the two descriptions to say, each in its way.
+            // The two descriptions treat signedness differently, so ignore it.
             _ => value & ((1 << (size * 8)) - 1),
         };
         let values = values.iter();
@@ -175,7 +175,7 @@ fn sizes(ours: u64, image: u64) -> Option<String> {
     (ours != image).then(|| format!("has {ours} bytes, in the image {image}"))
 }
 
-/// A place for people.
+/// Format a position in a structure.
 fn place(bit: u64) -> String {
     match bit % 8 {
         0 => format!("byte {}", bit / 8),
@@ -183,20 +183,20 @@ fn place(bit: u64) -> String {
     }
 }
 
-/// The first of our members that the image has elsewhere, otherwise or not at all.
+/// Return the first of our members that the image has in another place, with another width, or not at all.
 fn missing_or_moved(ours: &[Member], image: &[Member]) -> Option<String> {
     ours.iter().find_map(|member| {
         let name = &member.path;
         if name.ends_with(OPAQUE) {
             return None;
         }
-        // bindgen puts a `_` behind what is a keyword of Rust.
+        // bindgen appends a `_` to keywords of Rust.
         let plain = name.strip_suffix('_').unwrap_or(name);
         let candidates = || {
             let same = |theirs: &&Member| theirs.path == *name || theirs.path == plain;
             image.iter().filter(same)
         };
-        // Inner types without a name may repeat one in their arms.
+        // Inner types without a name may repeat a member's name in their arms.
         let fits =
             |theirs: &Member| (theirs.bit_offset, theirs.bits) == (member.bit_offset, member.bits);
         if candidates().any(fits) {
@@ -217,7 +217,7 @@ fn missing_or_moved(ours: &[Member], image: &[Member]) -> Option<String> {
     })
 }
 
-/// The first of the image's members that we do not have.
+/// Return the first of the image's members that we do not have.
 fn missing_here(ours: &[Member], image: &[Member]) -> Option<String> {
     let names: HashSet<&str> = ours.iter().map(|member| member.path.as_str()).collect();
     image
@@ -226,7 +226,7 @@ fn missing_here(ours: &[Member], image: &[Member]) -> Option<String> {
         .map(|member| format!("has no member {}, in the image it has", member.path))
 }
 
-/// The first of the image's members that bindgen would have shown.
+/// Return the first of the image's members that bindgen would have rendered.
 fn unknown_to_rust(ours: &[Member], image: &[Member]) -> Option<String> {
     if ours.iter().any(|member| member.path.ends_with(OPAQUE)) {
         return None;
@@ -237,7 +237,7 @@ fn unknown_to_rust(ours: &[Member], image: &[Member]) -> Option<String> {
         .iter()
         .filter(|member| !member.bitfield)
         .find(|member| {
-            // A member of a type that bindgen gave the name of its typedef.
+            // It may be a member of a type that bindgen gave the name of its typedef.
             let mut outer = member.path.as_str();
             while !known(outer) {
                 match outer.rsplit_once('.') {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The kernel's own symbol table, where there is one.
+//! The kernel's own symbol table, if there is one.
 //!
-//! A distribution's vmlinuz has none once unpacked, and its System.map may be a placeholder. Then
-//! names can only be checked by the module loader.
+//! A distribution's unpacked vmlinuz has none, and its System.map may be a placeholder. Then only the module
+//! loader can check names.
 
 use anyhow::{Context, Result};
 use object::read::elf::{FileHeader, Sym};
 use object::{elf, Endianness};
 use std::collections::HashMap;
 
-/// How often each name stands in the kernel's symbol table.
+/// How often each name occurs in the kernel's symbol table.
 pub struct KernelSymbols(HashMap<String, u32>);
 
 impl KernelSymbols {
@@ -18,7 +18,7 @@ impl KernelSymbols {
         for name in names {
             *counts.entry(name.to_string()).or_insert(0) += 1;
         }
-        // A few lines are a placeholder: a kernel has tens of thousands.
+        // A few lines are a placeholder, as a kernel has tens of thousands.
         (counts.len() >= 1000).then_some(KernelSymbols(counts))
     }
 
@@ -47,7 +47,7 @@ impl KernelSymbols {
         ))
     }
 
-    /// What the loader would say about this symbol, if it would refuse it.
+    /// Return the reason why the loader would refuse this symbol, if it would.
     pub fn objection(&self, name: &str, sympos: u32) -> Option<String> {
         match (self.0.get(name).copied().unwrap_or(0), sympos) {
             (0, _) => Some(format!("{name}: the kernel has no symbol of this name")),

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What the parsers of test output and kernel logs share.
+//! Helpers that the parsers of test output and kernel logs share.
 //!
 //! All of them work on bytes: a test, or a kernel in trouble, may print anything.
 
 use std::io::{self, BufRead};
 
-/// Call `f` with each line as soon as it is there, and with what stands behind the last newline.
+/// Call `f` with each line as soon as it is there, and with the text after the last newline.
 pub fn for_each_line(
     mut input: impl BufRead,
     mut f: impl FnMut(&[u8]) -> io::Result<()>,
@@ -18,24 +18,24 @@ pub fn for_each_line(
     Ok(())
 }
 
-/// The lines of `text`, without their ends.
+/// Return the lines of `text`, without their ends.
 pub fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     text.split_inclusive(|&byte| byte == b'\n')
         .map(|line| line.strip_suffix(b"\n").unwrap_or(line))
 }
 
-/// The words of `line`, as the shell splits it.
+/// Return the words of `line`, as the shell splits it.
 pub fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> {
     line.split(|byte| b" \t".contains(byte))
         .filter(|word| !word.is_empty())
 }
 
-/// A line without the carriage return that a serial console puts before the newline.
+/// Return a line without the carriage return that a serial console puts before the newline.
 pub fn strip_cr(line: &[u8]) -> &[u8] {
     line.strip_suffix(b"\r").unwrap_or(line)
 }
 
-/// `text` without what it begins with of `bytes`.
+/// Return `text` without leading `bytes`.
 pub fn trim_start<'a>(mut text: &'a [u8], bytes: &[u8]) -> &'a [u8] {
     while let [first, rest @ ..] = text {
         if !bytes.contains(first) {
@@ -46,7 +46,7 @@ pub fn trim_start<'a>(mut text: &'a [u8], bytes: &[u8]) -> &'a [u8] {
     text
 }
 
-/// `text` without what it ends with of `bytes`.
+/// Return `text` without trailing `bytes`.
 pub fn trim_end<'a>(mut text: &'a [u8], bytes: &[u8]) -> &'a [u8] {
     while let [rest @ .., last] = text {
         if !bytes.contains(last) {
@@ -57,13 +57,13 @@ pub fn trim_end<'a>(mut text: &'a [u8], bytes: &[u8]) -> &'a [u8] {
     text
 }
 
-/// The digits that `text` begins with, and the rest.
+/// Return the digits at the start of `text`, and the rest.
 pub fn split_digits(text: &[u8]) -> (&[u8], &[u8]) {
     let rest = trim_start(text, b"0123456789");
     text.split_at(text.len() - rest.len())
 }
 
-/// The number that `text` begins with, or 0.
+/// Return the number at the start of `text`, or 0.
 pub fn number(text: &[u8]) -> u64 {
     let (digits, _) = split_digits(text);
     digits.iter().fold(0, |number: u64, digit| {
@@ -72,12 +72,13 @@ pub fn number(text: &[u8]) -> u64 {
     })
 }
 
-/// Whether `text` holds `part`.
+/// Return whether `text` contains `part`.
 pub fn contains(text: &[u8], part: &[u8]) -> bool {
     (0..text.len()).any(|at| text.get(at..).is_some_and(|text| text.starts_with(part)))
 }
 
-/// For a result line of KTAP, without its indentation: whether it is ok, and what follows its number.
+/// For a result line of KTAP, without its indentation, return whether it is ok, and the text after its
+/// number.
 pub fn ktap_result(text: &[u8]) -> Option<(bool, &[u8])> {
     let (ok, text) = match text.strip_prefix(b"not ") {
         Some(text) => (false, text),
@@ -89,7 +90,7 @@ pub fn ktap_result(text: &[u8]) -> Option<(bool, &[u8])> {
     }
 }
 
-/// Where the mark of a skipped test begins in what follows the number of a result line.
+/// Return where the mark of a skipped test begins in the text after the number of a result line.
 pub fn find_skip(text: &[u8]) -> Option<usize> {
     let is_mark = |text: &[u8]| {
         text.strip_prefix(b"#").is_some_and(|text| {

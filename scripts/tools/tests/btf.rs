@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! BTF reader, signatures and the check at load.
+//! Tests of the BTF reader, of signatures and of the check at load.
 
 mod common;
 
@@ -162,7 +162,7 @@ fn types_in_another_order_pass() {
     assert_eq!(mismatches(&other.finish(), &expected), Ok(vec![]));
 }
 
-/// Every flipped bit of every signature is noticed, and the right name told.
+/// The check notices every flipped bit of every signature, and reports the right name.
 #[test]
 fn each_flipped_signature_is_reported() {
     let data = small_kernel().finish();
@@ -182,7 +182,7 @@ fn absent_names_are_reported() {
     let data = small_kernel().finish();
     let expected = [
         Entry::new(KIND_STRUCT, "absent", 1),
-        // A function of that name there is, but no structure.
+        // There is a function of that name, but no structure.
         Entry::new(KIND_STRUCT, "drain", 1),
         Entry::new(KIND_FUNC, "mm_struct", 1),
         // A constant of a named enumeration, and a declaration of one.
@@ -202,7 +202,7 @@ fn absent_names_are_reported() {
     );
 }
 
-/// Changes to a structure that its users would notice, each of which must change the signature.
+/// Changes to a structure that its users would notice. Each of them must change the signature.
 #[test]
 fn changed_structures_are_noticed() {
     let make = |size, members: &[(&str, u32, u32)]| {
@@ -229,7 +229,7 @@ fn changed_structures_are_noticed() {
     }
 }
 
-/// Changes to an enumeration, each of which must change the signature.
+/// Changes to an enumeration. Each of them must change the signature.
 #[test]
 fn changed_enumerations_are_noticed() {
     let make = |flag, size, enumerators: &[(&str, u32)]| {
@@ -253,7 +253,7 @@ fn changed_enumerations_are_noticed() {
     }
 }
 
-/// One enumerator of a nameless enumeration may be listed, whatever becomes of the others.
+/// One enumerator of a nameless enumeration may be listed, whatever happens to the others.
 #[test]
 fn constants_of_nameless_enumerations() {
     let make = |enumerators: &[(&str, u32)]| {
@@ -275,7 +275,7 @@ fn constants_of_nameless_enumerations() {
     assert_eq!(outcome(&[("A", 1)]), differs(Mismatch::Missing));
 }
 
-/// A typedef keeps its name while what is behind it grows.
+/// A typedef keeps its name while the type behind it grows.
 #[test]
 fn size_behind_a_typedef_is_noticed() {
     let make = |size| {
@@ -366,7 +366,7 @@ fn circles_and_fans_end() {
         Err(Error::TooDeep)
     );
 
-    // a prototype that takes many of itself: wide before it is deep
+    // a prototype with many parameters of its own type: wide before it is deep
     let mut m = Maker::new();
     m.ptr(2);
     m.proto(0, &[1; 100]);
@@ -414,7 +414,7 @@ fn malformed_headers() {
     }
 }
 
-/// A header that is longer than the one we know: newer kernels append fields to it.
+/// A header that is longer than the known one, as newer kernels append fields to it.
 #[test]
 fn longer_header() {
     let good = small_kernel().finish();
@@ -453,7 +453,7 @@ fn index_must_fit() {
     blob.fill_index(&mut vec![0; count]).unwrap();
 }
 
-/// Read everything that can be read.
+/// Read all that can be read.
 fn read_all(btf: &Btf<'_>) {
     for id in 0..=btf.last_id().saturating_add(1) {
         let _ = btf.size_of(id);
@@ -484,12 +484,12 @@ fn read_damaged(data: &[u8], expected: &[Entry]) {
     let _ = check(&btf, expected, &mut |_, _| ());
 }
 
-/// An id, a length or an offset that makes sense more often than not.
+/// An id, a length or an offset, mostly a valid one.
 fn word() -> impl Strategy<Value = u32> {
     prop_oneof![8 => 0_u32..12, 1 => any::<u32>()]
 }
 
-/// A record of any kind, with as many words behind it as it wants, or nearly as many.
+/// A record of any kind, followed by the right number of words, or nearly so.
 fn any_record() -> impl Strategy<Value = (u32, u32, u32, Vec<u32>)> {
     let kind = prop_oneof![20 => 1_u32..20, 1 => any::<u32>()];
     let words = prop::collection::vec(word(), 13);
@@ -511,7 +511,7 @@ fn any_record() -> impl Strategy<Value = (u32, u32, u32, Vec<u32>)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Types that refer to each other at will, in circles, too.
+    /// Types that refer to each other at random, also in cycles.
     #[test]
     fn any_records_never_panic(
         records in prop::collection::vec(any_record(), 1..12),
@@ -551,7 +551,7 @@ proptest! {
     fn damaged_words_never_panic(
         damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u32>(), 0u32..32), 1..5),
     ) {
-        // Small numbers are ids, lengths and offsets that make sense somewhere else.
+        // Small numbers are ids, lengths and offsets that are valid elsewhere.
         let mut data = small_kernel().finish();
         for (at, value, shift) in damage {
             let at = at.index(data.len() / 4) * 4;
@@ -577,7 +577,7 @@ proptest! {
     }
 }
 
-/// The BTF of the kernel this runs on, where it has one: a real, large example.
+/// The BTF of the running kernel, if it has one: a real, large example.
 #[test]
 fn running_kernel() {
     let Ok(data) = std::fs::read("/sys/kernel/btf/vmlinux") else {

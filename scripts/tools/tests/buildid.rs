@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The build id among notes, and its record.
+//! Tests of the build id among notes, and of its record.
 
 #[path = "common/notes.rs"]
 mod notes;

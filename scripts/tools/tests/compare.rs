@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The comparison of what compilers made of headers with an image's BTF. The debug information is that
-//! of the very compilers, the BTF of the image what pahole makes of it, as for a kernel's.
+//! Tests of the comparison of compiled types with an image's BTF. Real compilers make the debug information,
+//! and pahole makes the image's BTF, as for a kernel.
 
 use rksm_tools::compare::{compare, Differs};
 use rksm_tools::dwarf::{self, Known};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// All sorts of members. What the macros add or change is what another configuration might.
+/// All kinds of members. The macros add or change members as another configuration might.
 const HEADER: &str = "
 #ifndef COUNT
 #define COUNT 2
@@ -114,7 +114,8 @@ impl Drop for Scratch {
     }
 }
 
-/// The root of scripts/enter has all compilers. Elsewhere there is nothing to try without them.
+/// Return whether all compilers are here, as in the root of scripts/enter. Without them there is nothing to
+/// test.
 fn has_compilers() -> bool {
     let found = |command| Command::new(command).arg("--version").output().is_ok();
     let all = ["gcc", "clang", "pahole", "bindgen", "rustc"]
@@ -127,7 +128,7 @@ fn has_compilers() -> bool {
     all
 }
 
-/// C and Rust that were compiled with some macros.
+/// C and Rust compiled with some macros.
 struct Built {
     object: Vec<u8>,
     rust: Vec<u8>,
@@ -200,7 +201,7 @@ fn another_configuration_is_noticed() {
                      inner has 192 bits, in the image 128",
                 ],
             ),
-            // As large as before.
+            // The size is as before.
             (
                 &["-DPADDING"],
                 &[
@@ -217,7 +218,7 @@ fn another_configuration_is_noticed() {
                      counter has 8 bits, in the image 32",
                 ],
             ),
-            // Bitfields are seen from C only.
+            // Only C shows bitfields.
             (
                 &["-DBIT"],
                 &["struct all, in C: has a member bit, in the image it has none"],
@@ -238,7 +239,7 @@ fn another_configuration_is_noticed() {
                 ],
             ),
         ] {
-            // clang's debug information has other forms, but not for each change.
+            // clang's debug information has other forms, but they do not matter for each change.
             if compiler == "clang" && !["-DFIELD", "-DBIT", "-DFIRST_VALUE=0"].contains(&macros[0])
             {
                 continue;
@@ -246,7 +247,7 @@ fn another_configuration_is_noticed() {
             let other = Built::new(compiler, macros);
             assert_eq!(other.differences(&other), [""; 0], "{compiler} {macros:?}");
             assert_eq!(other.differences(&plain), says, "{compiler} {macros:?}");
-            // The other way round as many types differ.
+            // In the other direction, as many types differ.
             let back = plain.differences(&other);
             assert_eq!(back.len(), says.len(), "{compiler} {macros:?}: {back:?}");
         }
@@ -268,7 +269,7 @@ fn what_was_compared_is_told() {
     // all, named, color, wide; from Rust all, named, atomic_like.
     assert_eq!((compared.c, compared.rust), (4, 3));
 
-    // One of the two without debug information: nothing is known of what it was compiled with.
+    // If one of the two has no debug information, nothing is known about its types.
     for object in [&built.object, &built.rust] {
         let half = dwarf::types(object).unwrap();
         let says = compare(&types.btf(), &half, &[]).unwrap_err().to_string();
@@ -276,7 +277,7 @@ fn what_was_compared_is_told() {
     }
 }
 
-/// Listed types come first, and not all are told.
+/// Listed types are reported first, and not all types are reported.
 #[test]
 fn many_differences() {
     let lines = (0..25).map(|i| format!("struct s{i}, in C: differs"));

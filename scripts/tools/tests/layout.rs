@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The generated file.
+//! Tests of the generated file.
 
 mod common;
 #[path = "common/notes.rs"]
@@ -125,14 +125,14 @@ fn what_is_missing_is_told() {
         let error = error(&data, &[], &[listed]);
         assert!(error.contains(says), "{error}");
     }
-    // Unless it may be missing.
+    // It is accepted if it may be missing.
     assert_eq!(run(&data, &[], &["no_such_struct?"]).unwrap().signatures, 0);
 
     let empty = Maker::new().finish();
     let says = error(&empty, &[], &[]);
     assert!(says.contains("struct ksm_stable_node is not in"), "{says}");
 
-    // A stable node without the members that the kernel looks at.
+    // A stable node without the members that the kernel accesses.
     let mut m = Maker::new();
     let long = m.int("long unsigned int", 8);
     m.aggregate(STRUCT, "ksm_stable_node", 8, &[("hlist", long, 0)]);
@@ -142,7 +142,7 @@ fn what_is_missing_is_told() {
         "{says}"
     );
 
-    // Two different ones: which is it?
+    // Two different ones are ambiguous.
     let mut m = small_kernel();
     m.aggregate(STRUCT, "ksm_rmap_item", 8, &[("hlist", 1, 0)]);
     let says = error(&m.finish(), &[], &[]);

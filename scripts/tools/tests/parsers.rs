@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The parsers of test output and kernel logs: the program as the scripts call it, and any bytes as input.
-//! What they find is tested beside them.
+//! Tests of the parsers of test output and kernel logs: the program as the scripts call it, and any bytes as
+//! input. The parsers' own files test their results.
 
 use proptest::prelude::*;
 use rksm_tools::{conformance, ktap, log_check, text};
@@ -29,7 +29,7 @@ impl Scratch {
         command
     }
 
-    /// Status, and what stands on standard output.
+    /// Run the program. Return its status and standard output.
     fn run(&self, args: &[&str]) -> (i32, Vec<u8>) {
         let Output { status, stdout, .. } = self.command(args).output().unwrap();
         (status.code().unwrap(), stdout)
@@ -45,7 +45,7 @@ impl Scratch {
         fs::read_to_string(self.0.join(file)).unwrap()
     }
 
-    /// Count what a script prints. Returns the status, the output, and what the tally says.
+    /// Count the results of a script. Return the status, the output, and the tally.
     fn sum(&self, script: &str) -> (i32, Vec<u8>, String) {
         let _ = fs::remove_file(self.0.join("tally"));
         let (status, out) = self.run(&["ktap-sum", "stage", "tally", "sh", "-c", script]);
@@ -73,7 +73,7 @@ fn both_outputs_are_shown_as_they_are() {
 #[test]
 fn lines_are_shown_as_they_come() {
     let scratch = Scratch::new();
-    // Each line is printed only when the one before has been seen here.
+    // Each line is printed only after the one before has arrived here.
     let script = "for i in 1 2 3; do echo ok $i a; read -r line; done";
     let mut child = scratch
         .command(&["ktap-sum", "stage", "tally", "sh", "-c", script])
@@ -145,7 +145,7 @@ fn a_command_that_is_not_there_failed() {
 #[test]
 fn stages_add_up() {
     let scratch = Scratch::new();
-    // The options are the command's.
+    // The options belong to the command.
     for (stage, line) in [("one", "ok 1 --help"), ("two", "ok 1 # SKIP -h")] {
         let (status, out) = scratch.run(&["ktap-sum", stage, "tally", "echo", line]);
         assert_eq!(
@@ -266,7 +266,7 @@ fn engines() {
     }
 }
 
-/// What the parsers look for, in pieces.
+/// The strings that the parsers search for, in pieces.
 const PIECES: &[&str] = &[
     "\n",
     "\r\n",
@@ -322,7 +322,7 @@ const PIECES: &[&str] = &[
     "at disarm_kprobe_ftrace",
 ];
 
-/// Any bytes, and what is nearly what the parsers look for.
+/// Any bytes, and strings that are similar to what the parsers search for.
 fn input() -> impl Strategy<Value = Vec<u8>> {
     let piece = prop_oneof![
         6 => prop::sample::select(PIECES).prop_map(|piece| piece.as_bytes().to_vec()),
@@ -346,7 +346,7 @@ proptest! {
             lines += 1;
         }
         let mut counts = counter.counts();
-        // A line of cargo can be of all three kinds.
+        // A line of cargo may count for all three results.
         prop_assert!(counts.passed + counts.failed + counts.skipped <= 3 * lines);
         let said = counts.judge(status);
         prop_assert!(counts != ktap::Counts::default());

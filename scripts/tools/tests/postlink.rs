@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Post-linking of small modules made here, read back with the plain ELF reader.
+//! Tests of post-linking: small modules made here are read back with the plain ELF reader.
 
 use object::read::elf::{FileHeader, SectionHeader, Sym};
 use object::write::{Object, Relocation, StandardSection, Symbol, SymbolSection};
@@ -16,7 +16,7 @@ use std::process::Command;
 const SYMVERS: &str = "0x0\t_printk\tvmlinux\tEXPORT_SYMBOL\t\n\
                        0x0\tonly_kvm\tvmlinux\tEXPORT_SYMBOL_GPL\tmodule:kvm\n";
 
-/// A module in the making.
+/// A module under construction.
 struct Module {
     object: Object<'static>,
     undefined: HashMap<String, object::write::SymbolId>,
@@ -68,13 +68,13 @@ impl Module {
         self.object.add_relocation(section, relocation).unwrap();
     }
 
-    /// A call in `.text`.
+    /// Add a call in `.text`.
     fn call(&mut self, to: &str) {
         let text = self.object.section_id(StandardSection::Text);
         self.refer_from(text, to, elf::R_X86_64_PLT32);
     }
 
-    /// A reference from a section of this name.
+    /// Add a reference from a section of this name.
     fn refer(&mut self, section: &str, to: &str, r_type: u32) {
         let kind = match section.starts_with(".debug") {
             true => SectionKind::Debug,
@@ -119,7 +119,7 @@ fn faults(result: anyhow::Result<Linked>) -> Vec<String> {
     }
 }
 
-/// What a section header says, apart from where things are.
+/// The contents of a section header, without positions in the file.
 #[derive(Clone, Debug, PartialEq)]
 struct Header {
     sh_type: u32,
@@ -130,7 +130,7 @@ struct Header {
     entsize: u64,
 }
 
-/// An ELF file in a form that can be compared.
+/// An ELF file in a comparable form.
 #[derive(Debug, Default)]
 struct Content {
     /// Names in order.
@@ -215,7 +215,7 @@ fn content(file: &[u8]) -> Content {
                 let relocations: Vec<_> = relocations.collect();
                 content.relocations.insert(name, relocations);
             }
-            // The tables of names and symbols are compared by what they say.
+            // The tables of names and symbols are compared by their contents.
             elf::SHT_STRTAB | elf::SHT_SYMTAB => {}
             elf::SHT_NOBITS => {
                 let size = section.sh_size(endian).to_string();
@@ -230,7 +230,7 @@ fn content(file: &[u8]) -> Content {
     content
 }
 
-/// Check that the new module is the old one apart from what had to change, and that this is well formed.
+/// Check that the new module is the old one except for the required changes, and that these are well formed.
 fn assert_only_moved(old: &[u8], new: &[u8], listed: &[&str]) -> Content {
     let (old, new) = (content(old), content(new));
     let renamed = |name: &str| match listed.contains(&name) {
@@ -238,8 +238,8 @@ fn assert_only_moved(old: &[u8], new: &[u8], listed: &[&str]) -> Content {
         false => name.to_string(),
     };
 
-    // Every relocation is still there once: with the others, or in the livepatch section. A
-    // section that lost all of them is gone.
+    // Every relocation still exists once: with the others, or in the livepatch section. A section that lost
+    // all of them is gone.
     let mut emptied = Vec::new();
     for (name, old_relocations) in &old.relocations {
         let target = &old.headers[name].info;
@@ -257,7 +257,7 @@ fn assert_only_moved(old: &[u8], new: &[u8], listed: &[&str]) -> Content {
         assert_eq!(new.relocations.get(&section).unwrap_or(&Vec::new()), &moved);
     }
 
-    // All other sections are there, in the old order, with the old headers; the new ones follow.
+    // All other sections exist, in the old order, with the old headers. The new ones follow.
     let stays = |name: &&String| !emptied.contains(name);
     let stayed: Vec<_> = old.order.iter().filter(stays).cloned().collect();
     assert_eq!(new.order[..stayed.len()], stayed);
@@ -272,7 +272,7 @@ fn assert_only_moved(old: &[u8], new: &[u8], listed: &[&str]) -> Content {
         assert_eq!(new.data[name], expected, "{name}");
     }
 
-    // Symbols keep their order, which is what relocations refer to.
+    // Symbols keep their order, as relocations refer to it.
     assert_eq!(new.symbols.len(), old.symbols.len());
     for (old, new) in old.symbols.iter().zip(&new.symbols) {
         assert_eq!(new.0, renamed(&old.0));
@@ -538,7 +538,7 @@ fn odd_alignment_and_flags_survive() {
     assert_only_moved(&old, &linked.module, &["f"]);
 }
 
-/// What the compiler makes of C, with debug information and special sections.
+/// C code that compiles to debug information and special sections.
 const SOURCE: &str = r#"
 extern void drain(void); extern int exported(int); extern long counter; extern void *object;
 static const char info[] __attribute__((section(".modinfo"), used, aligned(1))) = "license=GPL";

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Makes BTF from scratch.
+//! Helpers that make BTF from scratch.
 
 pub const INT: u32 = 1;
 pub const PTR: u32 = 2;
@@ -23,7 +23,7 @@ pub const ENUM64: u32 = 19;
 
 const FLAG: u32 = 1 << 31;
 
-/// BTF that grows.
+/// BTF under construction.
 #[derive(Default)]
 pub struct Maker {
     types: Vec<u8>,
@@ -77,7 +77,7 @@ impl Maker {
         self.record("", PTR, 0, to, &[])
     }
 
-    /// Anything that has a name and refers to one other type.
+    /// Add a record that has a name and refers to one other type.
     pub fn refer(&mut self, name: &str, kind: u32, to: u32) -> u32 {
         self.record(name, kind, 0, to, &[])
     }
@@ -86,7 +86,7 @@ impl Maker {
         self.record("", ARRAY, 0, 0, &[of, of, count])
     }
 
-    /// A structure or union with members (name, type, offset in bits).
+    /// Add a structure or union with members (name, type, offset in bits).
     pub fn aggregate(
         &mut self,
         kind: u32,
@@ -101,7 +101,7 @@ impl Maker {
         self.record(name, kind, members.len() as u32, size, &extra)
     }
 
-    /// A structure with bitfields (name, type, offset in bits, width).
+    /// Add a structure with bitfields (name, type, offset in bits, width).
     pub fn bitfields(&mut self, name: &str, size: u32, members: &[(&str, u32, u32, u32)]) -> u32 {
         let mut extra = Vec::new();
         for (name, ty, offset, width) in members {
@@ -111,7 +111,7 @@ impl Maker {
         self.record(name, STRUCT, vlen | FLAG, size, &extra)
     }
 
-    /// An enumeration of up to 32 bits (name, bits of the value).
+    /// Add an enumeration of up to 32 bits (name, bits of the value).
     pub fn enumeration(
         &mut self,
         name: &str,
@@ -154,7 +154,7 @@ impl Maker {
     }
 }
 
-/// A small kernel: every kind of record, and the structures that `layout` wants.
+/// Return a small kernel: every kind of record, and the structures that `layout` needs.
 pub fn small_kernel() -> Maker {
     let mut m = Maker::new();
     let int = m.int("int", 4);
@@ -224,7 +224,7 @@ pub fn small_kernel() -> Maker {
     m.func("walk", int, &[constant_ptr, long, 0]);
     m.func("drain", 0, &[]);
 
-    // One of every kind that is left.
+    // One of every remaining kind.
     let volatile = m.refer("", VOLATILE, long);
     let restrict = m.refer("", RESTRICT, mm_ptr);
     let tag = m.refer("rcu", TYPE_TAG, mm);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Makes ELF notes.
+//! Helpers that make ELF notes.
 
-/// An ELF note.
+/// Make an ELF note.
 pub fn note(owner: &str, kind: u32, content: &[u8]) -> Vec<u8> {
     let mut note = Vec::new();
     for word in [owner.len() as u32 + 1, content.len() as u32, kind] {
