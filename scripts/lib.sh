@@ -161,29 +161,75 @@ tools() # COMMAND ARGUMENT…
 
 # --- stages of the tests -------------------------------------------------
 
-# Runs a command that prints results, counts them into TALLY (rksm-tools
-# ktap-sum), and leaves what it prints in build/log/NAME.
+# Forget the results of an earlier run.
+stages_begin() # TALLY
+{
+	mkdir -p "$(dirname "$1")"
+	: > "$1"
+	: > "$1.begun"
+}
+
+# Run a command that prints results, count them into TALLY (rksm-tools ktap-sum),
+# and leave its output in build/log/NAME. Beside other stages (see lanes), print
+# the output as a whole when the stage ends.
 stage() # TALLY NAME COMMAND…
 {
-	local began
+	local began log=$RKSM_TOP/build/log/$2
 
 	# Here, where a failure ends the script, and before the clock starts.
 	need_tools
 	began=$SECONDS
 	mkdir -p "$RKSM_TOP/build/log"
-	printf '\n# === %s ===\n' "$2"
-	tools ktap-sum "$2" "$1" "${@:3}" | tee "$RKSM_TOP/build/log/$2" || true
-	printf '# === %s took %d s ===\n' "$2" "$((SECONDS - began))"
+	printf '%s\n' "$2" >> "$1.begun"
+	if [[ ${in_lane:-} ]]; then
+		printf '# %s begins\n' "$2"
+		tools ktap-sum "$2" "$1" "${@:3}" > "$log" || true
+		flock "$RKSM_TOP/build/log" cat <(printf '\n# === %s ===\n' "$2") "$log" \
+			<(printf '# === %s took %d s ===\n' "$2" "$((SECONDS - began))")
+	else
+		printf '\n# === %s ===\n' "$2"
+		tools ktap-sum "$2" "$1" "${@:3}" | tee "$log" || true
+		printf '# === %s took %d s ===\n' "$2" "$((SECONDS - began))"
+	fi
+}
+
+# Run functions that call stage side by side. Most of a stage is one guest that
+# waits or runs on one CPU, so two lanes fill a machine with two CPUs. A lane that
+# ends early is found by stages_done.
+lanes() # FUNCTION…
+{
+	local in_lane=1 lane pid pids=()
+
+	# Once for all of them.
+	need_tools
+	# A shell ignores the interrupt in what it runs in the background.
+	trap 'trap - INT TERM; kill -TERM 0' INT TERM
+	for lane; do
+		"$lane" &
+		pids+=($!)
+	done
+	for pid in "${pids[@]}"; do
+		wait "$pid" || true
+	done
+	trap - INT TERM
 }
 
 # The sum of each stage, the twenty tests that took longest, and the sum of all.
 # Fails when a test has.
 stages_done() # TALLY
 {
+	local name
+
 	printf '\n# the slowest tests:\n'
 	awk '{ print "build/log/" $1 }' "$1" | (cd "$RKSM_TOP" && xargs grep -H -E '^# .* took [0-9.]+ s$') |
 		sed -E 's,^build/log/([^:]*):# (.*) took ([0-9.]+) s$,\3 s \1: \2,' | sort -rn | awk 'NR <= 20 { print "#   " $0 }' || true
 	printf '\n'
 	awk '{ printf "# %s: %d passed, %d failed, %d skipped\n", $1, $2, $3, $4 }' "$1"
+	# A stage whose shell was killed leaves no line in the tally.
+	awk 'FILENAME == ARGV[1] { ended[$1] = 1; next } !($1 in ended)' "$1" "$1.begun" > "$1.lost"
+	while read -r name; do
+		printf 'not ok - stage %s did not end\n' "$name"
+		printf '%s 0 1 0\n' "$name" >> "$1"
+	done < "$1.lost"
 	tools ktap-sum --total "$1"
 }
