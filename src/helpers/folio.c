@@ -6,7 +6,7 @@
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 
-/* mm/internal.h: -I$(srctree)/mm, see Kbuild. */
+/* mm/internal.h: Kbuild adds -I$(srctree)/mm. */
 #include "internal.h"
 
 #include "shim.h"
@@ -18,7 +18,7 @@ struct folio *rksm_page_folio(struct page *page)
 	return page_folio(page);
 }
 
-/* NULL for a frame that is not in the memory map (any more). */
+/* Return NULL if the memory of this pfn does not exist or is offline. */
 struct folio *rksm_pfn_folio(unsigned long pfn)
 {
 	struct page *page = pfn_to_online_page(pfn);
@@ -41,7 +41,7 @@ unsigned int rksm_content_nid(const void *content)
 	return page_to_nid(virt_to_page(content));
 }
 
-/* -1 for a frame that is not in the memory map (any more). */
+/* Return -1 if the memory of this pfn does not exist or is offline. */
 int rksm_pfn_nid(unsigned long pfn)
 {
 	struct page *page = pfn_to_online_page(pfn);
@@ -79,7 +79,7 @@ bool rksm_folio_test_plain_anon(const struct folio *folio)
 	return folio_test_anon(folio) && !folio_test_ksm(folio) && !folio_is_zone_device(folio);
 }
 
-/* Whether a reference too many may be that of a per-CPU batch, and not a pin. */
+/* Return whether an unexpected reference may be that of a per-CPU LRU batch, not a pin. */
 bool rksm_folio_maybe_batched(struct folio *folio)
 {
 	return !folio_test_lru(folio) || !folio_maybe_dma_pinned(folio);
@@ -150,7 +150,7 @@ void rksm_folio_unlock(struct folio *folio)
 	folio_unlock(folio);
 }
 
-/* Reclaim frees a clean folio without dirty ptes; a merged one must be swapped. */
+/* Reclaim frees a clean folio without dirty PTEs, but must swap out a KSM page. */
 void rksm_folio_keep_dirty(struct folio *folio)
 {
 	folio_mark_accessed(folio);
@@ -169,8 +169,9 @@ bool rksm_folio_maybe_mapped_shared(struct folio *folio)
 }
 
 /*
- * 0 if no swap entry, nor the swap cache, has the locked folio any more; -EBUSY
- * while it is being written.
+ * Remove a locked folio from the swap cache, unless swap entries refer to it.
+ * Return 0 if it is not in the swap cache afterwards, -EBUSY while it is being
+ * written to swap, or else -EMLINK.
  */
 int rksm_folio_leave_swap(struct folio *folio)
 {
@@ -210,7 +211,7 @@ void rksm_page_remove_rmap(struct page *page, struct vm_area_struct *vma)
 	folio_remove_rmap_pte(page_folio(page), page, vma);
 }
 
-/* x86-64 has no highmem: what kmap_local_page() would return, and for ever. */
+/* x86-64 has no highmem: this is what kmap_local_page() returns, but stays valid. */
 const void *rksm_page_content(const struct page *page)
 {
 	return page_address(page);
@@ -227,7 +228,8 @@ unsigned long rksm_zero_pfn(void)
 }
 
 /*
- * lru_add_drain_all() waits for every CPU, isolated or not, for as long as a
+ * Work to drain the LRU batches of CPUs that are not isolated.  Do not use
+ * lru_add_drain_all(): it waits for isolated CPUs, too, and without a limit if a
  * task of higher priority keeps the work from running.
  */
 static DEFINE_PER_CPU(struct work_struct, rksm_lru_work);
@@ -266,7 +268,7 @@ void rksm_lru_drain(unsigned int wait_ms)
 		if (cpu_is_isolated(cpu) || !housekeeping_test_cpu(cpu, HK_TYPE_WQ))
 			continue;
 		atomic_inc(&rksm_lru_left);
-		/* Still queued since the last time: counted already. */
+		/* Work that is still queued from an earlier drain is counted already. */
 		if (!queue_work_on(cpu, system_percpu_wq, per_cpu_ptr(&rksm_lru_work, cpu)))
 			atomic_dec(&rksm_lru_left);
 	}

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The bodies for shim.h, of a line or two each where nothing forces more.
- * The exception is who maps a page over a fork (rksm_relative() and its kin).
+ * The functions that shim.h declares.  Each wraps one operation of the kernel,
+ * mostly in a line or two.  The exception is rksm_page_mapped_by_unregistered(),
+ * which checks all mappers of a page.
  *
- * One object, a file for each subsystem, as in rust/helpers of the kernel.
+ * There is one file for each subsystem.  All are compiled into one object, as in
+ * rust/helpers of the kernel.
  */
 #include <linux/module.h>
 
-/* Asks the module loader to resolve the relocations that rksm-tools made. */
+/* Make the module loader resolve the relocations that rksm-tools has made. */
 MODULE_INFO(livepatch, "Y");
 
-/* Cargo.toml has it, see Kbuild. */
+/* Kbuild takes the version from Cargo.toml. */
 MODULE_VERSION(RKSM_VERSION);
 
 #include "folio.c"

@@ -2,12 +2,12 @@
 
 #include <linux/ksm.h>
 
-/* mm/mm_slot.h: -I$(srctree)/mm, see Kbuild. */
+/* mm/mm_slot.h: Kbuild adds -I$(srctree)/mm. */
 #include "mm_slot.h"
 
 #include "shim.h"
 
-/* The in-tree engine: static data of mm/ksm.c, see symbols.klp. */
+/* In-tree KSM.  The data is static in mm/ksm.c, and listed in src/abi/symbols.klp. */
 
 extern struct mutex ksm_thread_mutex;
 extern spinlock_t ksm_mmlist_lock;
@@ -39,7 +39,7 @@ unsigned long *rksm_intree_run_ptr(void)
 	return &ksm_run;
 }
 
-/* KSM_RUN_UNMERGE of mm/ksm.c. */
+/* Bit 1 is KSM_RUN_UNMERGE of mm/ksm.c. */
 void rksm_intree_set_unmerge(bool on)
 {
 	WRITE_ONCE(ksm_run, on ? ksm_run | 2 : ksm_run & ~2UL);
@@ -72,9 +72,9 @@ void rksm_intree_for_each_mm(rksm_mm_fn fn, void *data)
 	spin_lock(&ksm_mmlist_lock);
 	list_for_each_entry(slot, &ksm_mm_head.mm_node, mm_node) {
 		/*
-		 * One without users is exiting, and may have been through
-		 * ksm_exit() already: the in-tree engine leaves the slot that
-		 * its scan stopped at listed.
+		 * An mm without users is exiting, and may have passed
+		 * ksm_exit() already: in-tree KSM leaves the slot that its
+		 * scan stopped at on the list.
 		 */
 		if (atomic_read(&slot->mm->mm_users))
 			fn(data, slot->mm);

@@ -5,7 +5,7 @@
 #include <linux/sched/mm.h>
 #include <linux/userfaultfd_k.h>
 
-/* mm/internal.h: -I$(srctree)/mm, see Kbuild. */
+/* mm/internal.h: Kbuild adds -I$(srctree)/mm. */
 #include "internal.h"
 
 #include "shim.h"
@@ -17,7 +17,7 @@ unsigned long rksm_mm_anon_pages(struct mm_struct *mm)
 	return get_mm_counter(mm, MM_ANONPAGES);
 }
 
-/* An anonymous page became a zero page, which is none. */
+/* Count a zero page that replaced an anonymous page: it is not anonymous itself. */
 void rksm_mm_count_zero_page(struct mm_struct *mm)
 {
 	ksm_map_zero_page(mm);
@@ -61,15 +61,16 @@ bool rksm_vma_mergeable(struct vm_area_struct *vma)
 	return (vma->vm_flags & VM_MERGEABLE) && vma->anon_vma;
 }
 
-/* VM_MERGEABLE can be lost while pages stay merged, but none of these is gained. */
+/* Pages may stay merged when a VMA loses VM_MERGEABLE.  It never gains the flags below. */
 bool rksm_vma_may_be_merged(struct vm_area_struct *vma)
 {
 	return vma->anon_vma && !(vma->vm_flags & (VM_SPECIAL | VM_HUGETLB));
 }
 
 /*
- * An unshare fault there would be handed to a userfaultfd monitor, which cannot
- * be waited for: it would fail (and, with CONFIG_DEBUG_VM, say so in the log).
+ * Return whether an unshare fault on the entry would go to a userfaultfd
+ * monitor.  The module cannot wait for a monitor, so the fault would fail.  With
+ * CONFIG_DEBUG_VM the kernel would also log a warning.
  */
 bool rksm_pte_unservable(struct vm_area_struct *vma, pte_t pte)
 {
@@ -82,7 +83,7 @@ unsigned long rksm_vma_page_index(struct vm_area_struct *vma, unsigned long addr
 	return linear_anon_page_index(vma, addr);
 }
 
-/* Both counters are plain longs with one writer: whoever runs the engine. */
+/* Both counters are plain longs.  Only the engine that runs writes them. */
 void rksm_mm_add_merging(struct mm_struct *mm, long n)
 {
 	mm->ksm_merging_pages += n;
@@ -100,7 +101,7 @@ int rksm_unshare(struct vm_area_struct *vma, unsigned long addr)
 
 /* Memory cgroups. */
 
-/* With a reference.  NULL without memory cgroups. */
+/* Return a reference, or NULL if memory cgroups are disabled. */
 struct mem_cgroup *rksm_get_memcg(struct mm_struct *mm)
 {
 	return get_mem_cgroup_from_mm(mm);
@@ -116,9 +117,9 @@ struct mem_cgroup *rksm_set_active_memcg(struct mem_cgroup *memcg)
 	return set_active_memcg(memcg);
 }
 
-/* Memory that goes offline. */
+/* Memory hotplug. */
 
-/* At the priority of the in-tree engine. */
+/* Use the priority of in-tree KSM's notifier. */
 int rksm_register_memory_notifier(struct notifier_block *nb)
 {
 	nb->priority = KSM_CALLBACK_PRI;

@@ -7,7 +7,7 @@
 
 #include "shim.h"
 
-/* What is there since boot. */
+/* Data of the kernel image. */
 
 /* Bounds of the .BTF section, declared as in kernel/bpf. */
 extern char __start_BTF[];
@@ -22,7 +22,7 @@ struct kobject *rksm_mm_kobj(void)
 	return mm_kobj;
 }
 
-/* Gives lockdep a static key: the attribute itself is not. */
+/* Give lockdep a static key, since the attribute itself is not static. */
 void rksm_attribute_init(struct attribute *attr)
 {
 	sysfs_attr_init(attr);
@@ -40,7 +40,7 @@ const void *rksm_notes(unsigned long *len)
 	return __start_notes;
 }
 
-/* As one word, like WRITE_ONCE(), but -EFAULT where that would be an oops. */
+/* Store a word at once, like WRITE_ONCE(), but return -EFAULT instead of an oops. */
 int rksm_store_word(unsigned long *at, unsigned long value)
 {
 	return copy_to_kernel_nofault(at, &value, sizeof(value));
@@ -50,7 +50,7 @@ int rksm_store_word(unsigned long *at, unsigned long value)
 
 extern struct mutex module_mutex;
 
-/* Written and read under module_mutex. */
+/* The exit function of a pinned module.  Protected by module_mutex. */
 static void (*rksm_module_exit)(void);
 
 static int rksm_module_set_exit(struct module *mod, void (*exit)(void))
@@ -59,8 +59,8 @@ static int rksm_module_set_exit(struct module *mod, void (*exit)(void))
 }
 
 /*
- * Called while the module is being initialised: what becomes read-only only
- * after that counts as read-only.
+ * Return whether mod->exit will be writable once the module is live.  The loader
+ * makes some data read-only after initialisation, during which this is called.
  */
 bool rksm_module_can_pin(struct module *mod)
 {
@@ -76,7 +76,7 @@ bool rksm_module_can_pin(struct module *mod)
 	return writable;
 }
 
-/* A live module without an exit function is refused by delete_module(2) with EBUSY. */
+/* delete_module(2) returns EBUSY for a live module without an exit function. */
 int rksm_module_pin(struct module *mod)
 {
 	int ret = -EBUSY;
@@ -108,10 +108,10 @@ bool rksm_module_pinned(struct module *mod)
 	return !READ_ONCE(mod->exit);
 }
 
-/* src/sys/module_pin.rs */
+/* Defined in src/sys/module_pin.rs. */
 void rksm_unload_attempt(unsigned long name);
 
-/* Without a trace in the audit log: it is not we who decide. */
+/* Leave no audit record: the system call itself decides and audits. */
 static bool rksm_may_unload(void)
 {
 	return capable_noaudit(CAP_SYS_MODULE);
@@ -121,7 +121,7 @@ static int rksm_before_delete_module(struct kprobe *kp, struct pt_regs *regs)
 {
 	const struct pt_regs *args = (void *)regs_get_kernel_argument(regs, 0);
 
-	/* The system call has checked nothing yet. */
+	/* The system call has not checked the capability yet. */
 	if (rksm_may_unload())
 		rksm_unload_attempt(regs_get_kernel_argument((struct pt_regs *)args, 0));
 	return 0;
@@ -140,12 +140,16 @@ int rksm_watch_unload(void)
 void rksm_unwatch_unload(void)
 {
 	/*
-	 * Disarming allocates, to take the function out of a list.  Without
-	 * memory unregister_kprobe() would say nothing and leave the probe,
-	 * which is ours, in the kernel's tables.  By then it is disarmed in all
-	 * respects but that list, where an entry too many does no harm; and
-	 * doing it again would count it down twice.  (If somebody else has had a
-	 * probe there, too, and disabled it, the next one there is not armed.)
+	 * Disarming a probe allocates memory, to remove the function from the
+	 * filter of ftrace.  If that failed in unregister_kprobe(), it would
+	 * return silently and leave our probe in the kernel's tables.  So
+	 * disarm the probe first.
+	 *
+	 * When disable_kprobe() fails, the probe is disarmed, except that the
+	 * filter still has the function.  That does no harm.  Set the flag, so
+	 * that unregister_kprobe() does not disarm the probe again: its use
+	 * would be counted down twice.  If another user has disabled a probe at
+	 * the same address, the next probe there is not armed.
 	 */
 	if (disable_kprobe(&rksm_delete_module_probe))
 		rksm_delete_module_probe.flags |= KPROBE_FLAG_DISABLED;
@@ -158,9 +162,9 @@ long rksm_copy_user_nofault(void *to, unsigned long from, unsigned long len)
 }
 
 /*
- * Rust uses the values of these enumerations as plain constants, of which its
- * debug information has no trace.  Here they leave one, for rksm-tools to
- * compare with the image's.
+ * Rust uses the values of these enumerations as plain constants, so its debug
+ * information does not describe them.  These variables put both types into that
+ * of C, where rksm-tools compares them with the types of the kernel image.
  */
 static const enum vm_fault_reason rksm_fault_reason __used;
 static const enum memory_block_state rksm_memory_block_state __used;

@@ -5,14 +5,14 @@
 #include <linux/pagewalk.h>
 #include <asm/tlbflush.h>
 
-/* mm/internal.h: -I$(srctree)/mm, see Kbuild. */
+/* mm/internal.h: Kbuild adds -I$(srctree)/mm. */
 #include "internal.h"
 
 #include "shim.h"
 
 /* Page tables. */
 
-/* src/mm/walk.rs */
+/* rksm_walk_pmd() and rksm_walk_pud() are defined in src/mm/walk.rs. */
 int rksm_walk_pmd(void *ctx, struct vm_area_struct *vma, pmd_t *pmd,
 		  unsigned long addr, unsigned long end);
 
@@ -42,9 +42,11 @@ int rksm_walk_vma(struct vm_area_struct *vma, unsigned long start, unsigned long
 }
 
 /*
- * More than a line, since the scan calls this for every entry: whether it maps
- * an anonymous page.  A special entry never does, and others need no look at
- * the VMA to find their page, as in gup_fast_pte_range().
+ * Return whether the entry maps an anonymous page, and fill in *mapped if so.
+ * The scan calls this for every entry, so it is one function.
+ *
+ * A special entry never maps an anonymous page.  The page of any other present
+ * entry can be found without the VMA, as in gup_fast_pte_range().
  */
 bool rksm_entry_anon(pte_t *ptep, struct rksm_mapped *mapped)
 {
@@ -59,8 +61,9 @@ bool rksm_entry_anon(pte_t *ptep, struct rksm_mapped *mapped)
 	mapped->mapping = (unsigned long)READ_ONCE(folio->mapping);
 	mapped->content = page_address(page);
 	/*
-	 * Broken memory must not be read.  A KSM page is not read anyway, and
-	 * must stay listed: whoever is about to unmap it finds it by that.
+	 * Do not read poisoned memory.  A poisoned KSM page must keep its rmap
+	 * items, by which memory_failure() unmaps it, and the scan does not
+	 * read KSM pages.
 	 */
 	if (unlikely(PageHWPoison(page)) &&
 	    (mapped->mapping & FOLIO_MAPPING_FLAGS) != FOLIO_MAPPING_KSM)
@@ -68,7 +71,7 @@ bool rksm_entry_anon(pte_t *ptep, struct rksm_mapped *mapped)
 	return (mapped->mapping & FOLIO_MAPPING_ANON) && !folio_is_zone_device(folio);
 }
 
-/* Whether an entry is that of a page which is swapped out or being moved. */
+/* Return whether the entry stands for a page that is swapped out or being migrated. */
 bool rksm_entry_away(pte_t *ptep)
 {
 	const pte_t pte = ptep_get(ptep);
@@ -100,7 +103,7 @@ bool rksm_pmd_uffd(pmd_t pmd)
 	return pmd_uffd(pmd);
 }
 
-/* NULL if there is no table that could have the entry.  It may be an empty one. */
+/* Return NULL if no PMD table covers addr.  The PMD itself may be empty. */
 pmd_t *rksm_find_pmd(struct mm_struct *mm, unsigned long addr)
 {
 	return mm_find_pmd(mm, addr);
@@ -169,7 +172,7 @@ pte_t rksm_pte_clean_wrprotect(pte_t pte)
 	return pte_write(pte) ? pte_wrprotect(pte) : pte;
 }
 
-/* The soft-dirty bit stays: a checkpointing tool must not miss the page. */
+/* Keep the soft-dirty bit, or a checkpointing tool would miss the page. */
 pte_t rksm_mk_shared_pte(struct page *page, struct vm_area_struct *vma, pte_t old)
 {
 	pte_t pte = mk_pte(page, vma->vm_page_prot);
@@ -211,9 +214,9 @@ bool rksm_is_ksm_zero_pte(pte_t pte)
 }
 
 /*
- * The dirty bit tells it from a zero page that was there by a read fault.  It is
- * no sign of a write: pte_mkdirty() sets the soft-dirty bit as well, which has
- * to stay as it was.
+ * The dirty bit marks a zero page that replaced a merged page, as opposed to one
+ * that a read fault mapped.  pte_mkdirty() also sets the soft-dirty bit, which
+ * must stay as it was: nothing was written.
  */
 pte_t rksm_mk_zero_pte(struct vm_area_struct *vma, unsigned long addr, pte_t old)
 {

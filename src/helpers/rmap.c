@@ -3,12 +3,12 @@
 #include <linux/rmap.h>
 #include <linux/sched/mm.h>
 
-/* mm/internal.h: -I$(srctree)/mm, see Kbuild. */
+/* mm/internal.h: Kbuild adds -I$(srctree)/mm. */
 #include "internal.h"
 
 #include "shim.h"
 
-/* Who maps a page, and who shares it over a fork. */
+/* Reverse mapping. */
 
 struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma)
 {
@@ -16,7 +16,7 @@ struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma)
 	return vma->anon_vma;
 }
 
-/* Of an anonymous folio, locked and mapped, and no KSM page (yet). */
+/* The folio must be anonymous, locked and mapped, and must not be a KSM page. */
 struct anon_vma *rksm_folio_get_anon_vma(struct folio *folio)
 {
 	unsigned long mapping = (unsigned long)folio->mapping;
@@ -31,25 +31,32 @@ void rksm_put_anon_vma(struct anon_vma *anon_vma)
 	put_anon_vma(anon_vma);
 }
 
-struct rksm_strangers {
+struct rksm_mapper_walk {
 	struct page *page;
 	struct mm_struct *mm;
 	unsigned long addr;
+	/* How many more VMAs the walk may look at. */
 	int left;
-	int relatives;
+	/* How many VMAs of other processes map the folio. */
+	int others;
 	int result;
 };
 
 /*
- * 0 if the engine lists what this VMA of another address space maps, sooner or
- * later; rmap finds it by our item until then.  Their flags may change
- * meanwhile.
+ * Check a VMA of another process that maps the page.
  *
- * -EBUSY while dup_mmap() may be going on: it lets others use the child before
- * it flushes what the parent's CPUs remember to be writable, and the lock of
- * the parent is held until after that.
+ * Return 0 if the process and the VMA are registered.  A later scan then adds an
+ * rmap item for this mapping.  Until then, rmap walks find it by the rmap item
+ * of the process that is being scanned.  The flags are read without a lock and
+ * may change at any time.
+ *
+ * Return -EMLINK if either is not registered.
+ *
+ * Return -EBUSY if dup_mmap() may be copying this mm.  It unlocks the child
+ * before it flushes writable translations from the TLBs of the parent, but
+ * unlocks the parent only afterwards.
  */
-static int rksm_relative(struct vm_area_struct *vma)
+static int rksm_check_mapper(struct vm_area_struct *vma)
 {
 	struct mm_struct *mm = vma->vm_mm;
 
@@ -61,7 +68,7 @@ static int rksm_relative(struct vm_area_struct *vma)
 	return 0;
 }
 
-/* Whether the VMA maps the page, which may be part of a large folio, at another address. */
+/* Return whether the VMA maps the page, which may be part of a large folio, at another address. */
 static bool rksm_page_elsewhere(struct page *page, struct vm_area_struct *vma, unsigned long addr)
 {
 	struct page_vma_mapped_walk walk = {
@@ -80,54 +87,63 @@ static bool rksm_page_elsewhere(struct page *page, struct vm_area_struct *vma, u
 	return true;
 }
 
-static bool rksm_look_for_strangers(struct folio *folio, struct vm_area_struct *vma,
-				    unsigned long addr, void *arg)
+static bool rksm_find_unregistered(struct folio *folio, struct vm_area_struct *vma,
+				   unsigned long addr, void *arg)
 {
-	/* An entry that is empty for a moment, as in mprotect(), is one, too. */
+	/* PVMW_SYNC: do not miss an entry that is clear for a moment, as in mprotect(). */
 	DEFINE_FOLIO_VMA_WALK(walk, folio, vma, addr, PVMW_SYNC);
-	struct rksm_strangers *strangers = arg;
+	struct rksm_mapper_walk *mappers = arg;
 
-	if (strangers->left-- <= 0) {
-		strangers->result = -EMLINK;
+	if (mappers->left-- <= 0) {
+		mappers->result = -EMLINK;
 		return false;
 	}
-	if (vma->vm_mm == strangers->mm || !page_vma_mapped_walk(&walk))
+	if (vma->vm_mm == mappers->mm || !page_vma_mapped_walk(&walk))
 		return true;
 	page_vma_mapped_walk_done(&walk);
-	strangers->relatives++;
-	if (rksm_page_elsewhere(strangers->page, vma, strangers->addr))
-		strangers->result = -EMLINK;
+	mappers->others++;
+	if (rksm_page_elsewhere(mappers->page, vma, mappers->addr))
+		mappers->result = -EMLINK;
 	else
-		strangers->result = rksm_relative(vma);
-	return !strangers->result;
+		mappers->result = rksm_check_mapper(vma);
+	return !mappers->result;
 }
 
 /*
- * 0 if the folio of an anonymous page, which is locked and mapped at addr in mm
- * (whose mmap lock is held), is mapped by nobody but relatives.  -EMLINK if it
- * is mapped by somebody who did not ask for merging, or the page where the item
- * of a page at addr does not lead; or if there are more than so many VMAs to
- * look at.  -EBUSY if it may be otherwise in a moment.
+ * Check all processes that map the folio of an anonymous page.  mm maps the page
+ * at addr.  The caller holds the lock of the folio and the mmap_lock of mm.
+ *
+ * Return 0 if each other mapper of the folio is registered, and maps the page at
+ * no other address.
+ *
+ * Return -EMLINK if a mapper is not registered, or maps the page at an address
+ * where a walk by the rmap item for addr does not look; or if there are more
+ * than max VMAs to look at.
+ *
+ * Return -EBUSY for a state that may be over in a moment.
  */
-int rksm_page_mapped_by_strangers(struct page *page, struct mm_struct *mm,
-				  unsigned long addr, int most)
+int rksm_page_mapped_by_unregistered(struct page *page, struct mm_struct *mm,
+				     unsigned long addr, int max)
 {
 	struct folio *folio = page_folio(page);
-	struct rksm_strangers strangers = { .page = page, .mm = mm, .addr = addr, .left = most };
+	struct rksm_mapper_walk mappers = { .page = page, .mm = mm, .addr = addr, .left = max };
 	struct rmap_walk_control control = {
-		.rmap_one = rksm_look_for_strangers,
-		.arg = &strangers,
+		.rmap_one = rksm_find_unregistered,
+		.arg = &mappers,
 	};
 
 	rmap_walk(folio, &control);
-	/* Whoever the walk did not come by is none that is known. */
-	if (!strangers.result && !folio_test_large(folio) &&
-	    folio_mapcount(folio) > strangers.relatives + 1)
+	/*
+	 * More mappings than the rmap walk found: some mapper is not reachable
+	 * from this anon_vma.
+	 */
+	if (!mappers.result && !folio_test_large(folio) &&
+	    folio_mapcount(folio) > mappers.others + 1)
 		return -EBUSY;
-	return strangers.result;
+	return mappers.result;
 }
 
-/* Lists whose heads the core kernel walks. */
+/* Lists that the core kernel walks. */
 
 void rksm_hlist_add_head(struct hlist_node *node, struct hlist_head *head)
 {

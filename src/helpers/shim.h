@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What bindgen cannot reach of the kernel's mm: static inlines and macros,
- * each behind one function.  The rules for calling are those of the wrapped
- * function and stand at its Rust caller.
+ * Functions for the parts of the kernel that its own bindgen run does not reach:
+ * static inlines, macros, and symbols that are not exported.  The rules for
+ * calling each are those of the function that it wraps.  The Rust caller states
+ * them.
  *
- * bindgen reads this file too (src/mm/ffi.rs), so the Rust declarations can
- * never disagree with these prototypes.
+ * bindgen makes the Rust declarations (src/mm/ffi.rs) from this file, so they
+ * always agree with these prototypes.
  */
 #ifndef _RKSM_SHIM_H
 #define _RKSM_SHIM_H
@@ -64,11 +65,11 @@ void rksm_lru_init(void);
 void rksm_lru_exit(void);
 void rksm_lru_drain(unsigned int wait_ms);
 
-/* What the scan asks of an entry. */
+/* The anonymous page that an entry maps. */
 struct rksm_mapped {
-	/* folio->mapping, with its flags. */
+	/* folio->mapping, including its flags. */
 	unsigned long mapping;
-	/* Where the page's content is in the kernel's address space. */
+	/* The kernel address of the page's content. */
 	const void *content;
 };
 
@@ -115,8 +116,8 @@ void rksm_notify_end(struct mmu_notifier_range *range);
 struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma);
 struct anon_vma *rksm_folio_get_anon_vma(struct folio *folio);
 void rksm_put_anon_vma(struct anon_vma *anon_vma);
-int rksm_page_mapped_by_strangers(struct page *page, struct mm_struct *mm,
-				  unsigned long addr, int most);
+int rksm_page_mapped_by_unregistered(struct page *page, struct mm_struct *mm,
+				     unsigned long addr, int max);
 bool rksm_vma_mergeable(struct vm_area_struct *vma);
 bool rksm_vma_may_be_merged(struct vm_area_struct *vma);
 bool rksm_pte_unservable(struct vm_area_struct *vma, pte_t pte);
@@ -125,7 +126,7 @@ void rksm_mm_add_merging(struct mm_struct *mm, long n);
 void rksm_mm_set_rmap_items(struct mm_struct *mm, unsigned long n);
 int rksm_unshare(struct vm_area_struct *vma, unsigned long addr);
 
-/* Lists whose heads the core kernel walks. */
+/* Lists that the core kernel walks. */
 void rksm_hlist_add_head(struct hlist_node *node, struct hlist_head *head);
 void rksm_hlist_del(struct hlist_node *node);
 
@@ -150,7 +151,7 @@ struct mem_cgroup *rksm_get_memcg(struct mm_struct *mm);
 void rksm_put_memcg(struct mem_cgroup *memcg);
 struct mem_cgroup *rksm_set_active_memcg(struct mem_cgroup *memcg);
 
-/* What is there since boot. */
+/* Data of the kernel image. */
 struct kobject *rksm_mm_kobj(void);
 void rksm_attribute_init(struct attribute *attr);
 const void *rksm_btf(unsigned long *len);
@@ -168,11 +169,11 @@ void rksm_trace_remove_ksm_page(unsigned long pfn);
 void rksm_trace_remove_rmap_item(unsigned long pfn, void *item, struct mm_struct *mm);
 void rksm_trace_advisor(s64 scan_time, unsigned long pages_to_scan, unsigned int cpu_percent);
 
-/* Memory that goes offline. */
+/* Memory hotplug. */
 int rksm_register_memory_notifier(struct notifier_block *nb);
 void rksm_unregister_memory_notifier(struct notifier_block *nb);
 
-/* The in-tree engine. */
+/* In-tree KSM. */
 typedef void (*rksm_mm_fn)(void *data, struct mm_struct *mm);
 void rksm_intree_lock(void);
 void rksm_intree_unlock(void);

@@ -13,8 +13,9 @@ void rksm_tracepoint_synchronize_unregister(void)
 }
 
 /*
- * The events of mm/ksm.c.  What trace_…() does, less the patching of code: its
- * static branches and calls are for the tracepoints that a module can see.
+ * Emit a trace event of mm/ksm.c, as trace_...() would.  The static branch and
+ * the static call of trace_...() need a tracepoint that is exported to modules,
+ * so test the key and call the iterator instead.
  */
 #define rksm_trace(name, ...)						\
 	do {								\

@@ -16,7 +16,7 @@ use kernel::{error::to_result, prelude::*};
 /// The most VMAs that a check of fork sharing looks at. A page with more is left alone.
 ///
 /// The kernel walks as many whenever it moves or reclaims such a page, but a scan does so for every page.
-const MAX_RELATIVES: core::ffi::c_int = 1024;
+const MAX_FORK_VMAS: core::ffi::c_int = 1024;
 
 impl LockedPage {
     /// Checks that all mappings of the page can be found after it became a KSM page.
@@ -34,7 +34,7 @@ impl LockedPage {
     /// # Errors
     ///
     /// * `EMLINK`: the page is mapped at another address or in a process or VMA that is not registered, or a
-    ///   swap entry for it exists; or it has more than [`MAX_RELATIVES`] VMAs to look at.
+    ///   swap entry for it exists; or it has more than [`MAX_FORK_VMAS`] VMAs to look at.
     /// * `EBUSY`: a fork is going on, the page is being written to swap, or the walk did not find all
     ///   mappings. This may be over in a moment.
     pub(super) fn check_fork_sharing(&self, vma: &MergeableVma<'_>, addr: usize) -> Result<bool> {
@@ -60,11 +60,11 @@ impl LockedPage {
                     return Ok(false);
                 }
             }
-            to_result(ffi::rksm_page_mapped_by_strangers(
+            to_result(ffi::rksm_page_mapped_by_unregistered(
                 self.as_ptr(),
                 mm,
                 addr,
-                MAX_RELATIVES,
+                MAX_FORK_VMAS,
             ))?;
         }
         Ok(true)
@@ -80,6 +80,6 @@ impl LockedPage {
         let (page, mm) = (self.as_ptr(), vma.mm().as_raw());
         // SAFETY: By the type invariants the folio is locked and kept. The caller made it the page of a stable
         // node, whose items the walk reads under that lock. By its type, `vma` holds the `mmap_lock` of `mm`.
-        unsafe { ffi::rksm_page_mapped_by_strangers(page, mm, addr, MAX_RELATIVES) != 0 }
+        unsafe { ffi::rksm_page_mapped_by_unregistered(page, mm, addr, MAX_FORK_VMAS) != 0 }
     }
 }
