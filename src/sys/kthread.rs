@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A freezable kernel thread that works for a shared object.
+//! A freezable kernel thread that runs a method of a shared object.
 
 use crate::mm::ffi;
 use core::ptr::NonNull;
@@ -12,131 +12,139 @@ use kernel::{
     task::Task,
 };
 
-/// The longest sleep there is, in jiffies: until woken.
+/// The timeout of a sleep that only a wake-up ends, in jiffies.
 const MAX_SCHEDULE_TIMEOUT: c_long = c_long::MAX;
 
 /// The body of a kernel thread.
 pub(crate) trait ThreadFn: Send + Sync {
-    /// Runs until [`KthreadContext::should_stop`].
+    /// Runs in the thread, and returns soon after [`KthreadContext::should_stop`] becomes true. May sleep.
     fn main(&self, current: &KthreadContext);
 }
 
-/// The running kernel thread, as it sees itself.
+/// The context of the current kernel thread.
+///
+/// Only [`ThreadFn::main`] gets one, so each holder runs in a kernel thread.
 pub(crate) struct KthreadContext(());
 
 impl KthreadContext {
-    /// Whether the thread was asked to end.
+    /// Returns whether the thread was asked to end.
     pub(crate) fn should_stop(&self) -> bool {
-        // SAFETY: called by a kthread, which only kthreads can, for want of a `KthreadContext` elsewhere.
+        // SAFETY: The current task is a kthread, since only kthreads have a `KthreadContext`.
         unsafe { ffi::rksm_kthread_should_stop() }
     }
 
-    /// The CPU time that the thread has used, in nanoseconds.
+    /// Returns the CPU time that the thread has used, in nanoseconds.
     pub(crate) fn cpu_nanos(&self) -> u64 {
-        // SAFETY: looks at the current task, which has no run queue locked.
+        // SAFETY: The call reads the time of the current task, which holds no run queue lock.
         unsafe { ffi::rksm_cpu_time() }
     }
 
-    /// Whether the system is being frozen.
+    /// Returns whether the thread is asked to freeze, as before the system suspends.
     pub(crate) fn is_freezing(&self) -> bool {
-        // SAFETY: looks at the current task.
+        // SAFETY: The call reads flags of the current task.
         unsafe { ffi::rksm_freezing() }
     }
 
-    /// Sleeps until `ready` says so, the thread is asked to end, or `millis` have passed (`None`: no
-    /// limit). Whoever makes `ready` true calls [`Kthread::waker`]'s `wake_up` afterwards. Freezable.
+    /// Sleeps until `ready` returns true, the thread is asked to end, or `millis` milliseconds have passed.
+    ///
+    /// `None` stands for no limit. After a change that makes `ready` true, call `wake_up` of
+    /// [`Kthread::waker`]. The sleep is freezable. The caller must hold no lock.
     pub(crate) fn sleep(&self, millis: Option<u32>, ready: impl Fn() -> bool) {
         let mut left = match millis {
-            // SAFETY: pure arithmetic.
+            // SAFETY: The call only computes.
             Some(ms) => c_long::try_from(unsafe { ffi::rksm_msecs_to_jiffies(ms) })
                 .unwrap_or(MAX_SCHEDULE_TIMEOUT),
             None => MAX_SCHEDULE_TIMEOUT,
         };
         while left > 0 {
-            // SAFETY: sets the state of the current task, before the condition is looked at, so that
-            // a wake-up in between is not lost.
+            // Set the state before checking the condition, so that a wake-up in between is not lost.
+            // SAFETY: The call only sets the state of the current task.
             unsafe { ffi::rksm_set_sleeping() };
             if ready() || self.should_stop() {
                 break;
             }
-            // SAFETY: the state was set; no lock is held.
+            // SAFETY: The task may sleep: its state was set, and it holds no lock.
             left = unsafe { bindings::schedule_timeout(left) };
         }
-        // SAFETY: concerns the current task only; no lock is held. (A sleep of no time at all must
-        // still let others run.)
-        unsafe {
-            ffi::rksm_set_running();
-            ffi::rksm_try_to_freeze();
-            ffi::rksm_cond_resched();
-        }
+        // SAFETY: The call only sets the state of the current task.
+        unsafe { ffi::rksm_set_running() };
+        // SAFETY: The current task is a kthread that was made freezable in `run`, and holds no lock.
+        unsafe { ffi::rksm_try_to_freeze() };
+        // Let other tasks run even if the timeout is 0.
+        self.cond_resched();
     }
 
-    /// Lets others run.
+    /// Lets other tasks run, if any waits for this CPU. The caller must hold no spinlock.
     pub(crate) fn cond_resched(&self) {
-        // SAFETY: no lock is held by a kthread's main function that calls this.
+        // SAFETY: The current task is a kthread that holds no spinlock.
         unsafe { ffi::rksm_cond_resched() };
     }
 }
 
-/// A running kernel thread; dropping it asks the thread to end and waits.
+/// A running kernel thread. Dropping it asks the thread to end and waits until it has.
 ///
 /// # Invariants
 ///
-/// `task` is a kthread that was not stopped yet, with a reference of ours on it. It uses `owner`
-/// until it ends.
+/// `task` is a kthread that was not stopped yet, and this object owns a reference on it. The thread uses
+/// `owner` until it ends.
 pub(crate) struct Kthread<T: ThreadFn + 'static> {
     task: NonNull<bindings::task_struct>,
     owner: Arc<T>,
 }
 
-// SAFETY: a kthread can be stopped from any task.
+// SAFETY: Any task may stop a kthread.
 unsafe impl<T: ThreadFn> Send for Kthread<T> {}
-// SAFETY: nothing can be done with a shared reference but waking the thread.
+// SAFETY: A shared reference only gives access to `waker`, which any task may call.
 unsafe impl<T: ThreadFn> Sync for Kthread<T> {}
 
 impl<T: ThreadFn + 'static> Kthread<T> {
-    /// Starts `rksmd`, at nice 5.
+    /// Starts the thread `rksmd` with nice value 5. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of `kthread_create()`, such as `ENOMEM`.
     pub(crate) fn spawn(owner: Arc<T>) -> Result<Self> {
         let data = (&raw const *owner).cast_mut().cast::<c_void>();
-        // SAFETY: `run` takes what `data` is; `owner` outlives the thread, see `drop`.
+        // SAFETY: `run` expects a pointer to a `T`. `owner` keeps that one until `drop` has stopped the thread.
         let task = unsafe { ffi::rksm_kthread_create(Some(run::<T>), data) };
         let task = kernel::error::from_err_ptr(task)?;
         let task = NonNull::new(task).ok_or(ENOMEM)?;
-        // SAFETY: a new kthread does not end before it was woken, so it is valid; the reference is
-        // dropped in `drop`.
-        unsafe {
-            bindings::get_task_struct(task.as_ptr());
-            ffi::rksm_set_nice(task.as_ptr(), 5);
-            bindings::wake_up_process(task.as_ptr());
-        }
-        // INVARIANT: created above, with the reference just taken.
+        // SAFETY: A new kthread does not end before it is woken up, so the task is valid.
+        unsafe { bindings::get_task_struct(task.as_ptr()) };
+        // SAFETY: The reference that was just taken keeps the task.
+        unsafe { ffi::rksm_set_nice(task.as_ptr(), 5) };
+        // SAFETY: The reference keeps the task.
+        unsafe { bindings::wake_up_process(task.as_ptr()) };
+        // INVARIANT: The thread was created above. The reference moves into the object.
         Ok(Self { task, owner })
     }
 
-    /// A handle to wake the thread with.
+    /// Returns the task, to wake the thread with.
     pub(crate) fn waker(&self) -> ARef<Task> {
-        // SAFETY: `Task` is transparent over `task_struct`, and we hold a reference on it.
+        // SAFETY: `Task` is transparent over `task_struct`, and by the type invariant a reference keeps the task.
         unsafe { self.task.cast::<Task>().as_ref() }.into()
     }
 }
 
 impl<T: ThreadFn + 'static> Drop for Kthread<T> {
     fn drop(&mut self) {
-        // SAFETY: by the type invariant the thread was not stopped yet and we have a reference,
-        // which this gives up. (A thread that never ran ends without running.)
+        // SAFETY: By the type invariant the thread was not stopped yet, and the object owns the reference that
+        // the call gives up. A thread that never ran ends without running.
         unsafe { ffi::rksm_kthread_stop(self.task.as_ptr()) };
-        // The thread is gone: nobody but us uses `owner` through it any more.
+        // The thread has ended, so it does not use `owner` any more.
         let _ = &self.owner;
     }
 }
 
+/// The entry point of the thread.
+///
 /// # Safety
 ///
-/// `data` points at a `T` that outlives the thread.
+/// The current task is a new kthread. `data` points at a `T` that outlives it.
 unsafe extern "C" fn run<T: ThreadFn>(data: *mut c_void) -> c_int {
-    // SAFETY: concerns the current task only.
+    // SAFETY: The current task is a kthread that holds no lock, and the call changes its flags only.
     unsafe { ffi::rksm_set_freezable() };
-    // SAFETY: the caller's promise.
+    // SAFETY: By the caller's promise `data` points at a `T` that outlives the thread.
     let owner = unsafe { &*data.cast::<T>() };
     owner.main(&KthreadContext(()));
     0

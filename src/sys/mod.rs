@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Safe abstractions over what the module uses of the kernel besides its memory management.
+//! Safe abstractions over the kernel interfaces that have nothing to do with page merging itself: threads, sysfs,
+//! notifiers, tracepoints and module unloading.
 
 pub(crate) mod kthread;
 pub(crate) mod memory_notifier;

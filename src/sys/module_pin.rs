@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Refusing to be unloaded while merged pages exist.
+//! Refusal to unload the module while merged pages exist.
 
 use crate::mm::ffi;
 use kernel::{error::to_result, pr_err_once, prelude::*};
 
-/// Checks that the module will be able to refuse to be unloaded. Called while it is being initialised.
+/// Checks that [`Pin::pin`] will be able to write to the module.
 ///
-/// Fails with `ENOEXEC` and a line in the log.
+/// Call this while the module is being initialised. Takes `module_mutex`; may sleep.
+///
+/// # Errors
+///
+/// Logs the reason and returns `ENOEXEC` if the exit function of a module is read-only in this kernel.
 pub(crate) fn check_writable(module: &'static ThisModule) -> Result {
-    // SAFETY: The module is ours, and is being initialised.
+    // SAFETY: This is the module that runs, and it is being initialised.
     if unsafe { ffi::rksm_module_can_pin(module.as_ptr()) } {
         return Ok(());
     }
@@ -17,18 +21,18 @@ pub(crate) fn check_writable(module: &'static ThisModule) -> Result {
     Err(ENOEXEC)
 }
 
-/// Keeps the module from being unloaded.
+/// Keeps the module from being unloaded while it is pinned.
 ///
-/// `delete_module(2)` refuses a module that has no exit function with `EBUSY`, so that is what it is
-/// given meanwhile. A reference would make it `EWOULDBLOCK`, of which rmmod says "in use", not why.
-/// What no module can refuse is `rmmod -f`.
+/// A pinned module has no exit function, and `delete_module(2)` returns `EBUSY` for such a module. With a
+/// reference instead, it would return `EWOULDBLOCK`, and rmmod would only say "in use". No module can refuse
+/// `rmmod -f`.
 pub(crate) struct Pin {
     module: &'static ThisModule,
     pinned: bool,
 }
 
 impl Pin {
-    /// Does not pin yet.
+    /// Returns a pin that is not in effect yet.
     pub(crate) fn new(module: &'static ThisModule) -> Self {
         Self {
             module,
@@ -36,61 +40,69 @@ impl Pin {
         }
     }
 
-    /// Pins the module. Fails with `EBUSY` when it is being unloaded already. May sleep.
+    /// Pins the module, unless it is pinned already. Takes `module_mutex`; may sleep.
+    ///
+    /// # Errors
+    ///
+    /// Returns `EBUSY` if the module is still being loaded, or is being unloaded already.
     pub(crate) fn pin(&mut self) -> Result {
         if !self.pinned {
-            // SAFETY: The module is ours.
+            // SAFETY: This is the module that runs, so it exists.
             to_result(unsafe { ffi::rksm_module_pin(self.module.as_ptr()) })?;
             self.pinned = true;
         }
         Ok(())
     }
 
-    /// Allows unloading again. May sleep.
+    /// Allows unloading again. Takes `module_mutex`; may sleep.
     pub(crate) fn unpin(&mut self) {
         if !self.pinned {
             return;
         }
-        // SAFETY: The module is ours, and was pinned.
+        // SAFETY: This is the module that runs, and its exit function was saved when it was pinned.
         match to_result(unsafe { ffi::rksm_module_unpin(self.module.as_ptr()) }) {
             Ok(()) => self.pinned = false,
-            // It was writable when the module was pinned.
+            // Not expected, since the word was writable when the module was pinned.
             Err(_) => pr_err_once!("the module cannot be unloaded any more\n"),
         }
     }
 }
 
-/// Says in the log why unloading is refused, when somebody tries: `delete_module(2)` itself says
-/// nothing, and runs no code of the module.
+/// A kprobe on `delete_module(2)` that logs why unloading is refused.
+///
+/// The system call itself logs nothing, and runs no code of the module.
 pub(crate) struct DeleteModuleProbe(());
 
 impl DeleteModuleProbe {
-    /// Starts watching. Without kprobes the refusal stays unexplained.
+    /// Registers the probe. Returns `None` if that fails: without kprobes the log does not say why. May sleep.
     pub(crate) fn new() -> Option<Self> {
-        // SAFETY: the probe is unregistered in `drop`, before the module is freed.
+        // SAFETY: The probe is static data, and `drop` unregisters it before the module is freed.
         (unsafe { ffi::rksm_watch_unload() } == 0).then(|| Self(()))
     }
 }
 
 impl Drop for DeleteModuleProbe {
     fn drop(&mut self) {
-        // SAFETY: registered in `new`. Waits for a handler that is running.
+        // SAFETY: The probe was registered in `new`. The call waits for handlers that run.
         unsafe { ffi::rksm_unwatch_unload() };
     }
 }
 
+/// The name of the module, as user space passes it.
 const NAME: &[u8; 5] = b"rksm\0";
 
-/// Called (through helpers/module.c) when somebody calls `delete_module(2)`, with preemption disabled.
+/// Logs why unloading is refused, if `name` is the user-space address of this module's name.
+///
+/// The probe in helpers/module.c calls this at the start of `delete_module(2)`, with preemption disabled.
 #[no_mangle]
 extern "C" fn rksm_unload_attempt(name: usize) {
     let module = kernel::module::this_module::<crate::LocalModule>();
-    // SAFETY: the module is ours.
+    // SAFETY: This is the module that runs, so it exists.
     if !unsafe { ffi::rksm_module_pinned(module.as_ptr()) } {
         return;
     }
     let mut given = [0u8; NAME.len()];
-    // SAFETY: `given` has room for as many bytes. The address may be anything.
+    // SAFETY: `given` has room for `given.len()` bytes. `name` may be any address: the call catches faults.
     let ret = unsafe { ffi::rksm_copy_user_nofault(given.as_mut_ptr().cast(), name, given.len()) };
     if ret == 0 && given == *NAME {
         pr_err!(

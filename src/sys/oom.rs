@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who is to blame when memory runs out.
+//! Marking the current task as the one that causes an OOM condition.
 
 use crate::mm::ffi;
 use kernel::types::NotThreadSafe;
 
-/// While this lives, the OOM killer picks the current task first.
+/// While this object lives, the OOM killer picks the current task first.
 pub(crate) struct OomOrigin(NotThreadSafe);
 
 impl OomOrigin {
-    /// Blames the current task.
+    /// Marks the current task. Does not sleep.
     pub(crate) fn current() -> Self {
-        // SAFETY: concerns the current task only.
+        // SAFETY: The call only sets a flag of the current task's process.
         unsafe { ffi::rksm_set_oom_origin(true) };
         Self(NotThreadSafe)
     }
@@ -19,7 +19,8 @@ impl OomOrigin {
 
 impl Drop for OomOrigin {
     fn drop(&mut self) {
-        // SAFETY: the current task is the one that was blamed: the type cannot be sent to another.
+        // SAFETY: The call only clears a flag of the current task's process. It is the task that was marked,
+        // since the type is not `Send`.
         unsafe { ffi::rksm_set_oom_origin(false) };
     }
 }

@@ -1,29 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Changing words of the kernel's static data, which a kernel may have made read-only.
+//! Writes to static data of the kernel that may be read-only.
 //!
-//! A plain store there would be an oops. The kernel's exception table catches this one, so that the
-//! module can refuse to load instead.
+//! A plain store to read-only data would be an oops. These functions catch the fault and return an error, so
+//! that the module can refuse to load instead.
 
 use crate::mm::ffi;
 use kernel::{error::to_result, prelude::*};
 
-/// Writes a word, or fails with `EFAULT` if it is read-only.
+/// Writes `value` to `at` at once. Does not sleep.
+///
+/// # Errors
+///
+/// Returns `EFAULT` if the word is read-only.
 ///
 /// # Safety
 ///
 /// `at` is aligned and valid for reads, and a write of `value` to it does no harm.
 pub(crate) unsafe fn write(at: *mut usize, value: usize) -> Result {
-    // SAFETY: The caller vouches for the write. A fault that it takes is caught.
+    // SAFETY: By the caller's promise the write does no harm, and the call catches a fault.
     to_result(unsafe { ffi::rksm_store_word(at, value) })
 }
 
-/// Whether a word can be written. Writes to it what it holds.
+/// Returns whether the word at `at` can be written. Writes the value that it holds. Does not sleep.
 ///
 /// # Safety
 ///
-/// `at` is aligned and valid for reads, and nobody else changes the word while this runs.
+/// `at` is aligned and valid for reads, and nothing else changes the word during the call.
 pub(crate) unsafe fn is_writable(at: *mut usize) -> bool {
-    // SAFETY: By the caller's promise the word can be read, and the write changes nothing.
-    unsafe { write(at, at.read_volatile()) }.is_ok()
+    // SAFETY: By the caller's promise the word can be read.
+    let value = unsafe { at.read_volatile() };
+    // SAFETY: By the caller's promise `at` is aligned and valid, and the write does not change the word.
+    unsafe { write(at, value) }.is_ok()
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's tracepoints, by name.
+//! Lookup of the kernel's tracepoints.
 
 use core::ptr::{self, NonNull};
 use kernel::{bindings, ffi::c_void, prelude::*, str::CStr};
 
-/// The tracepoint of this name, if the kernel has it.
+/// Returns the built-in tracepoint called `name`, if the kernel has it.
 pub(crate) fn find_tracepoint(name: &CStr) -> Option<NonNull<bindings::tracepoint>> {
     struct Search<'a> {
         name: &'a CStr,
@@ -14,14 +14,14 @@ pub(crate) fn find_tracepoint(name: &CStr) -> Option<NonNull<bindings::tracepoin
 
     /// # Safety
     ///
-    /// `data` is a `Search`, `tracepoint` is valid.
+    /// `data` points at a `Search` that nothing else uses during the call. `tracepoint` is valid.
     unsafe extern "C" fn look(tracepoint: *mut bindings::tracepoint, data: *mut c_void) {
-        // SAFETY: the caller's promise; tracepoints have names.
-        unsafe {
-            let search = &mut *data.cast::<Search<'_>>();
-            if CStr::from_char_ptr((*tracepoint).name) == search.name {
-                search.found = tracepoint;
-            }
+        // SAFETY: By the caller's promise `data` points at a `Search` that nothing else uses.
+        let search = unsafe { &mut *data.cast::<Search<'_>>() };
+        // SAFETY: By the caller's promise `tracepoint` is valid, and each tracepoint has a C string as its name.
+        let name = unsafe { CStr::from_char_ptr((*tracepoint).name) };
+        if name == search.name {
+            search.found = tracepoint;
         }
     }
 
@@ -29,7 +29,8 @@ pub(crate) fn find_tracepoint(name: &CStr) -> Option<NonNull<bindings::tracepoin
         name,
         found: ptr::null_mut(),
     };
-    // SAFETY: `look` takes what it is given.
+    // SAFETY: `look` expects a pointer to a `Search`. This one lives until the call returns, and is not used
+    // otherwise during it.
     unsafe { bindings::for_each_kernel_tracepoint(Some(look), (&raw mut search).cast()) };
     NonNull::new(search.found)
 }
