@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Living beside in-tree KSM: its registrations are ours too, and its engine stays off while we are
-//! loaded, because each engine would take the other's stable nodes for its own.
+//! Coexistence with in-tree KSM.
+//!
+//! Processes register with in-tree KSM, and the module takes over these registrations: those that exist at load
+//! ([`for_each_registered`]), and later ones through tracepoints ([`Probes`]).
+//!
+//! The in-tree engine must not run while the module is loaded ([`KsmdDisabled`]), because each engine would take
+//! the other's stable nodes for its own.
 
 use crate::{
     mm::ffi,
@@ -23,83 +28,92 @@ use kernel::{
     time::{delay::fsleep, Delta},
 };
 
-/// Learns which address spaces come and go.
+/// Receives notifications of address spaces that register and unregister.
 ///
-/// Called with preemption disabled or a spinlock held: must not sleep.
+/// The methods are called with preemption disabled or a spinlock held, and must not sleep.
 pub(crate) trait Listener: Send + Sync {
-    /// `mm` has mergeable memory from now on. It may still be under construction by fork.
+    /// `mm` was registered. A fork may still be copying it.
     fn enter(&self, mm: ARef<Mm>);
 
-    /// `mm` has nothing mergeable any more: it is about to be torn down, or is that of a new program that
-    /// failed to start.
+    /// `mm` was unregistered: it is about to be torn down, or it belongs to a program that `execve()` failed to
+    /// start.
     fn exit(&self, mm: &Mm);
 }
 
-// helpers/intree.c walks the in-tree registrations as a list of their first member.
+// helpers/intree.c walks the list of in-tree registrations by their first member.
 const _: () = assert!(crate::abi::layout::KSM_MM_SLOT_SLOT == 0);
 
-/// Calls `enter` for every address space that in-tree KSM has registered. It must not sleep.
+/// Calls `enter` for each address space that is registered with in-tree KSM.
 ///
-/// One that `enter` was called for goes through the `ksm_exit` tracepoint later, as in-tree KSM takes
-/// it off its list first, under the lock that is held here.
+/// `enter` is called under `ksm_mmlist_lock`, and must not sleep. Each address space that it is called for passes
+/// the `ksm_exit` tracepoint afterwards: in-tree KSM first takes it off the list, under the same lock.
 pub(crate) fn for_each_registered<F: Fn(&Mm)>(enter: F) {
     /// # Safety
     ///
-    /// `data` is an `F`, `mm` is kept by the in-tree registration.
+    /// `data` points at an `F`. `mm` is valid during the call, since the in-tree registration keeps it.
     unsafe extern "C" fn call<F: Fn(&Mm)>(data: *mut c_void, mm: *mut bindings::mm_struct) {
-        // SAFETY: the caller's promise.
-        let (enter, mm) = unsafe { (&*data.cast::<F>(), Mm::from_raw(mm)) };
+        // SAFETY: By the caller's promise `data` points at an `F`.
+        let enter = unsafe { &*data.cast::<F>() };
+        // SAFETY: By the caller's promise `mm` is valid during the call.
+        let mm = unsafe { Mm::from_raw(mm) };
         enter(mm);
     }
-    // SAFETY: `call` takes what it is given; `enter` lives until the call returns.
+    // SAFETY: `call` expects a pointer to an `F`, and `enter` lives until the function returns.
     unsafe {
         ffi::rksm_intree_for_each_mm(Some(call::<F>), (&raw const enter).cast_mut().cast());
     }
 }
 
-/// One probe on one tracepoint.
+/// A registered probe of one tracepoint.
 struct Probe {
     tracepoint: NonNull<bindings::tracepoint>,
     function: *mut c_void,
 }
 
-/// The probes on the `ksm_enter` and `ksm_exit` tracepoints. Dropping it removes them and waits until
-/// none is running.
+/// The probes of the `ksm_enter` and `ksm_exit` tracepoints. Dropping it removes them, and waits until neither
+/// runs any more.
 pub(crate) struct Probes<T: Listener + 'static> {
     enter: Option<Probe>,
     exit: Option<Probe>,
     listener: Arc<T>,
 }
 
-// SAFETY: tracepoints are never freed (these are built in), and registering is locked by the kernel.
+// SAFETY: Any task may unregister a probe. Both tracepoints are built in, so they are never freed.
 unsafe impl<T: Listener> Send for Probes<T> {}
-// SAFETY: nothing can be done with a shared reference.
+// SAFETY: A shared reference gives access to nothing.
 unsafe impl<T: Listener> Sync for Probes<T> {}
 
 impl<T: Listener + 'static> Probes<T> {
-    /// Starts listening.
+    /// Registers the probes, which call `listener`. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// Returns `ENOENT`, and logs the name, if the kernel lacks one of the tracepoints. Returns `ENOMEM` if there
+    /// is no memory.
     pub(crate) fn register(listener: Arc<T>) -> Result<Self> {
         let mut this = Self {
             enter: None,
             exit: None,
             listener,
         };
-        // `exit` first: whoever is entered must be able to leave. A failure drops `this`.
+        // Register `exit` first: no address space may enter whose exit would be missed. A failure drops `this`.
         this.exit = Some(this.attach(c"ksm_exit", on_exit::<T> as *mut c_void)?);
         this.enter = Some(this.attach(c"ksm_enter", on_enter::<T> as *mut c_void)?);
         Ok(this)
     }
 
+    /// Returns the argument that the probes are called with.
     fn data(&self) -> *mut c_void {
         (&raw const *self.listener).cast_mut().cast()
     }
 
+    /// Registers one probe.
     fn attach(&self, name: &CStr, function: *mut c_void) -> Result<Probe> {
         let tracepoint = find_tracepoint(name).ok_or(ENOENT).inspect_err(|_| {
             pr_err!("this kernel has no tracepoint {}\n", Text(name));
         })?;
-        // SAFETY: `function` has the signature of the tracepoint (checked at load by BTF), and what
-        // `data` points at outlives the registration.
+        // SAFETY: `function` has the prototype of the tracepoint, which the module checks at load. The listener
+        // outlives the registration, as it is dropped after the probes are removed.
         to_result(unsafe {
             bindings::tracepoint_probe_register(tracepoint.as_ptr(), function, self.data())
         })?;
@@ -109,11 +123,12 @@ impl<T: Listener + 'static> Probes<T> {
         })
     }
 
+    /// Unregisters one probe. It may still run until the caller has waited for that.
     fn detach(&self, probe: Option<Probe>) {
         let Some(probe) = probe else {
             return;
         };
-        // SAFETY: registered with the same arguments.
+        // SAFETY: The probe was registered with the same arguments.
         let ret = unsafe {
             bindings::tracepoint_probe_unregister(
                 probe.tracepoint.as_ptr(),
@@ -132,30 +147,38 @@ impl<T: Listener + 'static> Drop for Probes<T> {
         let (enter, exit) = (self.enter.take(), self.exit.take());
         self.detach(enter);
         self.detach(exit);
-        // SAFETY: called from process context with no locks held.
+        // SAFETY: The module is being unloaded or fails to load: the task holds no lock and may sleep.
         unsafe { ffi::rksm_tracepoint_synchronize_unregister() };
     }
 }
 
+/// The probe of the `ksm_enter` tracepoint.
+///
 /// # Safety
 ///
-/// `data` is the `T` the probe was registered with; `mm` is a valid mm.
+/// `data` points at the `T` that the probe was registered with. `mm` points at a valid `mm_struct`.
 unsafe extern "C" fn on_enter<T: Listener>(data: *mut c_void, mm: *mut c_void) {
-    // SAFETY: the caller's promise.
-    let (listener, mm) = unsafe { (&*data.cast::<T>(), Mm::from_raw(mm.cast())) };
+    // SAFETY: By the caller's promise `data` points at a `T`.
+    let listener = unsafe { &*data.cast::<T>() };
+    // SAFETY: By the caller's promise `mm` is valid during the call.
+    let mm = unsafe { Mm::from_raw(mm.cast()) };
     listener.enter(mm.into());
 }
 
+/// The probe of the `ksm_exit` tracepoint.
+///
 /// # Safety
 ///
-/// As for [`on_enter`].
+/// `data` points at the `T` that the probe was registered with. `mm` points at a valid `mm_struct`.
 unsafe extern "C" fn on_exit<T: Listener>(data: *mut c_void, mm: *mut c_void) {
-    // SAFETY: the caller's promise.
-    let (listener, mm) = unsafe { (&*data.cast::<T>(), Mm::from_raw(mm.cast())) };
+    // SAFETY: By the caller's promise `data` points at a `T`.
+    let listener = unsafe { &*data.cast::<T>() };
+    // SAFETY: By the caller's promise `mm` is valid during the call.
+    let mm = unsafe { Mm::from_raw(mm.cast()) };
     listener.exit(mm);
 }
 
-/// A C string for a log line.
+/// Formats a C string for the log.
 struct Text<'a>(&'a CStr);
 
 impl kernel::fmt::Display for Text<'_> {
@@ -164,12 +187,13 @@ impl kernel::fmt::Display for Text<'_> {
     }
 }
 
-/// The lock that serialises the in-tree engine.
+/// A guard of `ksm_thread_mutex`, which serialises the in-tree engine.
 struct EngineLock;
 
 impl EngineLock {
+    /// Takes the mutex. May sleep. The caller must hold no lock of the engine.
     fn lock() -> Self {
-        // SAFETY: called from process context without other locks of KSM.
+        // SAFETY: All callers run in process context and hold no lock that nests inside this one.
         unsafe { ffi::rksm_intree_lock() };
         Self
     }
@@ -177,24 +201,27 @@ impl EngineLock {
 
 impl Drop for EngineLock {
     fn drop(&mut self) {
-        // SAFETY: locked in `lock`.
+        // SAFETY: The task took the mutex in `lock`.
         unsafe { ffi::rksm_intree_unlock() };
     }
 }
 
+/// The bit of the in-tree `run` that is set while the engine merges: `KSM_RUN_MERGE`.
 const RUN_MERGE: usize = 1;
 
-/// Whether the in-tree engine merges or holds merged pages, which makes `EBUSY`.
+/// Checks that the in-tree engine is not in use. May sleep.
+///
+/// # Errors
+///
+/// Logs the reason and returns `EBUSY` if the engine merges, or holds merged pages.
 fn check_idle() -> Result {
     let _lock = EngineLock::lock();
-    // SAFETY: the lock is held.
-    let (run, shared, nodes) = unsafe {
-        (
-            ffi::rksm_intree_run(),
-            ffi::rksm_intree_pages_shared(),
-            ffi::rksm_intree_has_nodes(),
-        )
-    };
+    // SAFETY: The mutex is held.
+    let run = unsafe { ffi::rksm_intree_run() };
+    // SAFETY: The mutex is held.
+    let shared = unsafe { ffi::rksm_intree_pages_shared() };
+    // SAFETY: The mutex is held, so the trees do not change.
+    let nodes = unsafe { ffi::rksm_intree_has_nodes() };
     if run & RUN_MERGE != 0 {
         pr_err!("in-tree KSM is merging: write 2 to /sys/kernel/mm/ksm/run first\n");
         return Err(EBUSY);
@@ -206,7 +233,11 @@ fn check_idle() -> Result {
     Ok(())
 }
 
-/// The attribute behind `/sys/kernel/mm/ksm/run`.
+/// Returns the attribute of `/sys/kernel/mm/ksm/run`. May sleep.
+///
+/// # Errors
+///
+/// Logs the reason and returns `ENOENT` if there is no such file.
 fn run_attribute() -> Result<NonNull<bindings::kobj_attribute>> {
     sysfs::find_mm_attribute(GROUP, c"run")
         .ok_or(ENOENT)
@@ -215,16 +246,20 @@ fn run_attribute() -> Result<NonNull<bindings::kobj_attribute>> {
         })
 }
 
-/// Checks that what keeps the in-tree engine off can be written. What cannot is named in the log.
+/// Checks that the words can be written that keep the in-tree engine from running. May sleep.
 ///
-/// Fails with `ENOEXEC`, and `ENOENT` without in-tree KSM.
+/// # Errors
+///
+/// Logs the name of each that cannot be written, and returns `ENOEXEC`. Returns `ENOENT` if the kernel has no
+/// in-tree KSM.
 pub(crate) fn check_writable() -> Result {
     let attr = run_attribute()?;
-    // SAFETY: The attribute is static data of the kernel, and nobody but `KsmdDisabled` changes its handlers.
+    // SAFETY: The attribute is static data of the kernel. Only `KsmdDisabled` changes its handlers, and there is
+    // none yet.
     let handler = unsafe { patch::is_writable(store_word(attr)) };
     let run = {
         let _lock = EngineLock::lock();
-        // SAFETY: The variable is static data of the kernel, and changed under the lock only.
+        // SAFETY: The variable is static data of the kernel, and only changes under the mutex, which is held.
         unsafe { patch::is_writable(ffi::rksm_intree_run_ptr()) }
     };
     for (what, writable) in [
@@ -238,30 +273,34 @@ pub(crate) fn check_writable() -> Result {
     (handler && run).then_some(()).ok_or(ENOEXEC)
 }
 
-/// Whether the in-tree engine's `run` is 0.
+/// Returns whether the in-tree `run` is 0. May sleep.
 fn is_stopped() -> bool {
     let _lock = EngineLock::lock();
-    // SAFETY: the lock is held.
+    // SAFETY: The mutex is held.
     unsafe { ffi::rksm_intree_run() == 0 }
 }
 
-/// Whether the in-tree engine, though idle, remembers pages.
+/// Returns whether the in-tree engine still has rmap items or stable nodes of an earlier run. May sleep.
 fn has_leftovers() -> bool {
     let _lock = EngineLock::lock();
-    // SAFETY: the lock is held.
-    unsafe { ffi::rksm_intree_rmap_items() != 0 || ffi::rksm_intree_has_nodes() }
+    // SAFETY: The mutex is held.
+    let items = unsafe { ffi::rksm_intree_rmap_items() };
+    // SAFETY: The mutex is held, so the trees do not change.
+    items != 0 || unsafe { ffi::rksm_intree_has_nodes() }
 }
 
-/// While this lives, faulting in a merged page from the swap cache makes a copy, as it does while
-/// in-tree KSM unmerges everything. (`ksm_might_need_to_copy()` looks at the in-tree `run`, which reads
-/// as 2 meanwhile. The in-tree engine itself acts on that only when it is written.)
+/// Makes each swap-in of a merged page hand out a copy while this object lives.
+///
+/// In-tree KSM does the same while it unmerges everything: `ksm_might_need_to_copy()` copies while the in-tree
+/// `run` is 2. So this sets that bit of the variable. The in-tree engine does not react, as it only unmerges in
+/// the write to its file.
 pub(crate) struct UnmergeMode(());
 
 impl UnmergeMode {
-    /// Starts making copies. Takes the lock of the in-tree engine for a moment.
+    /// Starts copying. Takes `ksm_thread_mutex` for a moment; may sleep.
     pub(crate) fn new() -> Self {
         let _lock = EngineLock::lock();
-        // SAFETY: the lock is held.
+        // SAFETY: The mutex is held, under which alone the variable changes.
         unsafe { ffi::rksm_intree_set_unmerge(true) };
         Self(())
     }
@@ -270,11 +309,12 @@ impl UnmergeMode {
 impl Drop for UnmergeMode {
     fn drop(&mut self) {
         let _lock = EngineLock::lock();
-        // SAFETY: the lock is held.
+        // SAFETY: The mutex is held, under which alone the variable changes.
         unsafe { ffi::rksm_intree_set_unmerge(false) };
     }
 }
 
+/// The store function of a `kobj_attribute`.
 type StoreFn = unsafe extern "C" fn(
     *mut bindings::kobject,
     *mut bindings::kobj_attribute,
@@ -284,59 +324,73 @@ type StoreFn = unsafe extern "C" fn(
 
 /// Keeps the in-tree engine from being started.
 ///
-/// While this lives, `/sys/kernel/mm/ksm/run` takes nothing but 0. The file is taken out of the
-/// directory while its handler is exchanged: that waits for every write in progress, so no write gets
-/// past the check, and none is left in this module's code when it is unloaded. (It comes back with the
-/// owner, mode and label that it had after boot; who has it open reads `ENODEV`.)
+/// While this object lives, `/sys/kernel/mm/ksm/run` only accepts 0. The file is removed from its directory while
+/// its store function is exchanged, as the removal waits for each write that is under way. So no write gets past
+/// the check at load, and none runs code of this module after it is unloaded.
+///
+/// The file comes back with the owner, mode and label that it had after boot. A file descriptor that was open
+/// reads `ENODEV`.
 ///
 /// # Invariants
 ///
-/// `attr` is the in-tree attribute; its store function is ours, and `store` what it was.
+/// `attr` is the attribute of the in-tree file. `store` is its own store function, and [`refuse_to_run`] is in its
+/// place until the drop.
 pub(crate) struct KsmdDisabled {
     attr: NonNull<bindings::kobj_attribute>,
     store: StoreFn,
 }
 
-// SAFETY: the attribute is static data of the kernel, and nothing of it is used until the drop.
+// SAFETY: The attribute is static data of the kernel, which any task may use.
 unsafe impl Send for KsmdDisabled {}
-// SAFETY: as above.
+// SAFETY: A shared reference gives access to nothing.
 unsafe impl Sync for KsmdDisabled {}
 
+/// The name of the directory of in-tree KSM in `/sys/kernel/mm`.
 const GROUP: &CStr = c"ksm";
 
-/// Where the store function of an attribute is, as a word.
+/// Returns the address of an attribute's store function, as that of a word.
 fn store_word(attr: NonNull<bindings::kobj_attribute>) -> *mut usize {
     // A function pointer is a word.
     const _: () = assert!(size_of::<Option<StoreFn>>() == size_of::<usize>());
-    // SAFETY: The pointer is only computed, within the attribute.
+    // SAFETY: The address of a member is computed, and nothing is accessed. All callers pass an attribute of the
+    // kernel, so the result lies within an object.
     unsafe { (&raw mut (*attr.as_ptr()).__bindgen_anon_2).cast() }
 }
 
-/// How often, and after how long each time, to try again to put the file back.
+/// How often to try again to put the file back.
 const PUT_BACK_ATTEMPTS: u32 = 100;
+
+/// The time before each of these attempts, in milliseconds.
 const PUT_BACK_MS: i64 = 10;
 
 impl KsmdDisabled {
-    /// Blocks the in-tree engine, or fails with `EBUSY` and a line in the log if it is in use.
+    /// Stops the in-tree engine and keeps it from being started. May sleep.
+    ///
+    /// The in-tree engine also forgets the pages that it remembers from an earlier run.
+    ///
+    /// # Errors
+    ///
+    /// Returns `EBUSY` if the engine is in use, `ENOENT` if the kernel has no in-tree KSM, and the errors of
+    /// [`Self::exchange`]. The log has the reason.
     pub(crate) fn new() -> Result<Self> {
         check_idle()?;
         let attr = run_attribute()?;
-        // SAFETY: The attribute is static data of the kernel, and nobody changes its handlers.
+        // SAFETY: The attribute is static data of the kernel, and its handlers do not change meanwhile.
         let store = unsafe { (*attr.as_ptr()).__bindgen_anon_2.store }.ok_or(ENOENT)?;
-        // INVARIANT: exchanged here, or the whole fails. From here on nobody else can write, and `drop` puts
-        // the old handler back.
+        // INVARIANT: The next line exchanges the store function. If that fails, the drop puts the old one back.
         let this = Self { attr, store };
         this.exchange(refuse_to_run)?;
         check_idle()?;
-        // A `run` of 2 would make copies of merged pages at every swap-in. What the in-tree engine
-        // remembers from an earlier run would be accounted to processes for ever: have it forget.
+        // Reset a `run` of 2, with which each swap-in of a merged page would make a copy. If the in-tree engine
+        // still has rmap items, have it free them: they would stay accounted to their processes.
         let inputs: &[&CStr] = match (is_stopped(), !has_leftovers()) {
             (true, true) => &[],
             (false, true) => &[c"0"],
             (_, false) => &[c"0", c"2", c"0"],
         };
         for input in inputs {
-            // SAFETY: this is what a write to the file does.
+            // SAFETY: A write to the file makes the same call. The input is a C string, and no other write runs,
+            // as the file has another store function now.
             let ret = unsafe {
                 store(
                     sysfs::mm_kobj(),
@@ -353,26 +407,32 @@ impl KsmdDisabled {
         Ok(this)
     }
 
+    /// Makes `store` the store function, with the file out of its directory. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// * `EFAULT`: the store function is read-only. The file comes back only if it has its own store function.
+    /// * Any other: the file could not be put back, even after [`PUT_BACK_ATTEMPTS`] if memory was short.
     fn exchange(&self, store: StoreFn) -> Result {
-        let attr = self.attr.as_ptr();
-        // SAFETY: The attribute is in the directory, and nobody else takes it out.
+        let file = self.file();
+        // SAFETY: `file` is in the directory `GROUP` of the kobject, and nothing else removes it.
         unsafe {
-            let file = &raw const (*attr).attr;
             bindings::sysfs_remove_file_from_group(sysfs::mm_kobj(), file, GROUP.as_char_ptr());
         }
-        // SAFETY: With the file out of the directory nobody uses its handlers.
+        // SAFETY: The word is static data of the kernel, and is not used while the file is not in the directory.
         let written = unsafe { patch::write(store_word(self.attr), store as usize) };
         if written.is_err() {
-            // SAFETY: The attribute is static data of the kernel.
+            // SAFETY: The word is static data of the kernel.
             let there = unsafe { store_word(self.attr).read() };
             if there != self.store as usize {
-                // The handler would be called after this module is gone. Better no file.
+                // The store function is in this module. Do not put the file back: a write would call it after
+                // the module is freed.
                 pr_err!("/sys/kernel/mm/ksm/run became read-only and is taken away\n");
                 return written;
             }
         }
         let mut result = self.put_back();
-        // Without memory for it the file would be gone for good: wait for some.
+        // Do not lose the file for lack of memory: retry for a while.
         for _ in 0..PUT_BACK_ATTEMPTS {
             if result != Err(ENOMEM) {
                 break;
@@ -384,28 +444,34 @@ impl KsmdDisabled {
         written
     }
 
-    /// Puts the file into the directory, out of which it was taken. May sleep.
+    /// Puts the file back into its directory. May sleep.
     fn put_back(&self) -> Result {
-        // SAFETY: the attribute is static data of the kernel and its file is not in the directory.
+        let file = self.file();
+        // SAFETY: `file` is static data of the kernel, and is not in the directory `GROUP` of the kobject.
         to_result(unsafe {
-            let file = &raw const (*self.attr.as_ptr()).attr;
             bindings::sysfs_add_file_to_group(sysfs::mm_kobj(), file, GROUP.as_char_ptr())
         })
+    }
+
+    /// Returns the attribute as sysfs knows it.
+    fn file(&self) -> *const bindings::attribute {
+        // SAFETY: The address of a member is computed, and by the type invariant `attr` points at an attribute.
+        unsafe { &raw const (*self.attr.as_ptr()).attr }
     }
 }
 
 impl Drop for KsmdDisabled {
     fn drop(&mut self) {
-        // Whatever happens, the handler is not ours afterwards.
+        // Ignore an error: it is in the log, and no write can call the store function of this module afterwards.
         let _ = self.exchange(self.store);
     }
 }
 
-/// Stands in for the handler of `/sys/kernel/mm/ksm/run`.
+/// The store function of `/sys/kernel/mm/ksm/run` while the module is loaded: refuses everything but 0.
 ///
 /// # Safety
 ///
-/// Called by sysfs: `buf` is a C string.
+/// `buf` is a C string, as sysfs passes it.
 unsafe extern "C" fn refuse_to_run(
     _kobj: *mut bindings::kobject,
     _attr: *mut bindings::kobj_attribute,
@@ -413,7 +479,7 @@ unsafe extern "C" fn refuse_to_run(
     count: usize,
 ) -> isize {
     let mut value: c_uint = 0;
-    // SAFETY: the caller's promise.
+    // SAFETY: By the caller's promise `buf` is a C string, and `value` has room for the result.
     let ret = unsafe { bindings::kstrtouint(buf, 10, &raw mut value) };
     let refusal = match value {
         _ if ret != 0 => EINVAL,
@@ -421,7 +487,7 @@ unsafe extern "C" fn refuse_to_run(
         1 | 2 => EBUSY,
         _ => EINVAL,
     };
-    // Once: ksmtuned would say it every minute.
+    // Log it only once: ksmtuned writes every minute.
     static SAID: Atomic<bool> = Atomic::new(false);
     if refusal == EBUSY && !SAID.load(Relaxed) {
         SAID.store(true, Relaxed);
