@@ -1,115 +1,121 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What pages are compared by before they are compared.
+//! Hashes of page contents: samples and checksums.
 //!
-//! A [`Sample`] is made of eight of a page's 512 words, so looking at a page costs four cache lines. It
-//! is what is remembered of every page. Only when pages with the same sample turn out to differ are all
-//! words of these read, for a [`Checksum`], which is the key of both trees.
+//! A [`Sample`] is computed from eight of the 512 words of a page, so a look at a page reads four cache lines.
+//! The engine remembers a sample of each page. It computes a [`Checksum`], which reads all words, only after
+//! pages with the same sample turned out to differ. Checksums are the keys of both trees.
 //!
-//! Both use the folded multiplication of wyhash and its kin (multiply two words to 128 bits, xor the
-//! halves): it takes half the instructions of xxh64 for each byte, and its weaknesses do not matter
-//! here. Nobody can see the results, the keys and the places of the sample are drawn anew at each load,
-//! and what decides a merge is the comparison of all bytes. Figures: `Documentation/benchmark.md`.
+//! Both hashes use the folded multiplication of wyhash: multiply two words to 128 bits, and xor the halves. It
+//! takes half the instructions of xxh64 for each byte. It is no cryptographic hash, and need not be one: user
+//! space cannot see the results, each load draws new keys and new positions of the sampled words, and a
+//! comparison of all bytes decides each merge. `Documentation/benchmark.md` has figures.
 
-/// Words of a page.
+/// The number of 64-bit words in a page.
 pub(crate) const PAGE_WORDS: usize = 4096 / 8;
 
-/// Words of a cache line.
+/// The number of words in a cache line.
 pub(crate) const LINE_WORDS: usize = 8;
 
-/// Cache lines of a page.
+/// The number of cache lines in a page.
 pub(crate) const LINES: usize = PAGE_WORDS / LINE_WORDS;
 
-/// Cache lines of which the sample has two words each; the last one is the page's last.
+/// The number of cache lines that a sample reads, two words of each. One of them is the last line of the page.
 const SAMPLED: usize = 4;
 
-/// A 32-bit hash of some words of a page.
+/// A 32-bit hash of eight words of a page.
 ///
-/// Equal content has equal samples; the reverse is only a hint.
+/// Equal pages have equal samples. Pages with equal samples may differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Sample(u32);
 
 impl Sample {
-    /// Takes back what [`Self::get`] gave.
+    /// Converts a value of [`Self::get`] back.
     pub(crate) const fn from_raw(raw: u32) -> Self {
         Self(raw)
     }
 
-    /// The bits.
+    /// Returns the 32 bits.
     pub(crate) const fn get(self) -> u32 {
         self.0
     }
 
-    /// One of 64 bits, for sets of samples that need not be exact.
+    /// Returns a word with one bit set, for approximate sets of samples. The bit depends on the sample only.
     pub(crate) const fn bit(self) -> u64 {
         1 << (self.0 % u64::BITS)
     }
 
-    /// What becomes of it on a memory node. As `salt` is odd, it is another one on each.
+    /// Returns the sample of the same words on NUMA node `node`.
+    ///
+    /// `salt` is odd, so the results for different nodes differ.
     const fn salted(self, salt: u32, node: u32) -> Self {
         Self(self.0 ^ node.wrapping_mul(salt))
     }
 }
 
-/// A 57-bit checksum of a page's content: its sample, then 25 bits of a hash of all words. (Seven bits
-/// are left to [`PageEntry`](crate::mm::entry::PageEntry), for its tag and the page's strikes.)
+/// A 57-bit checksum of a page: 32 bits of its sample, then 25 bits of a hash of all words.
 ///
-/// Equal content has equal checksums. The reverse is only likely: what decides a merge is the
-/// comparison of all bytes.
+/// Equal pages have equal checksums. Pages with equal checksums are most likely equal, but only a comparison of
+/// all bytes decides that.
+///
+/// The other seven bits of a word belong to [`PageEntry`](crate::mm::entry::PageEntry), for its tag and the
+/// page's strikes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Checksum(u64);
 
-/// How many bits of a checksum are not the sample.
+/// The number of bits of a checksum that are not the sample.
 pub(crate) const FULL_BITS: u32 = 25;
 
-/// How many bits it has.
+/// The number of bits of a checksum.
 pub(crate) const SUM_BITS: u32 = u32::BITS + FULL_BITS;
 
+/// The largest checksum.
 const SUM_MAX: u64 = (1 << SUM_BITS) - 1;
 
 impl Checksum {
-    /// The checksum of a page with this sample whose words have this hash.
+    /// Makes the checksum of a page from its sample and the hash of all its words.
     pub(crate) const fn new(sample: Sample, hash: u64) -> Self {
         let bits = match hash >> (u64::BITS - FULL_BITS) {
-            // Taken, see below.
+            // 0 stands for an unknown checksum.
             0 => 1,
             bits => bits,
         };
         Self(Self::unknown(sample).0 | bits)
     }
 
-    /// What stands for the checksum of a page with this sample while it is not known. No checksum that
-    /// was computed is equal to it, and none with the same sample is smaller.
+    /// Returns the value that stands for the checksum of a page of which only the sample is known.
+    ///
+    /// It differs from all computed checksums, and is smaller than those with the same sample.
     pub(crate) const fn unknown(sample: Sample) -> Self {
         Self((sample.0 as u64) << FULL_BITS)
     }
 
-    /// Whether this only stands for a checksum that is not known.
+    /// Returns whether only the sample is known.
     pub(crate) const fn is_unknown(self) -> bool {
         self.0 & ((1 << FULL_BITS) - 1) == 0
     }
 
-    /// Takes back what [`Self::get`] gave.
+    /// Converts a value of [`Self::get`] back. Ignores the upper seven bits.
     pub(crate) const fn from_raw(raw: u64) -> Self {
         Self(raw & SUM_MAX)
     }
 
-    /// The bits, of which the highest seven are zero.
+    /// Returns the bits. The upper seven of the word are zero.
     pub(crate) const fn get(self) -> u64 {
         self.0
     }
 
-    /// The sample of the page.
+    /// Returns the sample of the page.
     pub(crate) const fn sample(self) -> Sample {
         Sample((self.0 >> FULL_BITS) as u32)
     }
 
-    /// The same, but for the sample.
+    /// Returns the checksum with its sample replaced.
     pub(crate) const fn with_sample(self, sample: Sample) -> Self {
         Self(Self::unknown(sample).0 | self.0 & ((1 << FULL_BITS) - 1))
     }
 
-    /// The next larger one.
+    /// Returns the next larger checksum, or `None` for the largest.
     pub(crate) const fn successor(self) -> Option<Self> {
         if self.0 < SUM_MAX {
             Some(Self(self.0.wrapping_add(1)))
@@ -119,7 +125,7 @@ impl Checksum {
     }
 }
 
-/// Makes samples and checksums, in a way that is different at each load.
+/// Computes samples and checksums, with keys that are drawn at each load.
 ///
 /// # Examples
 ///
@@ -149,16 +155,16 @@ impl Checksum {
 /// assert_ne!(checksum(&other), checksum(&zeroes));
 /// ```
 pub(crate) struct Hasher {
-    /// The sampled words: two of each line.
+    /// The indices of the sampled words, two for each line.
     places: [usize; 2 * SAMPLED],
     keys: [u64; 2 * SAMPLED],
-    /// How many memory nodes there are that have samples of their own.
+    /// The number of NUMA nodes with samples of their own, or 1 if samples do not depend on the node.
     nodes: u32,
-    /// What the samples of two of them differ by; odd.
+    /// An odd number, from which the difference between the samples of two nodes is computed.
     salt: u32,
 }
 
-/// The samples of pages of zeroes, one for each memory node that has samples of its own.
+/// The samples of a page of zeroes, one for each NUMA node with samples of its own.
 #[derive(Clone, Copy)]
 pub(crate) struct Zeroes {
     first: Sample,
@@ -167,22 +173,22 @@ pub(crate) struct Zeroes {
 }
 
 impl Zeroes {
-    /// All of them.
+    /// Returns the samples in the order of their nodes.
     pub(crate) fn iter(self) -> impl Iterator<Item = Sample> {
         (0..self.nodes).map(move |node| self.first.salted(self.salt, node))
     }
 
-    /// Whether this is one of them.
+    /// Returns whether `sample` is that of a page of zeroes on some node.
     #[inline]
     pub(crate) fn contains(self, sample: Sample) -> bool {
         self.iter().any(|zero| zero == sample)
     }
 }
 
-/// How many random words a [`Hasher`] is made of.
+/// The number of random words that [`Hasher::new`] takes.
 pub(crate) const SEED_WORDS: usize = 9;
 
-/// Multiplies to 128 bits and folds.
+/// Multiplies two words to 128 bits, and returns the xor of the halves.
 #[inline(always)]
 fn mix(a: u64, b: u64) -> u64 {
     let product = u128::from(a).wrapping_mul(u128::from(b));
@@ -190,19 +196,19 @@ fn mix(a: u64, b: u64) -> u64 {
 }
 
 impl Hasher {
-    /// Makes one from random words.
+    /// Makes a hasher from random words. Its samples do not depend on the NUMA node.
     pub(crate) fn new(seed: [u64; SEED_WORDS]) -> Self {
         let [place, keys @ ..] = seed;
         let mut places = [0; 2 * SAMPLED];
-        for (nth, pair) in places.chunks_exact_mut(2).enumerate() {
-            let random = (place >> (16 * nth)) as usize;
-            // One line in each quarter of the page, and two words of it, half a line apart.
-            let line = nth * LINES / SAMPLED + random % (LINES / SAMPLED);
+        for (i, pair) in places.chunks_exact_mut(2).enumerate() {
+            let random = (place >> (16 * i)) as usize;
+            // Pick one line in each quarter of the page, and two words of it that are half a line apart.
+            let line = i * LINES / SAMPLED + random % (LINES / SAMPLED);
             let word = line * LINE_WORDS + (random >> 8) % (LINE_WORDS / 2);
             pair.copy_from_slice(&[word, word + LINE_WORDS / 2]);
         }
-        // In the last quarter it is always the last line, with the very last word: the ends of
-        // pages are where what is otherwise alike often differs.
+        // In the last quarter, always take the last line with the last word of the page: pages that are equal
+        // otherwise often differ at their end.
         let last = PAGE_WORDS - 1;
         places[2 * SAMPLED - 2..].copy_from_slice(&[last - LINE_WORDS / 2, last]);
         Self {
@@ -213,8 +219,9 @@ impl Hasher {
         }
     }
 
-    /// One for which equal pages on different memory nodes, of which there are `nodes`, have different
-    /// samples and checksums: such pages never meet. Those of node 0 are what they were.
+    /// Returns a hasher for which equal pages on different NUMA nodes have different samples and checksums.
+    ///
+    /// `nodes` is the number of nodes. Samples and checksums of pages on node 0 stay as they are.
     pub(crate) fn per_nid(&self, nodes: u32) -> Self {
         Self {
             places: self.places,
@@ -224,8 +231,9 @@ impl Hasher {
         }
     }
 
-    /// The sample of a page on the memory node `node()`, which is asked only if it matters, whose words have
-    /// this sample.
+    /// Converts the sample of a page's words to that of the page on its NUMA node.
+    ///
+    /// `node` returns the node of the page, and is called only if samples depend on it.
     #[inline(always)]
     pub(crate) fn on_node(&self, sample: Sample, node: impl FnOnce() -> u32) -> Sample {
         if self.nodes == 1 {
@@ -234,7 +242,7 @@ impl Hasher {
         sample.salted(self.salt, node())
     }
 
-    /// The samples of pages of zeroes.
+    /// Returns the samples of a page of zeroes.
     pub(crate) fn zeroes(&self) -> Zeroes {
         Zeroes {
             first: self.sample(|_| 0),
@@ -243,7 +251,7 @@ impl Hasher {
         }
     }
 
-    /// The sample of a page whose word number `n` is `word(n)`.
+    /// Returns the sample of a page on NUMA node 0. `word(i)` returns word `i` of the page.
     #[inline(always)]
     pub(crate) fn sample(&self, word: impl Fn(usize) -> u64) -> Sample {
         let p = &self.places;
@@ -255,8 +263,10 @@ impl Hasher {
         Sample((hash ^ hash >> 32) as u32)
     }
 
-    /// The checksum of a page whose word number `n` is `word(n)`, and whose cache line number `n` is
-    /// `line(n)`. The content may change meanwhile; it is then the checksum of nothing in particular.
+    /// Returns the checksum of a page on NUMA node 0.
+    ///
+    /// `word(i)` returns word `i` of the page, and `line(i)` returns cache line `i`. If the content changes
+    /// meanwhile, the result is the checksum of no particular content.
     #[inline(always)]
     pub(crate) fn checksum(
         &self,
@@ -265,8 +275,8 @@ impl Hasher {
     ) -> Checksum {
         let k = self.keys;
         let (mut left, mut right) = (k[0], k[1]);
-        for nth in 0..LINES {
-            let w = line(nth);
+        for i in 0..LINES {
+            let w = line(i);
             left = mix(w[0] ^ k[2], w[1] ^ left);
             right = mix(w[2] ^ k[3], w[3] ^ right);
             left = mix(w[4] ^ k[2], w[5] ^ left);

@@ -2,8 +2,17 @@
 
 //! rksm: merges equal anonymous pages of processes that ask for it.
 //!
-//! The module does what in-tree KSM does, with the kernel's own KSM pages, beside an in-tree engine
-//! that stays off. See `Documentation/architecture.md`.
+//! The module replaces the engine of in-tree KSM, which stays off, and makes the kernel's own KSM pages.
+//! `Documentation/architecture.md` says how it works.
+//!
+//! | module | contents |
+//! | --- | --- |
+//! | `ksm` | the engine: what to scan, compare and merge, without unsafe code |
+//! | `mm` | memory management: page tables, folios, rmap |
+//! | `sys` | other kernel interfaces: the thread, sysfs, notifiers |
+//! | `intree` | coexistence with in-tree KSM |
+//! | `abi` | the check that the running kernel is the one that the module was built for |
+//! | `hash` | samples and checksums of pages |
 
 pub mod abi;
 mod hash;
@@ -25,22 +34,28 @@ module! {
     license: "GPL",
 }
 
-/// The loaded module. Its parts are dropped in this order: nobody can ask for anything any more, then
-/// nobody reports anything, then nothing runs, and only then may in-tree KSM run again.
+/// The loaded module.
+///
+/// Fields are dropped in the order of their declaration, and the order matters: first remove the files, then the
+/// probes, then stop the thread, and last let in-tree KSM run again.
 struct Rksm {
-    _knobs: SysfsGroup<Engine>,
+    _sysfs: SysfsGroup<Engine>,
     _probes: intree::Probes<Engine>,
     _thread: Kthread<Engine>,
     _drains: lru::Drains,
-    _hotplug: memory_notifier::Registration<Engine>,
-    _explainer: Option<module_pin::DeleteModuleProbe>,
-    _blocked: intree::KsmdDisabled,
+    _memory_notifier: memory_notifier::Registration<Engine>,
+    _delete_module_probe: Option<module_pin::DeleteModuleProbe>,
+    _ksmd_disabled: intree::KsmdDisabled,
 }
 
-/// Checks, while the module is being initialised, that the static data that it will change is not
-/// read-only. What is gets named in the log.
+/// Checks that the static data that the module will change is writable.
 ///
-/// Fails with `ENOEXEC`.
+/// Call this while the module is being initialised. May sleep.
+///
+/// # Errors
+///
+/// Logs the name of all data that is read-only, and returns `ENOEXEC`. Returns `ENOENT` if the kernel has no
+/// in-tree KSM.
 fn check_writable(module: &'static ThisModule) -> Result {
     let (intree, unload) = (intree::check_writable(), module_pin::check_writable(module));
     intree.and(unload)
@@ -51,24 +66,24 @@ impl kernel::Module for Rksm {
         abi::check::check_build()?;
         abi::check::check()?;
         check_writable(module)?;
-        let blocked = intree::KsmdDisabled::new()?;
+        let ksmd_disabled = intree::KsmdDisabled::new()?;
         let engine = Engine::new(module)?;
-        let hotplug = memory_notifier::Registration::new(engine.clone())?;
+        let memory_notifier = memory_notifier::Registration::new(engine.clone())?;
         let drains = lru::Drains::new();
         let thread = Kthread::spawn(engine.clone())?;
         engine.set_waker(thread.waker());
         let probes = intree::Probes::register(engine.clone())?;
         engine.enter_registered()?;
-        let knobs = SysfsGroup::new(engine)?;
+        let sysfs = SysfsGroup::new(engine)?;
         pr_info!("loaded\n");
         Ok(Self {
-            _knobs: knobs,
+            _sysfs: sysfs,
             _probes: probes,
             _thread: thread,
             _drains: drains,
-            _hotplug: hotplug,
-            _explainer: module_pin::DeleteModuleProbe::new(),
-            _blocked: blocked,
+            _memory_notifier: memory_notifier,
+            _delete_module_probe: module_pin::DeleteModuleProbe::new(),
+            _ksmd_disabled: ksmd_disabled,
         })
     }
 }
