@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Reader for the kernel's BTF type information.
 //!
-//! Pure logic, shared by the kernel module and the host tool: only `core`, no allocation, no panic.
-//! Whatever the bytes are, every access is bounds-checked, every sum is checked, and every walk is
-//! bounded.
+//! The kernel module and the host tool share this code. It is pure logic: it uses only `core`, allocates
+//! nothing and does not panic. For any input, each access is bounds-checked, each sum is checked for
+//! overflow, and each walk is bounded.
 //!
-//! BTF records have no fixed size, so finding a type by its id needs an index of offsets. The
-//! caller provides the memory:
+//! BTF records vary in size, so the lookup of a type by its id needs an index of offsets. The caller
+//! provides the memory:
 //!
-//! 1. [`Blob::parse`] checks the header,
-//! 2. [`Blob::count_types`] says how many `u32` the index needs,
-//! 3. [`Blob::fill_index`] fills it,
-//! 4. [`Btf::new`] puts the two together.
+//! 1. [`Blob::parse`] checks the header.
+//! 2. [`Blob::count_types`] returns the number of `u32` slots that the index needs.
+//! 3. [`Blob::fill_index`] fills the index.
+//! 4. [`Btf::new`] combines both.
 //!
-//! The format is the one of the kernel's `include/uapi/linux/btf.h`: kind in bits 24 to 30 of the
-//! info word and vlen in bits 0 to 23 (older kernels used fewer bits of the same word). Fields are
-//! read as little endian.
+//! The format is that of the kernel's `include/uapi/linux/btf.h`. Bits 24 to 30 of the info word are the
+//! kind, and bits 0 to 23 are vlen. Older kernels used fewer bits of the same word. Fields are in little
+//! endian.
 
 use core::fmt;
 
@@ -29,34 +29,34 @@ const ENUMERATOR_LEN: u32 = 8;
 const ENUMERATOR64_LEN: u32 = 12;
 const POINTER_SIZE: u64 = 8;
 
-/// How many modifiers, typedefs and array dimensions are followed before giving up.
+/// The number of modifiers, typedefs and array dimensions that are followed in a row.
 const CHAIN_MAX: u32 = 64;
 
-/// What can be wrong with BTF.
+/// An error in BTF, or in the use of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// The header is too short, or its magic or version is not ours.
+    /// The header is too short, or its magic or version is unknown.
     BadHeader,
-    /// A section or a record ends behind the end of the data.
+    /// A section or a record extends beyond the end of the data.
     Truncated,
-    /// A record has a kind this code does not know, or one that cannot stand where it stands.
+    /// A record has an unknown kind, or one that is not allowed in its place.
     BadKind,
-    /// A string is outside of the string section, has no end, or is not text.
+    /// A string is outside the string section, is not terminated, or is not UTF-8.
     BadString,
     /// A type id is larger than the number of types.
     BadTypeId,
-    /// The index does not have one slot for each type.
+    /// The index does not have exactly one slot for each type.
     BadIndex,
-    /// Types refer to each other more deeply than we follow.
+    /// Types nest more deeply than this code follows.
     TooDeep,
-    /// A description is longer than we are willing to read.
+    /// A description has more members and types than its budget allows.
     TooLong,
-    /// The consumer of the description refused it.
+    /// The writer of a description returned an error.
     Sink,
 }
 
 impl Error {
-    /// What went wrong, in words. (The kernel's print macros do not take [`fmt::Display`].)
+    /// Return the error as text, for the kernel's print macros, which do not accept [`fmt::Display`].
     pub fn as_str(self) -> &'static str {
         match self {
             Error::BadHeader => "not BTF, or of an unknown version",
@@ -78,10 +78,10 @@ impl fmt::Display for Error {
     }
 }
 
-/// Result of reading BTF.
+/// The result of reading BTF.
 pub type Result<T> = core::result::Result<T, Error>;
 
-/// Kind of a BTF record.
+/// The kind of a BTF record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Type id 0, which has no record.
@@ -152,8 +152,8 @@ impl Kind {
         })
     }
 
-    /// Bytes that follow the fixed part of a record: so many in any case, and so many for each of
-    /// its `vlen` elements.
+    /// Return the number of bytes that follow the first 12 of a record: those that each record of the kind has,
+    /// and those for each of its `vlen` elements.
     fn extra(self) -> (u32, u32) {
         match self {
             Kind::Int | Kind::Var | Kind::DeclTag => (4, 0),
@@ -167,7 +167,7 @@ impl Kind {
         }
     }
 
-    /// Whether the kind only qualifies the type it refers to.
+    /// Return whether the kind only qualifies the type that it refers to.
     pub fn is_modifier(self) -> bool {
         matches!(
             self,
@@ -175,12 +175,12 @@ impl Kind {
         )
     }
 
-    /// Whether the kind has members.
+    /// Return whether the kind has members.
     pub fn is_aggregate(self) -> bool {
         matches!(self, Kind::Struct | Kind::Union)
     }
 
-    /// Whether the kind has enumerators.
+    /// Return whether the kind has enumerators.
     pub fn is_enumeration(self) -> bool {
         matches!(self, Kind::Enum | Kind::Enum64)
     }
@@ -206,7 +206,7 @@ pub struct Blob<'a> {
 }
 
 impl<'a> Blob<'a> {
-    /// Check the header of `data` and find the two sections in it.
+    /// Check the header of `data`, and find the sections of types and strings.
     pub fn parse(data: &'a [u8]) -> Result<Self> {
         let (magic, version) = match bytes(data, 0, 4) {
             Ok(&[a, b, version, _]) => (u16::from_le_bytes([a, b]), version),
@@ -263,7 +263,7 @@ impl<'a> Blob<'a> {
         Ok(())
     }
 
-    /// Number of types, which is the number of slots that the index needs. Reads all records once.
+    /// Return the number of types, which is also the number of slots in the index. Reads all records.
     pub fn count_types(&self) -> Result<u32> {
         let mut count: u32 = 0;
         self.for_each_offset(|_| {
@@ -298,20 +298,20 @@ pub struct Type<'a> {
     extra: &'a [u8],
 }
 
-/// Member of a structure or union.
+/// A member of a structure or union.
 #[derive(Clone, Copy, Debug)]
 pub struct Member {
     /// Offset of its name in the string section.
     pub name_off: u32,
     /// Its type.
     pub type_id: u32,
-    /// Offset in bits from the start of the outermost structure that was asked about.
+    /// Offset in bits from the start of the structure; of the outermost one in [`Btf::for_each_member`].
     pub bit_offset: u32,
     /// Width in bits of a bitfield, 0 for any other member.
     pub bitfield_size: u32,
 }
 
-/// Parameter of a function prototype.
+/// A parameter of a function prototype.
 #[derive(Clone, Copy, Debug)]
 pub struct Param {
     /// Offset of its name in the string section.
@@ -320,12 +320,12 @@ pub struct Param {
     pub type_id: u32,
 }
 
-/// Named constant of an enumeration.
+/// A named constant of an enumeration.
 #[derive(Clone, Copy, Debug)]
 pub struct Enumerator {
     /// Offset of its name in the string section.
     pub name_off: u32,
-    /// Its value. One of an unsigned 64-bit enumeration is given as its bits are.
+    /// Its value. A value of an unsigned 64-bit enumeration is reinterpreted as signed.
     pub value: i64,
 }
 
@@ -339,46 +339,45 @@ impl Type<'_> {
         extra: &[],
     };
 
-    /// Its kind.
+    /// Return the kind of the record.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// The type it refers to. Only meaningful for kinds that refer to one.
+    /// Return the id of the type that it refers to. Only for kinds that refer to one.
     pub fn target(&self) -> u32 {
         self.size_or_type
     }
 
-    /// The size that the record gives. Only meaningful for kinds that have one.
+    /// Return the size in bytes that the record gives. Only for kinds that have one.
     pub fn own_size(&self) -> u32 {
         self.size_or_type
     }
 
-    /// Whether a forward declaration is one of a union.
+    /// Return whether a forward declaration is that of a union.
     pub fn is_union_fwd(&self) -> bool {
         self.flag
     }
 
-    /// Number of members, parameters or enumerators.
+    /// Return the number of members, parameters or enumerators.
     pub fn len(&self) -> u32 {
         self.vlen
     }
 
-    /// Whether there is no member, parameter or enumerator.
+    /// Return whether there is no member, parameter or enumerator.
     pub fn is_empty(&self) -> bool {
         self.vlen == 0
     }
 
-    /// Member number `i` of a structure or union.
+    /// Return member `i` of a structure or union.
     pub fn member(&self, i: u32) -> Result<Member> {
         if !self.kind.is_aggregate() {
             return Err(Error::BadKind);
         }
         let off = i.checked_mul(MEMBER_LEN).ok_or(Error::Truncated)?;
         let &[a, b, c] = &self.words(off)?;
-        // With the flag set, the upper byte of the offset is the width of a bitfield. (Without it,
-        // the width is that of an integer type of odd width; compilers of this decade do not write
-        // that.)
+        // If the flag is set, the upper byte of the offset is the width of a bitfield. If not, only an
+        // integer type of odd width could make the member a bitfield. Current compilers do not emit that.
         let (bit_offset, bitfield_size) = if self.flag {
             (c & 0x00ff_ffff, c >> 24)
         } else {
@@ -392,7 +391,7 @@ impl Type<'_> {
         })
     }
 
-    /// Parameter number `i` of a function prototype.
+    /// Return parameter `i` of a function prototype.
     pub fn param(&self, i: u32) -> Result<Param> {
         if self.kind != Kind::FuncProto {
             return Err(Error::BadKind);
@@ -405,7 +404,7 @@ impl Type<'_> {
         })
     }
 
-    /// Enumerator number `i` of an enumeration.
+    /// Return enumerator `i` of an enumeration.
     pub fn enumerator(&self, i: u32) -> Result<Enumerator> {
         let word =
             |off: u32, plus| read_u32(self.extra, off.checked_add(plus).ok_or(Error::Truncated)?);
@@ -413,7 +412,7 @@ impl Type<'_> {
             Kind::Enum => {
                 let off = i.checked_mul(ENUMERATOR_LEN).ok_or(Error::Truncated)?;
                 let bits = word(off, 4)?;
-                // The flag says that values are signed.
+                // The flag is set if values are signed.
                 let value = match self.flag {
                     true => i64::from(bits as i32),
                     false => i64::from(bits),
@@ -435,7 +434,7 @@ impl Type<'_> {
         }
     }
 
-    /// Element type and number of elements of an array.
+    /// Return the element type and the number of elements of an array.
     pub fn array(&self) -> Result<(u32, u32)> {
         if self.kind != Kind::Array {
             return Err(Error::BadKind);
@@ -444,6 +443,7 @@ impl Type<'_> {
         Ok((element, count))
     }
 
+    /// Return the three words at `off` behind the fixed part.
     fn words(&self, off: u32) -> Result<[u32; 3]> {
         let second = off.checked_add(4).ok_or(Error::Truncated)?;
         let third = off.checked_add(8).ok_or(Error::Truncated)?;
@@ -455,27 +455,28 @@ impl Type<'_> {
     }
 }
 
-/// How much more of the BTF may be read, and how much deeper.
+/// The number of further types and members that may be read, and the depth of nesting.
 ///
-/// Bounds the work, and the stack, that types take which refer to each other in a circle or a fan.
+/// It bounds the time and the stack that malformed BTF can use, such as types that refer to each other in
+/// a circle.
 pub struct Budget {
     steps: u32,
     depth: u32,
 }
 
 impl Budget {
-    /// A budget of `steps` types and members, nested at most `depth` deep.
+    /// Make a budget of `steps` types and members, which nest to at most `depth` levels.
     pub fn new(steps: u32, depth: u32) -> Self {
         Budget { steps, depth }
     }
 
-    /// Use up one step.
+    /// Use one step.
     pub fn spend(&mut self) -> Result<()> {
         self.steps = self.steps.checked_sub(1).ok_or(Error::TooLong)?;
         Ok(())
     }
 
-    /// Go one level deeper for as long as `f` takes.
+    /// Call `f` one level deeper.
     pub fn deeper<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let depth = self.depth;
         self.depth = depth.checked_sub(1).ok_or(Error::TooDeep)?;
@@ -485,7 +486,7 @@ impl Budget {
     }
 }
 
-/// BTF with its index: types can be looked up by their id.
+/// BTF with an index, for lookups of types by their id.
 #[derive(Clone, Copy)]
 pub struct Btf<'a> {
     blob: Blob<'a>,
@@ -493,17 +494,17 @@ pub struct Btf<'a> {
 }
 
 impl<'a> Btf<'a> {
-    /// Put BTF and the index that [`Blob::fill_index`] made of it together.
+    /// Combine BTF with the index that [`Blob::fill_index`] made of it.
     pub fn new(blob: Blob<'a>, index: &'a [u32]) -> Self {
         Btf { blob, index }
     }
 
-    /// The largest type id.
+    /// Return the largest type id.
     pub fn last_id(&self) -> u32 {
         u32::try_from(self.index.len()).unwrap_or(u32::MAX)
     }
 
-    /// The type with this id.
+    /// Return the type with this id.
     pub fn get(&self, id: u32) -> Result<Type<'a>> {
         match id.checked_sub(1) {
             None => Ok(Type::VOID),
@@ -513,7 +514,7 @@ impl<'a> Btf<'a> {
         }
     }
 
-    /// The string at this offset, without its terminating NUL.
+    /// Return the string at this offset, without its terminating NUL.
     pub fn string(&self, off: u32) -> Result<&'a [u8]> {
         let tail = self
             .blob
@@ -527,22 +528,22 @@ impl<'a> Btf<'a> {
         tail.get(..len).ok_or(Error::BadString)
     }
 
-    /// The string at this offset, as text.
+    /// Return the string at this offset as text.
     pub fn text(&self, off: u32) -> Result<&'a str> {
         core::str::from_utf8(self.string(off)?).map_err(|_| Error::BadString)
     }
 
-    /// The name of a type; empty if it has none.
+    /// Return the name of a type, which is empty if it has none.
     pub fn name(&self, ty: &Type<'_>) -> Result<&'a [u8]> {
         self.string(ty.name_off)
     }
 
-    /// The name of a type as text; empty if it has none.
+    /// Return the name of a type as text, which is empty if it has none.
     pub fn name_text(&self, ty: &Type<'_>) -> Result<&'a str> {
         self.text(ty.name_off)
     }
 
-    /// The type itself, behind qualifiers and, if wanted, typedefs.
+    /// Return the type behind all qualifiers, and behind typedefs if `typedefs` is set.
     pub fn strip(&self, id: u32, typedefs: bool) -> Result<Type<'a>> {
         let mut ty = self.get(id)?;
         for _ in 0..CHAIN_MAX {
@@ -555,7 +556,7 @@ impl<'a> Btf<'a> {
         Err(Error::TooDeep)
     }
 
-    /// Size in bytes of an object of this type; 0 for types that have no objects.
+    /// Return the size in bytes of an object of this type, or 0 for a type without objects, such as a function.
     pub fn size_of(&self, id: u32) -> Result<u64> {
         let mut id = id;
         let mut count: u64 = 1;
@@ -584,8 +585,9 @@ impl<'a> Btf<'a> {
         Err(Error::TooDeep)
     }
 
-    /// Call `f` with every member of a structure or union. Members of nameless inner structures and
-    /// unions are given in place of these, with their offset in the outermost one.
+    /// Call `f` with each member of a structure or union.
+    ///
+    /// The members of a nameless inner structure or union take its place, with their offset in `ty`.
     pub fn for_each_member(
         &self,
         ty: &Type<'_>,
@@ -607,7 +609,7 @@ impl<'a> Btf<'a> {
             let mut member = ty.member(i)?;
             member.bit_offset = member.bit_offset.checked_add(base).ok_or(Error::TooLong)?;
             if self.string(member.name_off)?.is_empty() {
-                // Typedefs too: the kernel is built with -fms-extensions, which allows them here.
+                // Look behind typedefs, too: -fms-extensions, with which the kernel is built, allows them here.
                 let inner = self.strip(member.type_id, true)?;
                 if inner.kind.is_aggregate() {
                     budget.deeper(|budget| {

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The build id of a kernel image: a hash of all of it that the linker makes.
+//! The build id of a kernel image: a hash of the whole image that the linker computes.
 //!
-//! It tells images apart that vermagic and the signatures of interfaces cannot: those that were
-//! configured or patched otherwise behind the same version and the same types. It stands in the
-//! image's ELF notes, which the kernel keeps in memory (and shows as `/sys/kernel/notes`).
+//! It distinguishes images with the same version and the same types that were configured or patched
+//! differently. Vermagic and the signatures of interfaces cannot do that. The build id is in the ELF
+//! notes of the image, which the kernel keeps in memory and shows as `/sys/kernel/notes`.
 //!
-//! Pure logic like [`super::btf`]: only `core`, no allocation, no panic.
+//! Like [`super::btf`], this is pure logic: it uses only `core`, allocates nothing and does not panic.
 
 /// The longest id that fits into a [`Record`]. Linkers make 8, 16 or 20 bytes.
 pub const ID_MAX: usize = 64;
 
 const NT_GNU_BUILD_ID: u32 = 3;
 const OWNER: &[u8] = b"GNU\0";
-/// Name and descriptor of a note begin at multiples of this.
+/// The alignment of the name and the descriptor of a note, in bytes.
 const ALIGN: usize = 4;
 
-/// The build id among ELF notes: the content of a note section, of this machine's byte order.
+/// Returns the build id in `notes`, the content of a section of ELF notes in little endian.
 pub fn find(notes: &[u8]) -> Option<&[u8]> {
     let mut rest = notes;
     loop {
@@ -31,25 +31,25 @@ pub fn find(notes: &[u8]) -> Option<&[u8]> {
     }
 }
 
-/// The first word, and what follows it.
+/// Splits `bytes` after the first word.
 fn word(bytes: &[u8]) -> Option<(u32, &[u8])> {
     let (word, tail) = bytes.split_first_chunk()?;
     Some((u32::from_le_bytes(*word), tail))
 }
 
-/// The first `len` bytes, and what follows them and their padding.
+/// Returns the first `len` bytes, and the rest after their padding.
 fn padded(bytes: &[u8], len: u32) -> Option<(&[u8], &[u8])> {
     let len = usize::try_from(len).ok()?;
     let (data, _) = bytes.split_at_checked(len)?;
-    // The last note need not be padded.
+    // The last note may lack its padding.
     let next = len.checked_next_multiple_of(ALIGN)?.min(bytes.len());
     Some((data, bytes.get(next..)?))
 }
 
-/// The build id that a module was built for, as it stands in the module.
+/// The build id that the module was built for, as stored in the module.
 ///
-/// Plain bytes without pointers, like [`super::signature::Table`]: a test finds the record in
-/// `rksm.ko` and changes it.
+/// Like [`super::signature::Table`], the record is plain bytes without pointers, so that a test can find
+/// and change it in `rksm.ko`.
 #[repr(C)]
 pub struct Record {
     magic: [u8; 8],
@@ -57,12 +57,12 @@ pub struct Record {
     id: [u8; ID_MAX],
 }
 
-/// What a [`Record`] starts with.
+/// The first bytes of a [`Record`].
 pub const RECORD_MAGIC: [u8; 8] = *b"RKSMBID1";
 
 impl Record {
-    /// Record `id`, which is cut to [`ID_MAX`] bytes, and empty when the image has none.
-    // Inlined, or the module would also have it as code, with another magic in it.
+    /// Make a record of `id`, cut to [`ID_MAX`] bytes. An empty `id` stands for an image without one.
+    // Inlined, or the code of the module would contain the magic a second time.
     #[inline(always)]
     pub const fn new(id: &[u8]) -> Self {
         let mut record = Record {
@@ -80,8 +80,9 @@ impl Record {
         record
     }
 
-    /// The id, read from memory: the compiler must not fold it into the code, for a changed record
-    /// to be noticed.
+    /// Return the id, read from memory.
+    ///
+    /// The compiler cannot fold it into the code, so a record that was changed in the file takes effect.
     pub fn id(&'static self) -> &'static [u8] {
         let this = core::hint::black_box(self);
         usize::try_from(this.len)

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The load-time check: whether this kernel is the build that the module was made for, and whether the
-//! interfaces that are used look in its own BTF as they did there.
+//! The checks at load.
+//!
+//! [`check_build`] compares the build id of the running kernel with that of the image that the module was built
+//! for. [`check()`] compares the interfaces that the module uses, as the running kernel's BTF describes them.
 
 use super::{
     btf::{Blob, Btf},
@@ -10,27 +12,25 @@ use super::{
 use crate::mm::ffi;
 use kernel::{alloc::KVVec, fmt, prelude::*};
 
-/// The running kernel's BTF.
+/// Returns the BTF of the running kernel.
 fn kernel_btf() -> &'static [u8] {
     let mut len = 0;
-    // SAFETY: the section is part of the kernel image: read-only, and there for ever.
-    unsafe {
-        let start = ffi::rksm_btf(&raw mut len);
-        core::slice::from_raw_parts(start.cast(), len)
-    }
+    // SAFETY: The call returns the bounds of a section, and `len` has room for its length.
+    let start = unsafe { ffi::rksm_btf(&raw mut len) };
+    // SAFETY: The section is part of the kernel image. It is read-only and never freed.
+    unsafe { core::slice::from_raw_parts(start.cast(), len) }
 }
 
-/// The running kernel's ELF notes.
+/// Returns the ELF notes of the running kernel.
 fn kernel_notes() -> &'static [u8] {
     let mut len = 0;
-    // SAFETY: The section is part of the kernel image: read-only, and there for ever.
-    unsafe {
-        let start = ffi::rksm_notes(&raw mut len);
-        core::slice::from_raw_parts(start.cast(), len)
-    }
+    // SAFETY: The call returns the bounds of a section, and `len` has room for its length.
+    let start = unsafe { ffi::rksm_notes(&raw mut len) };
+    // SAFETY: The section is part of the kernel image. It is read-only and never freed.
+    unsafe { core::slice::from_raw_parts(start.cast(), len) }
 }
 
-/// A build id for a log line.
+/// Formats a build id for the log.
 struct Id<'a>(&'a [u8]);
 
 impl fmt::Display for Id<'_> {
@@ -42,12 +42,13 @@ impl fmt::Display for Id<'_> {
     }
 }
 
-/// Checks that the running kernel is the very build that the module was made for. Both are named in
-/// the log when it is not.
+/// Checks that the running kernel is the build that the module was made for.
 ///
-/// An image without a build id takes only modules that were built for one without.
+/// A module that was built for an image without a build id only fits a kernel without one.
 ///
-/// Fails with `ENOEXEC`.
+/// # Errors
+///
+/// Logs both build ids and returns `ENOEXEC` if they differ.
 pub(crate) fn check_build() -> Result {
     let (wanted, running) = (
         layout::BUILD_ID.id(),
@@ -63,10 +64,13 @@ pub(crate) fn check_build() -> Result {
     Err(ENOEXEC)
 }
 
-/// Checks all interfaces that the module relies on. Each one that is missing or differs is named in
-/// the log.
+/// Checks all interfaces that the module relies on. May sleep.
 ///
-/// Fails with `ENOEXEC` when one differs or the kernel's BTF cannot be read, and `ENOMEM`.
+/// # Errors
+///
+/// * `ENOEXEC`: an interface is missing or differs, or the BTF of the kernel cannot be read. The log names each
+///   such interface.
+/// * `ENOMEM`: there is no memory for the index of types.
 pub(crate) fn check() -> Result {
     let unreadable = |_| {
         pr_err!("this kernel's BTF cannot be read, so nothing can be checked\n");

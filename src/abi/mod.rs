@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether the running kernel looks like the one that the module was built for.
+//! The check that the running kernel is the one that the module was built for.
+//!
+//! [`btf`], [`buildid`] and [`signature`] are pure logic, which the host tool `rksm-tools` compiles, too. It makes
+//! [`layout`] at build. `check` compares that with the running kernel at load.
 
-// The host tool uses all of these, the module only what reads.
+// The host tool uses all items of these modules, and the kernel module only some.
 #[allow(dead_code)]
 pub mod btf;
 #[allow(dead_code)]
@@ -12,10 +15,10 @@ pub(crate) mod check;
 pub mod signature;
 
 pub mod layout {
-    //! What mm/ksm.c keeps to itself, from the target kernel's BTF: the layouts that the core kernel
-    //! expects of stable nodes and rmap items, the signatures of all interfaces that are used, and the
-    //! image's build id.
-    //! Made by `rksm-tools layout`.
+    //! Facts about the target kernel's image, which `rksm-tools layout` reads from it.
+    //!
+    //! These are the layouts of stable nodes and rmap items, which are private to mm/ksm.c, the signatures of all
+    //! interfaces that the module uses, and the build id.
     #![allow(dead_code)]
 
     include!(concat!(env!("RKSM_GEN"), "/ksm_layout.rs"));

@@ -1,26 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Signatures of kernel interfaces, and the check of a running kernel against them.
 //!
-//! A signature is a 64-bit FNV-1a hash over a canonical text that describes a structure, a function
-//! or an enumeration as BTF knows it. The host tool `rksm-tools layout` makes the table of expected
-//! signatures from the kernel that the module is built for; [`check`] compares it with the BTF of
-//! the kernel that the module is being loaded into. Both run this very code.
+//! A signature is a 64-bit FNV-1a hash of a canonical text, which describes a structure, a function or
+//! an enumeration as BTF does. The host tool `rksm-tools layout` makes the table of expected signatures
+//! from the kernel that the module is built for. [`check`] compares it with the BTF of the kernel that
+//! loads the module. Both use the code in this file.
 //!
-//! The text of a structure names its size and every member with offset, width, size and type. The
-//! text of a function names the types and sizes of what it takes and returns. Types are rendered by
-//! name only, one level deep: what a pointer points to is not looked into. A structure whose inner
-//! layout matters must be in the table itself. The text of an enumeration names every enumerator
-//! with its value; the enumerators of one without a name are interfaces of their own.
+//! The text contains:
 //!
-//! Pure logic like [`super::btf`]: only `core`, no allocation, no panic.
+//! * structure or union: its size, and each member's name, offset, width, size and type
+//! * function: type and size of the result and of each parameter
+//! * enumeration: its size, and each enumerator's name and value
+//!
+//! Types are given by name. The text does not describe the target of a pointer, nor the members of a
+//! named inner structure. So a structure whose layout matters must be in the table itself. The
+//! enumerators of an enumeration without a name are interfaces of their own.
+//!
+//! Like [`super::btf`], this is pure logic: it uses only `core`, allocates nothing and does not panic.
 
 use core::fmt::{self, Write};
 
 use super::btf::{Btf, Budget, Enumerator, Error, Kind, Result, Type};
 
-/// How deep types may nest in one description: pointers, qualifiers, prototypes, nameless members.
+/// The depth to which types may nest in one description: pointers, qualifiers, prototypes, nameless members.
 const DEPTH_MAX: u32 = 12;
-/// How many members and types one description may have.
+/// The number of members and types that one description may have.
 const STEPS_MAX: u32 = 20_000;
 
 /// FNV-1a, 64 bits.
@@ -30,12 +34,12 @@ impl Fnv1a {
     const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;
 
-    /// A hash of nothing.
+    /// Return the hash of an empty text.
     pub fn new() -> Self {
         Fnv1a(Self::OFFSET_BASIS)
     }
 
-    /// The hash of all that was written.
+    /// Return the hash of all that was written.
     pub fn finish(&self) -> u64 {
         self.0
     }
@@ -56,7 +60,7 @@ impl Write for Fnv1a {
     }
 }
 
-/// A description that is being written.
+/// A writer of descriptions.
 struct Text<'a, 'b> {
     btf: &'a Btf<'b>,
     out: &'a mut dyn Write,
@@ -93,7 +97,7 @@ impl Text<'_, '_> {
         self.sized_type(ty.target(), budget)?;
         self.put(format_args!(" {name}("))?;
         for i in 0..ty.len() {
-            // Void cannot be passed: as a parameter it stands for "...".
+            // A parameter of type void stands for "...".
             self.sized_type(ty.param(i)?.type_id, budget)?;
             self.put(format_args!(", "))?;
         }
@@ -133,8 +137,7 @@ impl Text<'_, '_> {
             Kind::Enum | Kind::Enum64 => self.tagged("enum", ty, budget),
             Kind::Const => self.qualified("const ", ty, budget),
             Kind::Volatile => self.qualified("volatile ", ty, budget),
-            // Neither changes what is passed or stored, and whether they are recorded depends on
-            // the compiler.
+            // Neither changes what is passed or stored, and some compilers do not record them.
             Kind::Restrict | Kind::TypeTag => self.qualified("", ty, budget),
             Kind::FuncProto => self.prototype(ty, "", budget),
             Kind::Func | Kind::Var | Kind::Datasec | Kind::DeclTag => Err(Error::BadKind),
@@ -146,7 +149,7 @@ impl Text<'_, '_> {
         if !name.is_empty() || !ty.kind().is_aggregate() {
             return self.put(format_args!("{keyword} {name}"));
         }
-        // Without a name, the members are all there is to tell one from another.
+        // Only the members distinguish types without a name.
         self.put(format_args!("{keyword} {{"))?;
         self.members(ty, budget)?;
         self.put(format_args!("}}"))
@@ -158,12 +161,12 @@ impl Text<'_, '_> {
     }
 }
 
-/// Which part of a type an interface is.
+/// The part of a type that an interface consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// All of it.
+    /// The whole type.
     Whole,
-    /// The enumerator of this number.
+    /// The enumerator with this index.
     Enumerator(u32),
 }
 
@@ -202,7 +205,7 @@ pub fn describe(btf: &Btf<'_>, ty: &Type<'_>, part: Part, out: &mut dyn Write) -
     }
 }
 
-/// The signature of what [`describe`] describes.
+/// Return the hash of the text that [`describe`] writes.
 pub fn signature(btf: &Btf<'_>, ty: &Type<'_>, part: Part) -> Result<u64> {
     let mut hash = Fnv1a::new();
     describe(btf, ty, part, &mut hash)?;
@@ -219,11 +222,14 @@ pub const KIND_ENUM: u8 = 3;
 pub const KIND_CONSTANT: u8 = 4;
 /// The longest name that fits into an [`Entry`].
 pub const NAME_MAX: usize = 62;
-/// The most entries that a table may have.
+/// The largest number of entries in a table.
 pub const ENTRIES_MAX: usize = WORDS * 64;
+/// The number of words in [`Bits`].
 const WORDS: usize = 8;
 
-/// Call `f` with kind, name and part of every interface that a type is. Most types are none or one.
+/// Call `f` with the kind, name and part of each interface in a type.
+///
+/// A nameless enumeration has one for each enumerator, and other types have at most one.
 pub fn for_each_interface<'a>(
     btf: &Btf<'a>,
     ty: &Type<'a>,
@@ -233,7 +239,7 @@ pub fn for_each_interface<'a>(
     match ty.kind() {
         Kind::Struct | Kind::Union => f(KIND_STRUCT, name, Part::Whole),
         Kind::Func => f(KIND_FUNC, name, Part::Whole),
-        // Without enumerators it is a forward declaration, which says nothing.
+        // An enumeration without enumerators is only a forward declaration.
         Kind::Enum | Kind::Enum64 if !name.is_empty() && !ty.is_empty() => {
             f(KIND_ENUM, name, Part::Whole)
         }
@@ -248,14 +254,14 @@ pub fn for_each_interface<'a>(
     }
 }
 
-/// What one interface is expected to look like.
+/// The expected signature of one interface.
 ///
-/// Plain bytes without pointers: a test finds the table in `rksm.ko`, reads the name and flips a
+/// An entry is plain bytes without pointers, so that a test can find it by name in `rksm.ko` and flip a
 /// bit of the signature.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Entry {
-    /// Its signature.
+    /// The expected signature.
     pub signature: u64,
     /// [`KIND_STRUCT`], [`KIND_FUNC`], [`KIND_ENUM`] or [`KIND_CONSTANT`].
     pub kind: u8,
@@ -283,17 +289,17 @@ impl Entry {
         entry
     }
 
-    /// Its name.
+    /// Return the name of the interface.
     pub fn name(&self) -> &[u8] {
         self.name.get(..usize::from(self.name_len)).unwrap_or(&[])
     }
 
-    /// Its name as text.
+    /// Return the name of the interface as text.
     pub fn name_text(&self) -> &str {
         core::str::from_utf8(self.name()).unwrap_or("?")
     }
 
-    /// What stands before its name in C.
+    /// Return the word that comes before the name in a message.
     pub fn keyword(&self) -> &'static str {
         match self.kind {
             KIND_STRUCT => "struct",
@@ -309,39 +315,40 @@ impl Entry {
     }
 }
 
-/// The table of expected signatures, as it stands in the module.
+/// The table of expected signatures, as stored in the module.
 #[repr(C)]
 pub struct Table<const N: usize> {
-    /// [`TABLE_MAGIC`]
+    /// The bytes of [`TABLE_MAGIC`].
     pub magic: [u8; 8],
-    /// Number of entries.
+    /// The number of entries.
     pub count: u64,
     /// The entries, sorted by kind and name.
     pub entries: [Entry; N],
 }
 
-/// What a [`Table`] starts with.
+/// The first bytes of a [`Table`].
 pub const TABLE_MAGIC: [u8; 8] = *b"RKSMABI1";
 
 impl<const N: usize> Table<N> {
-    /// The entries, read from memory: the compiler must not fold them into the code, for a changed
-    /// table to be noticed.
+    /// Return the entries, read from memory.
+    ///
+    /// The compiler cannot fold them into the code, so a table that was changed in the file takes effect.
     pub fn entries(&'static self) -> &'static [Entry] {
         &core::hint::black_box(self).entries
     }
 }
 
-/// How the running kernel differs from what an [`Entry`] expects.
+/// The way in which the running kernel differs from an [`Entry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mismatch {
-    /// It has nothing of this name.
+    /// The kernel has no interface of this kind and name.
     Missing,
-    /// It has something of this name that looks otherwise.
+    /// The kernel has such an interface, with another signature.
     Different,
 }
 
 impl Mismatch {
-    /// What stands after the name of the entry in a message.
+    /// Return the words that come after the name in a message.
     pub fn as_str(self) -> &'static str {
         match self {
             Mismatch::Missing => "is not in this kernel",
@@ -367,17 +374,21 @@ impl Bits {
     }
 }
 
-/// Compare the kernel's types with what is expected of them.
+/// Compare the kernel's types with the table of expected signatures.
 ///
-/// Calls `report` for each entry that does not hold, in the order of the table, and returns how
-/// many these are. A name may stand for several different types (two files of the kernel may each
-/// have a private structure of that name): the table then has an entry for each of them, and each
-/// must be found.
+/// Call `report` for each entry without a match, in the order of the table, and return the number of
+/// these entries.
+///
+/// Several types may share a name, such as private structures in different files of the kernel. The
+/// table then has an entry for each that differs, and the kernel must have all of them.
 ///
 /// # Errors
 ///
-/// The BTF is malformed ([`Error`] says how), or the table is too large ([`Error::TooLong`]) or not
-/// sorted ([`Error::BadIndex`]): then nothing can be said about any entry.
+/// The result says nothing about any entry in these cases:
+///
+/// * [`Error::TooLong`]: the table has more than [`ENTRIES_MAX`] entries, or a description is too long.
+/// * [`Error::BadIndex`]: the table is not sorted.
+/// * Any other: the BTF is malformed.
 pub fn check(
     btf: &Btf<'_>,
     expected: &[Entry],
@@ -390,7 +401,7 @@ pub fn check(
         return Err(Error::BadIndex);
     }
 
-    // One pass over the many types, with a search in the few entries.
+    // There are many more types than entries: go through the types once, and search the table for each.
     let mut found = Bits([0; WORDS]);
     let mut matched = Bits([0; WORDS]);
     for id in 1..=btf.last_id() {
