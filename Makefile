@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: GPL-2.0
 #
-# What is done where: Documentation/setup.md.
+# Each target calls a script. Documentation/setup.md describes them.
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick test-debug torture conformance bench bench-quick check module rustdoc shell setup clean distclean
 
 help:
-	@echo 'make demo         set up, build, and merge real memory in a guest'
+	@echo 'make demo         set up, build, and merge memory of real processes in a guest'
 	@echo 'make test         set up, build, and run every test'
-	@echo 'make quick        the checks and most guest tests: ten minutes, before each commit'
-	@echo 'make test-debug   the guest tests and the torture test in a kernel full of checks'
-	@echo 'make torture      everything at random to memory that merges (SECONDS=60 SEED= OPS= NOT= WORKERS=10)'
+	@echo 'make quick        the checks and the quicker guest tests, before each commit (ten minutes)'
+	@echo 'make test-debug   the guest tests and the torture test in the debug kernel'
+	@echo 'make torture      random operations on memory that merges (SECONDS=60 SEED= OPS= NOT= WORKERS=10)'
 	@echo 'make conformance  the kernel'"'"'s own KSM selftests, with in-tree KSM and with rksm'
-	@echo 'make bench        both engines side by side, in all respects (under an hour)'
-	@echo 'make bench-quick  the two main workloads, in instructions (two minutes)'
-	@echo 'make check        rustfmt, clippy, host tests: seconds, no guest'
+	@echo 'make bench        all benchmarks, of both engines (under an hour)'
+	@echo 'make bench-quick  instructions of the two main workloads (two minutes)'
+	@echo 'make check        rustfmt, clippy, rustdoc, host tests, without a guest'
 	@echo 'make module       build/rksm.ko'
 	@echo 'make rustdoc      documentation of every item of the module, in build/rustdoc/rksm'
-	@echo 'make shell        a guest with the module ready to load'
-	@echo 'make setup        only what the others need: Debian root and kernel tree'
+	@echo 'make shell        start a guest, ready to load the module'
+	@echo 'make setup        set up the Debian root and the kernel tree only'
 	@echo 'make clean        remove build/'
 	@echo 'make distclean    remove build/ and the cache'
 	@echo
-	@echo 'RKSM_CACHE=DIR    where the cache is (~/.cache/rksm)'
-	@echo 'RKSM_MIRROR=URL   Debian archive (the one of this machine'"'"'s apt)'
-	@echo 'KERNEL=VERSION    another kernel of the archive, such as 7.3.4+deb13-amd64'
-	@echo 'KDIR=DIR          build against this prepared kernel tree'
+	@echo 'RKSM_CACHE=DIR    the cache (default: ~/.cache/rksm)'
+	@echo 'RKSM_MIRROR=URL   the Debian archive (default: that of this machine'"'"'s apt)'
+	@echo 'KERNEL=VERSION    a kernel of the archive, such as 7.3.4+deb13-amd64'
+	@echo 'KDIR=DIR          build against a prepared kernel tree'
 
 setup:
 	@scripts/setup
@@ -69,7 +69,7 @@ check: setup
 	@bash -c '. scripts/lib.sh; need_tools; tools ktap-sum check build/tally scripts/check; tools ktap-sum --total build/tally'
 
 shell: module
-	@scripts/shell || [ $$? -lt 97 ] # the status of the last command typed
+	@scripts/shell || [ $$? -lt 97 ] # below 97: the status of the last command in the guest
 
 clean:
 	rm -rf build
