@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Pages that are worth trying to merge, and what came of it.
+//! Pages that may be merged: what classification hands over to the merge, and what came of it.
 
 use super::{probation::Probation, Core};
 use crate::{
@@ -12,49 +12,50 @@ use crate::{
 };
 use kernel::prelude::*;
 
-/// A page that is worth trying to merge.
+/// A page of the scanned address space that may be merged.
 #[derive(Clone, Copy)]
 pub(super) struct Candidate {
     pub(super) addr: usize,
     pub(super) kind: CandidateKind,
 }
 
+/// Why a page is a candidate.
 #[derive(Clone, Copy)]
 pub(super) enum CandidateKind {
-    /// An anonymous page whose sample held between two looks, and that another page seems to have;
-    /// and what came of looking for a merged page for it.
+    /// An anonymous page whose sample held from one scan of it to the next, and another page seems to have that
+    /// sample. With the outcome of the search for an equal merged page.
     Steady(Sample, Outcome),
-    /// A KSM page of this node that is not listed with it: mapped by a child since a fork.
+    /// A KSM page that belongs to this node, but has no rmap item for this mapping: a child inherited it.
     Unlisted(NodeId),
-    /// An anonymous page that waits, and that may be all zeroes.
+    /// An anonymous page that is queued, and may be all zeroes.
     Zero,
-    /// A KSM page of no node: unshared by this process only when it is written to, and found by no rmap walk.
+    /// A KSM page without a node. No rmap walk finds its mappings, so it is unshared.
     Ownerless,
 }
 
-/// What came of looking for a merged page to join.
+/// The outcome of the search of the stable tree for one candidate.
 #[derive(Clone, Copy)]
 pub(super) enum Outcome {
-    /// Not looked for yet.
+    /// Not searched yet.
     Unknown,
-    /// Not looked for yet; the page is on probation, so its full checksum must have held.
+    /// Not searched yet. The page is on probation, so its full checksum must have held.
     OnProbation,
-    /// Not looked for yet; the page waits under this checksum, which may not be its own any more.
+    /// Not searched yet. The page is queued under this checksum, which may be outdated.
     Waiting(Checksum),
     /// The page is merged.
     Yes,
-    /// There is none. This is the page's checksum (perhaps [`Checksum::unknown`]).
+    /// No merged page is equal. This is the page's checksum, or [`Checksum::unknown`].
     NoMatch(Checksum),
-    /// Nothing can be done with the page now.
+    /// The page cannot be merged now. Retry it in the next pass.
     Skip,
-    /// The page is not to be merged yet, or is not what it was. It is looked at again anyway.
+    /// The page may not be merged yet, or it has changed. No retry is needed: classification comes back to it.
     NotYet,
-    /// The page is part of a huge page that is to stay whole for a while. It is looked at again afterwards.
+    /// The page is part of a huge page that is not to be split yet. It is retried when that wait is over.
     LeftWhole,
 }
 
 impl Outcome {
-    /// What came of it when merging failed for another reason than the content.
+    /// Returns the outcome for an error that does not mean "the content differs".
     pub(super) fn failed(err: Error) -> Self {
         match err {
             err if err == E2BIG => Self::LeftWhole,
@@ -63,7 +64,7 @@ impl Outcome {
     }
 }
 
-/// What one step works on. Too large for the stack.
+/// The buffer of one scan step: the batch, and its candidates. It is too large for the stack.
 pub(super) struct ScanBuffer {
     pub(super) batch: Batch,
     pub(super) candidates: [Option<Candidate>; BATCH_PAGES],
@@ -71,7 +72,7 @@ pub(super) struct ScanBuffer {
 }
 
 impl ScanBuffer {
-    /// Initialises it in place.
+    /// Returns an initialiser, so that the buffer is never on the stack.
     pub(super) fn init() -> impl Init<Self> {
         init!(Self {
             batch <- Batch::init(),
@@ -80,6 +81,7 @@ impl ScanBuffer {
         })
     }
 
+    /// Adds a candidate. If there is no room, the page is left to a later pass.
     pub(super) fn push(&mut self, candidate: Candidate) {
         if let Some(place) = self.candidates.get_mut(self.len) {
             *place = Some(candidate);
@@ -93,10 +95,11 @@ impl ScanBuffer {
         candidates.into_iter().any(|known| known.addr == addr)
     }
 
-    /// Adds the KSM pages among `count` pages from number `first` of the batch on. None of the pages is remembered.
+    /// Adds those of `count` pages of the batch, from index `first` on, that are KSM pages. None of these pages
+    /// is tracked.
     pub(super) fn push_unlisted(&mut self, first: usize, count: usize) {
-        for nth in first..first.saturating_add(count) {
-            let Some(&page) = self.batch.pages().get(nth) else {
+        for idx in first..first.saturating_add(count) {
+            let Some(&page) = self.batch.pages().get(idx) else {
                 break;
             };
             if let Seen::Ksm(Some(node)) = page.seen() {
@@ -110,6 +113,7 @@ impl ScanBuffer {
 }
 
 impl Core {
+    /// Returns the candidate for a steady page with this sample, if the filter says that two pages have it.
     #[inline]
     pub(super) fn candidate(&self, sample: Sample) -> Option<CandidateKind> {
         self.filter
@@ -117,7 +121,7 @@ impl Core {
             .then_some(CandidateKind::Steady(sample, Outcome::Unknown))
     }
 
-    /// Does so for a page that may be on probation.
+    /// Like [`Self::candidate`], for a page that may be on probation.
     #[inline]
     pub(super) fn candidate_on(
         &self,

@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which samples more than one page has.
+//! The filter: which samples do at least two pages have?
+//!
+//! A page whose sample no other page has cannot have an equal. So the scan neither computes its checksum nor
+//! searches a tree for it.
 
 use crate::hash::Sample;
 use core::mem::size_of;
 use kernel::{alloc::KVVec, prelude::*};
 
-/// A blocked counting filter: says of a sample whether at least two pages have it. It never misses two,
-/// and is wrong about few of those that only one page has.
+/// A blocked counting filter of samples. It says whether at least two pages have a sample.
+///
+/// It never misses two pages. It is wrong about few of the samples that only one page has.
 ///
 /// Each sample counts in two 2-bit counters of one word (Putze, Sanders, Singler: "Cache-, Hash- and
-/// Space-Efficient Bloom Filters", 2007, with counters in the place of bits). Eight counters a page make
-/// it two bytes when full; then about one page in fifteen is taken for one that has an equal.
+/// Space-Efficient Bloom Filters", 2007, with counters in place of bits). There are eight counters for each
+/// page, so a full filter takes two bytes per page. It is then wrong about one page in fifteen.
 ///
-/// A counter that has reached its end stays there, as nobody knows how much further it would have
-/// counted; [`Self::is_saturated`] says when enough of these were left behind to count anew.
+/// A counter that has reached its maximum stays there, because its true count is unknown.
+/// [`Self::is_saturated`] says when so many of them are stuck that the filter should be rebuilt.
 ///
 /// # Examples
 ///
@@ -40,23 +44,24 @@ use kernel::{alloc::KVVec, prelude::*};
 /// ```
 pub(crate) struct Filter {
     words: KVVec<u64>,
+    /// How many counters were at their maximum when a page was removed, and so are stuck.
     saturated: usize,
 }
 
 const COUNTERS_PER_PAGE: usize = 8;
 const COUNTERS_PER_WORD: usize = 32;
 const PAGES_PER_WORD: usize = COUNTERS_PER_WORD / COUNTERS_PER_PAGE;
-/// The smallest filter is one page.
+/// The smallest filter takes one page.
 const MIN_WORDS: usize = 512;
-/// The largest is one GiB, for half a billion pages (2 TiB): the kernel's allocator takes a request of 2 GiB
-/// for a mistake, and says so.
+/// The largest filter takes 1 GiB, for half a billion pages (2 TiB). The kernel's allocator warns about
+/// requests of 2 GiB.
 const MAX_WORDS: usize = 1 << 27;
 const MAX: u64 = 3;
-/// The bit of a counter that says "two or more".
+/// The bit of a counter that is set for a count of two or more.
 const TWO: u64 = 2;
 
 impl Filter {
-    /// A filter without memory, which takes every page for one that has an equal.
+    /// Creates a filter without memory. It says of every sample that two pages have it.
     pub(crate) fn new() -> Self {
         Self {
             words: KVVec::new(),
@@ -64,15 +69,18 @@ impl Filter {
         }
     }
 
-    /// A filter for `pages` pages, or as many as the largest one has room for, that has counted none. Fails
-    /// if it would take more than half of `available` bytes.
+    /// Creates an empty filter for `pages` pages, or of the maximum size. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory, or if the filter would take more than half of `available` bytes.
     pub(crate) fn for_pages(pages: usize, available: usize) -> Result<Self> {
         let words = pages
             .div_ceil(PAGES_PER_WORD)
             .checked_next_power_of_two()
             .unwrap_or(MAX_WORDS)
             .clamp(MIN_WORDS, MAX_WORDS);
-        // One can do without: nobody is to be killed for it, as far as what is available can tell.
+        // The filter is optional. Refuse a size that could push the system into OOM.
         if words.saturating_mul(size_of::<u64>()) > available / 2 {
             return Err(ENOMEM);
         }
@@ -82,41 +90,42 @@ impl Filter {
         })
     }
 
-    /// For how many pages there is room.
+    /// Returns the number of pages that the filter has room for.
     pub(crate) fn capacity(&self) -> usize {
         self.words.len().saturating_mul(PAGES_PER_WORD)
     }
 
-    /// Whether it is large enough for `pages` pages, or as large as can be.
+    /// Whether the filter is large enough for `pages` pages, or has the maximum size.
     pub(crate) fn has_room_for(&self, pages: usize) -> bool {
         pages <= self.capacity() || self.words.len() >= MAX_WORDS
     }
 
-    /// Whether one of a quarter of its size would do for `pages` pages, and for as many again.
+    /// Whether a filter of a quarter of the size would have room for `pages` pages, and for as many again.
     pub(crate) fn is_much_too_large_for(&self, pages: usize) -> bool {
         self.words.len() > MIN_WORDS && self.capacity() / 8 >= pages
     }
 
-    /// The memory that it takes, in bytes.
+    /// Returns the size of the filter, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.words.len().saturating_mul(size_of::<u64>())
     }
 
-    /// Whether many counters say more than there is.
+    /// Whether so many counters are stuck at their maximum that the filter should be rebuilt.
     pub(crate) fn is_saturated(&self) -> bool {
         self.saturated > self.capacity() / 8
     }
 
-    /// Which word a sample counts in.
+    /// Returns the index of the word that a sample counts in.
     #[inline(always)]
     fn place(&self, sample: Sample) -> usize {
         (u64::from(sample.get()).wrapping_mul(self.words.len() as u64) >> 32) as usize
     }
 
-    /// How far its two counters are shifted in that word. They are not the same.
+    /// Returns by how many bits its two counters are shifted in that word. They always differ.
     #[inline(always)]
     fn shifts(sample: Sample) -> [u32; 2] {
-        // Another hash of the same bits, or all samples of a word would have the same counters.
+        // The word depends on the high bits of the sample, so hash it again. Otherwise all samples of a word
+        // would share the same counters.
         let hash = sample.get().wrapping_mul(0x9e37_79b1);
         let first = hash >> 27 << 1;
         let second = first ^ (hash >> 21 & 0x3e | 2);
@@ -141,7 +150,7 @@ impl Filter {
         two
     }
 
-    /// Counts one page with this sample less.
+    /// Counts one page less with this sample.
     pub(crate) fn remove(&mut self, sample: Sample) {
         let place = self.place(sample);
         if let Some(word) = self.words.get_mut(place) {

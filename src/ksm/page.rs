@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is remembered of a page, and how that changes.
+//! The state of a page: how its entry changes, and what has to change with it.
+//!
+//! A page goes from seen to steady to unstable to merged, and back to seen when its content changes. The sample
+//! of each tracked page is counted in the filter. An unstable page is queued in the unstable tree, and a merged
+//! page has an rmap item on its stable node. The functions here keep all of that in step with the entry.
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
@@ -23,16 +27,17 @@ use crate::{
 };
 use kernel::{mm::Mm, prelude::*};
 
-/// How many leaves of pages are forgotten under one hold of `state`.
+/// How many leaves are forgotten under one hold of `state`.
 const FORGET_LEAVES: usize = 16;
 
-/// How much is still to be forgotten under this hold of `state`, and what came of it.
+/// The budget for forgetting pages under one hold of `state`, and whether a page could not be forgotten.
 pub(super) struct Forget {
     leaves: usize,
     busy: bool,
 }
 
 impl Forget {
+    /// Allows to forget the pages of [`FORGET_LEAVES`] leaves.
     pub(super) fn new() -> Self {
         Self {
             leaves: FORGET_LEAVES,
@@ -40,6 +45,7 @@ impl Forget {
         }
     }
 
+    /// Allows to forget any number of pages.
     pub(super) fn everything() -> Self {
         Self {
             leaves: usize::MAX,
@@ -47,14 +53,14 @@ impl Forget {
         }
     }
 
-    /// Whether something could not be forgotten, as its merged page is locked by another task.
+    /// Whether a page could not be forgotten, because another task has its merged page locked.
     pub(super) fn was_busy(&self) -> bool {
         self.busy
     }
 }
 
 impl State {
-    /// The entry of the page at `place`, and all that is known of others.
+    /// Returns the entry of the page at `place`, together with the state of all other pages.
     pub(super) fn entry(&mut self, place: PageAddr) -> (Option<&mut PageEntry>, &mut Core) {
         let entry = self
             .mms
@@ -79,8 +85,10 @@ impl State {
         left
     }
 
-    /// Forgets the pages in `from..to` of an address space that `keep` does not keep, and whose merged pages
-    /// are not locked by another task. Goes through as many leaves as `budget` says. Returns where to go on, if
+    /// Forgets the pages of an address space in `from..to` for which `keep` returns `false`.
+    ///
+    /// A merged page that is locked by another task stays, see [`Forget::was_busy`]. Goes through as many
+    /// leaves as `budget` allows, and calls `cond_resched()` after each. Returns the address to continue at, if
     /// there are more.
     pub(super) fn forget_range(
         &mut self,
@@ -97,7 +105,7 @@ impl State {
             let Some(left) = budget.leaves.checked_sub(1) else {
                 return Some(next);
             };
-            // Nothing is to be known for later of what is gone for good.
+            // The leaves of an address space that has exited need not be remembered for their splits.
             let second = known.forgotten_to.is_none().then_some(core.clock.secs());
             next = known.pages.retain_leaf(next, to, second, |addr, entry| {
                 if keep(addr, entry) {
@@ -112,14 +120,18 @@ impl State {
         }
     }
 
-    /// Has a page that could not be merged for the moment tried again in the next pass.
+    /// Has a page that could not be merged now retried in the next pass.
     pub(super) fn retry(&mut self, place: PageAddr) {
         if let Some(known) = self.mms.get_mut(&place.mm_id) {
             known.pages.note_retry(place.addr);
         }
     }
 
-    /// Remembers a page that is not remembered, and that is to be listed.
+    /// Starts to track a page that is not tracked yet, and is about to be listed.
+    ///
+    /// # Errors
+    ///
+    /// `EEXIST` if the page is tracked, `ENOMEM` if there is no memory.
     pub(super) fn remember(&mut self, mm: &Mm, place: PageAddr, sample: Sample) -> Result {
         let known = known_mm(&mut self.mms, mm, place.mm_id).ok_or(ENOMEM)?;
         let pass = self.core.pass;
@@ -137,11 +149,14 @@ impl State {
         result
     }
 
-    /// Puts a page into the unstable tree, in the place of whoever waits under that checksum.
+    /// Queues a page in the unstable tree under `sum`, in place of the page that is queued there.
+    ///
+    /// The page queued there before is steady afterwards. Without memory, `place` is retried in the next pass.
     pub(super) fn unstable_insert(&mut self, place: PageAddr, sum: Checksum) {
         let state = self.entry(place).0.map(|entry| entry.state());
         match state {
-            // An item that is listed must never be dropped; or every candidate is remembered.
+            // Do not replace the entry of a merged page: it owns a listed rmap item. Candidates are always
+            // tracked.
             Some(PageState::Merged(_)) | None => return,
             Some(PageState::Unstable(old)) if old == sum => return,
             Some(PageState::Unstable(old)) => self.leave_unstable(place, old),
@@ -170,7 +185,7 @@ impl State {
         }
     }
 
-    /// Whether the page at `place` waits under `sum`, as far as its entry tells.
+    /// Whether the page at `place` is queued under `sum`, according to its entry.
     pub(super) fn waits(&mut self, place: PageAddr, sum: Checksum) -> bool {
         let (entry, _) = self.entry(place);
         entry.is_some_and(
@@ -178,7 +193,8 @@ impl State {
         )
     }
 
-    /// Takes the page at `place` out of the unstable tree if it waits under `sum`: it is steady from now on.
+    /// Removes the page at `place` from the unstable tree if it is queued under `sum`. The page is steady
+    /// afterwards.
     pub(super) fn leave_unstable(&mut self, place: PageAddr, sum: Checksum) {
         if !self.waits(place, sum) {
             return;
@@ -189,7 +205,9 @@ impl State {
         }
     }
 
-    /// Notes that the page at `place`, which is remembered with the same sample, was merged.
+    /// Records that the page at `place` was merged into the node `key`, with `item` as its rmap item.
+    ///
+    /// The page must be tracked, and its entry have the sample of `item`.
     pub(super) fn merged(&mut self, place: PageAddr, item: ItemBox, key: StableKey) {
         self.core.items = self.core.items.saturating_add(1);
         self.core.bump_retry_seq();
@@ -198,7 +216,7 @@ impl State {
         if item.mappings() >= self.core.max_sharing {
             self.core.index.set_full(key);
         }
-        // What is merged is looked at in the next pass, which may have been going to skip the area.
+        // The next pass scans the leaf, even if it was about to skip it: a merged page is watched for writes.
         let State { mms, core, .. } = self;
         let known = mms.get_mut(&place.mm_id);
         let entry = known.and_then(|known| known.pages.get_changed(place.addr));
@@ -211,12 +229,12 @@ impl State {
                 let old = core::mem::replace(entry, PageEntry::merged(item));
                 core.remove_from_tree(place, old.state());
             }
-            // Every candidate is remembered, and is not merged; or else the item would be lost, and say so.
+            // Cannot happen: each candidate is tracked and not merged. The drop leaks the item, and logs that.
             _ => drop(item),
         }
     }
 
-    /// Notes that a page has changed since its sample was taken, and has this one now.
+    /// Records that a page has changed since it was sampled, and has `sample` now.
     pub(super) fn changed(&mut self, place: PageAddr, sample: Sample) -> Outcome {
         if let (Some(entry), core) = self.entry(place) {
             core.page_changed(place, entry, sample);
@@ -225,7 +243,7 @@ impl State {
         Outcome::NotYet
     }
 
-    /// Notes that something happened to a page whose area has been accounted for already.
+    /// Records a change to a page of a leaf for which [`MmState::note`](super::MmState::note) has run already.
     pub(super) fn note_change(&mut self, place: PageAddr) {
         if let Some(known) = self.mms.get_mut(&place.mm_id) {
             known.pages.note_change(place.addr);
@@ -234,28 +252,30 @@ impl State {
 }
 
 impl Core {
-    /// Notes that a page with this sample is remembered from now on.
+    /// Starts to track a page with this sample.
     pub(super) fn track_page(&mut self, sample: Sample) {
         self.changes = self.changes.wrapping_add(1);
         self.count(sample);
         self.pages = self.pages.saturating_add(1);
     }
 
-    /// Counts one more page with this sample.
+    /// Counts one more page with this sample in the filter.
     pub(super) fn count(&mut self, sample: Sample) {
         if self.filter.add(sample) {
             self.bump_retry_seq();
         }
     }
 
-    /// Has pages that are steady looked at again in the next pass: for any of them something may have changed.
-    /// (For what concerns a single page, see [`State::retry`].)
+    /// Has the next pass retry all steady pages, because any of them may have got an equal.
+    ///
+    /// To retry a single page, call [`State::retry`].
     pub(super) fn bump_retry_seq(&mut self) {
         self.retry_seq = self.retry_seq.wrapping_add(1);
     }
 
-    /// Notes that a page is no longer remembered, and takes it out of whichever tree it is in. Returns whether
-    /// that was possible now, see [`Self::release_item`]; if not, it has to stay as it is.
+    /// Stops tracking a page, and removes it from the tree that it is in.
+    ///
+    /// Returns whether that was possible now, see [`Self::release_item`]. If not, the entry has to stay.
     pub(super) fn untrack_page(&mut self, place: PageAddr, entry: &mut PageEntry) -> bool {
         if !self.release_item(entry) {
             return false;
@@ -267,9 +287,10 @@ impl Core {
         true
     }
 
-    /// Changes what is remembered of a page to "seen with this sample": its content is not what it was. Returns
-    /// whether that was possible now, see [`Self::release_item`]; if not, the next pass finds the page changed
-    /// again.
+    /// Records that the content of a page has changed: the page is seen, with this sample.
+    ///
+    /// Returns whether that was possible now, see [`Self::release_item`]. If not, the next pass finds the
+    /// change again.
     fn page_changed(&mut self, place: PageAddr, entry: &mut PageEntry, sample: Sample) -> bool {
         let (merged_in, strikes) = (entry.merged_in(), entry.strikes());
         let hidden = entry.sample() == sample;
@@ -282,9 +303,11 @@ impl Core {
         true
     }
 
-    /// The strikes of a page that was written to, as far as its old entry tells, which says when it was merged, and
-    /// how many strikes it had: more when the write came soon after the merge, so that merging it was no gain.
-    /// `hidden`: its sample is what it was.
+    /// Returns the strikes of a page that was written to: more than before if the write came soon after the
+    /// merge, so that the merge was no gain.
+    ///
+    /// `merged_in` is the beat of the merge, `strikes` are those from before. `hidden`: the sample is the same
+    /// as before.
     fn strikes_after(&mut self, merged_in: Option<u32>, strikes: Strikes, hidden: bool) -> Strikes {
         match merged_in {
             Some(beat) => {
@@ -294,13 +317,13 @@ impl Core {
                 }
                 strikes.after_write(age, hidden)
             }
-            // Nobody had to look for long to see that.
+            // The page was not merged, so the change has cost nothing.
             None => strikes,
         }
     }
 
-    /// Changes what is remembered of a page that is not merged to another entry, and undoes what the old one stood
-    /// for.
+    /// Replaces the entry of a page that is not merged. Updates the filter, the tree and the counters that
+    /// depend on it.
     pub(super) fn replace(&mut self, place: PageAddr, entry: &mut PageEntry, new: PageEntry) {
         self.changes = self.changes.wrapping_add(1);
         if let PageState::Steady(_) = new.state() {
@@ -315,7 +338,7 @@ impl Core {
         self.remove_from_tree(place, old.state());
     }
 
-    /// Changes the entry of a page that does not wait, and is not merged, to another with the same sample.
+    /// Replaces the entry of a page that is neither queued nor merged by one with the same sample.
     pub(super) fn set_page_state(&mut self, entry: &mut PageEntry, new: PageEntry) {
         self.changes = self.changes.wrapping_add(1);
         let old = core::mem::replace(entry, new);
@@ -327,7 +350,7 @@ impl Core {
         }
     }
 
-    /// Undoes what the state of a page that is not merged stands for, besides its sample.
+    /// Updates the counter or the unstable tree for a page that leaves `state`. The page is not merged.
     fn remove_from_tree(&mut self, place: PageAddr, state: PageState) {
         match state {
             PageState::Steady(_) => self.steady = self.steady.saturating_sub(1),
@@ -336,9 +359,12 @@ impl Core {
         }
     }
 
-    /// Takes the rmap item, if there is one, out of a entry and off its node, and frees both where possible.
-    /// Returns whether the entry is without one now. If not, because another task has the merged page locked,
-    /// it still says "merged": an item that is listed must never be dropped.
+    /// Takes the rmap item, if there is one, out of an entry and off its node, and frees it.
+    ///
+    /// A node that is stale is freed as well. One without items becomes an orphan.
+    ///
+    /// Returns whether the entry is without an item now. If not, another task has the merged page locked, and
+    /// the entry still says "merged", because a listed item must not be dropped.
     pub(super) fn release_item(&mut self, entry: &mut PageEntry) -> bool {
         let Some(mut item) = entry.take_item() else {
             return true;
@@ -363,8 +389,10 @@ impl Core {
         true
     }
 
-    /// Does [`Self::classify_page`] for pages that follow each other, from number `first` of the batch on, and
-    /// that are remembered as `entries` say. `retry_steady`: see [`Cursor`](super::scan::Cursor).
+    /// Calls [`Self::classify_page`] for consecutive pages of the batch, from index `first` on, with these
+    /// `entries`.
+    ///
+    /// Adds the candidates to `scratch`. `retry_steady`: see [`Cursor`](super::scan::Cursor).
     pub(super) fn classify_range(
         &mut self,
         mm_id: MmId,
@@ -373,8 +401,8 @@ impl Core {
         scratch: &mut ScanBuffer,
         retry_steady: bool,
     ) {
-        for (nth, entry) in entries.iter_mut().enumerate() {
-            let Some(&page) = scratch.batch.pages().get(first.wrapping_add(nth)) else {
+        for (i, entry) in entries.iter_mut().enumerate() {
+            let Some(&page) = scratch.batch.pages().get(first.wrapping_add(i)) else {
                 break;
             };
             let kind = if page.is_unchanged(entry) {
@@ -398,8 +426,9 @@ impl Core {
         }
     }
 
-    /// Compares what a page is with what is remembered of it, and says whether it is worth trying to
-    /// merge. `retry_steady`: see [`Cursor`](super::scan::Cursor).
+    /// Compares a page with its entry, updates the entry, and returns whether the page is a candidate.
+    ///
+    /// `retry_steady`: whether a page that was steady before may be one, see [`Cursor`](super::scan::Cursor).
     #[inline]
     pub(super) fn classify_page(
         &mut self,
@@ -432,27 +461,30 @@ impl Core {
                 }
                 let kind = self.candidate_on(Some(probation), new);
                 if kind.is_none() {
-                    // Nobody has an equal, so it does not matter for now whether it has held still.
+                    // No other page has this sample, so it does not matter for now whether the page has held
+                    // still.
                     self.set_page_state(entry, PageEntry::steady_on(new, probation));
                 }
                 kind
             }
             (PageState::Unstable(sum), Seen::Anon(new)) if sum.sample() == new => {
-                // Who waits under `unknown` was not compared with merged pages when none took another page:
-                // now there may be room. Newcomers go there, and never find this one.
+                // A page queued under `unknown` was never compared with KSM pages if all of them were full at
+                // the time. If one has room now, new pages merge into it directly and never find this page in
+                // the unstable tree, so retry it here.
                 let has_nowhere_to_go =
                     || sum.is_unknown() && self.index.nodes_like(new) == NodesLike::None;
                 if !self.refreshing || has_nowhere_to_go() {
-                    // It has to be found out here when it is zero now, or when that matters from now on:
-                    // no equal page ever comes to wait.
+                    // Check here whether the page is all zeroes: it may have become so, or `use_zero_pages` may
+                    // have been set since. No equal page is ever queued that would find it.
                     let may_be_zero = self.zeroes.is_some_and(|zeroes| zeroes.contains(new));
                     return may_be_zero.then_some(CandidateKind::Zero);
                 }
                 if !sum.is_unknown() {
-                    // If its checksum has not changed, it goes on waiting, and that is retry_steady for nobody.
+                    // The page stays queued if its checksum has not changed. That is no reason to retry other
+                    // pages.
                     return Some(CandidateKind::Steady(new, Outcome::Waiting(sum)));
                 }
-                // It waits again, under the checksum that it has now. That is no event for the area.
+                // Queue the page again, under the checksum that it has now. This is not a change of the leaf.
                 let changes = self.changes;
                 self.index.unstable_remove(sum, place);
                 self.make_steady(entry, sum);
@@ -461,9 +493,10 @@ impl Core {
             }
             (PageState::Merged(Some(old)), Seen::Ksm(Some(new))) if old == new => None,
             (_, Seen::Anon(new)) => {
-                // New content, or somebody wrote to what was merged.
+                // The content is new, or the merged page was written to.
                 self.page_changed(place, entry, new);
-                // With few strikes it may merge in the next pass, if its checksum is known by then.
+                // With few strikes, the page may merge in the next pass, provided that its checksum is known by
+                // then.
                 let strikes = entry.strikes();
                 (!strikes.is_none() && strikes.are_few())
                     .then_some(CandidateKind::Steady(new, Outcome::OnProbation))
@@ -480,7 +513,7 @@ impl Core {
         }
     }
 
-    /// Changes the entry of a page that waits under `sum` to "steady". The unstable tree has it no more.
+    /// Makes a page that was queued under `sum` steady. The caller has removed it from the unstable tree.
     pub(super) fn make_steady(&mut self, entry: &mut PageEntry, sum: Checksum) {
         let now = self.clock.secs();
         let probation = Probation::new(entry.strikes(), Print::of(sum), now);
