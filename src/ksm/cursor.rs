@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where a pass is.
+//! The position of a pass: an address space, and an address in it.
 
 use super::index::MmId;
 
-/// How far a pass has come in the address spaces, which it goes through in the order in which they came.
+/// The position of a pass. It goes through the address spaces in the order of their registration.
 pub(crate) struct Position {
-    /// The address space whose turn it is, or was when it is gone; numbers begin at 1.
+    /// The current address space. It may have exited. Numbers begin at 1.
     mm_id: MmId,
-    /// The next address in it.
+    /// The address in it to continue at.
     addr: usize,
-    /// The last address space that belongs to this pass; `None` between passes. Who comes later
-    /// waits for the next pass, so that new areas try_free_orphan down a little.
+    /// The last address space of this pass; `None` between passes.
+    ///
+    /// Address spaces that are registered later wait for the next pass, so that new processes can settle down a
+    /// little.
     last: Option<MmId>,
-    /// Whether the pass has been through all of them, and comes back to this one only.
+    /// Whether the pass has visited all address spaces, and only comes back to this one.
     only_this: bool,
 }
 
 impl Position {
-    /// Between passes.
+    /// Creates a position between passes.
     pub(crate) fn new() -> Self {
         Self {
             mm_id: 1,
@@ -28,12 +30,12 @@ impl Position {
         }
     }
 
-    /// Whether no pass has begun.
+    /// Whether no pass is under way.
     pub(crate) fn is_between_passes(&self) -> bool {
         self.last.is_none()
     }
 
-    /// Begins a pass, to which those up to `last` belong.
+    /// Begins a pass over the address spaces up to `last`.
     pub(crate) fn begin(&mut self, last: MmId) {
         *self = Self {
             last: Some(last),
@@ -41,26 +43,28 @@ impl Position {
         };
     }
 
-    /// Goes back to the first of those that belong to this pass.
+    /// Moves back to the first address space of this pass.
     pub(crate) fn rewind(&mut self) {
         self.go_to(1);
         self.only_this = false;
     }
 
-    /// Comes back to one that was left before its end, at `addr`, and to that one only.
+    /// Moves back to an address space that was left before its end, at `addr`, and to no other one.
     pub(crate) fn come_back_to(&mut self, mm_id: MmId, addr: usize) {
         self.mm_id = mm_id;
         self.addr = addr;
         self.only_this = true;
     }
 
-    /// The one whose turn it is, and the next address in it.
+    /// Returns the current address space, and the address to continue at.
     pub(crate) fn here(&self) -> (MmId, usize) {
         (self.mm_id, self.addr)
     }
 
-    /// Finds out whose turn it is: still that of the same one, else that of the next which is there.
-    /// `next` tells who is the first behind a number. `None`: all of this pass had theirs.
+    /// Finds the current address space: the same one as long as it is registered, else the next one.
+    ///
+    /// `next` returns the first registered address space with a number above its argument. `None`: there is
+    /// none left in this pass.
     pub(crate) fn turn<T>(
         &mut self,
         next: impl FnOnce(MmId) -> Option<(MmId, T)>,
@@ -76,17 +80,17 @@ impl Position {
         Some(found)
     }
 
-    /// Where to go on in the one whose turn it is. 0: it has just begun.
+    /// Returns the address to continue at in the current address space. 0: at its start.
     pub(crate) fn addr(&self) -> usize {
         self.addr
     }
 
-    /// Goes on at `addr` in the one whose turn it is.
+    /// Continues at `addr` in the current address space.
     pub(crate) fn move_to(&mut self, addr: usize) {
         self.addr = addr;
     }
 
-    /// The one whose turn it is has had it.
+    /// Leaves the current address space. The pass is done with it for now.
     pub(crate) fn leave(&mut self) {
         let next = match self.last {
             Some(last) if self.only_this => last,
@@ -95,6 +99,7 @@ impl Position {
         self.go_to(next.saturating_add(1));
     }
 
+    /// Moves to the start of an address space.
     fn go_to(&mut self, mm_id: MmId) {
         self.mm_id = mm_id;
         self.addr = 0;

@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The address spaces to which a pass comes back.
+//! The address spaces that a pass retries at its end, because their `mmap_lock` was contended.
 
-/// The most address spaces that are remembered; what is beyond has to wait for the next pass.
+/// The most address spaces that are remembered. Any others are left to the next pass.
 const MAX_DEFERRED: usize = 32;
 
-/// How often all of them are tried again in vain before the pass ends without them.
+/// How many times all of them may turn out to be locked before the pass ends without them.
 const MAX_ROUNDS: u32 = 16;
 
-/// Address spaces whose `mmap_lock` could not be had, each with where the pass left it.
+/// Address spaces whose `mmap_lock` was contended, in the order in which they are retried.
+///
+/// `T` says which one it is, and where the pass left it.
 pub(crate) struct Deferred<T> {
     places: [Option<T>; MAX_DEFERRED],
     len: usize,
-    /// How many were tried in vain since one was not.
+    /// How many attempts have failed in a row.
     in_vain: usize,
     rounds: u32,
 }
 
 impl<T: Copy> Deferred<T> {
-    /// None.
+    /// Creates an empty queue.
     pub(crate) const fn new() -> Self {
         Self {
             places: [None; MAX_DEFERRED],
@@ -28,7 +30,7 @@ impl<T: Copy> Deferred<T> {
         }
     }
 
-    /// Remembers one, behind all others, if there is room.
+    /// Appends an address space, if there is room.
     pub(crate) fn push(&mut self, place: T) {
         if let Some(last) = self.places.get_mut(self.len) {
             *last = Some(place);
@@ -36,7 +38,7 @@ impl<T: Copy> Deferred<T> {
         }
     }
 
-    /// Takes the first one out.
+    /// Takes the first address space out.
     pub(crate) fn pop(&mut self) -> Option<T> {
         let left = self.len.checked_sub(1)?;
         let first = self.places.first_mut()?.take();
@@ -45,13 +47,15 @@ impl<T: Copy> Deferred<T> {
         first
     }
 
-    /// Notes that the one taken out last could be locked.
+    /// Notes that the `mmap_lock` of the address space taken out last was free.
     pub(crate) fn note_locked(&mut self) {
         self.in_vain = 0;
     }
 
-    /// Puts the one taken out last back: it could not be locked this time either. Returns whether all of them
-    /// were tried in vain, so that it is time to wait a little. After so many rounds they are forgotten.
+    /// Puts the address space that was taken out last back at the end, because it is still locked.
+    ///
+    /// Returns whether all of them were tried since one was free, so that the caller should wait a little.
+    /// After [`MAX_ROUNDS`] such rounds all are dropped.
     pub(crate) fn put_back(&mut self, place: T) -> bool {
         self.push(place);
         self.in_vain = self.in_vain.saturating_add(1);

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The scan: one pass after the other over all mergeable pages, some pages at a time.
+//! The scan: passes over all mergeable memory, one batch of pages at a time.
+//!
+//! A step locks `state`, takes samples of up to [`BATCH_PAGES`] pages of one address space, compares them with
+//! their entries, and merges the candidates among them. `mmap_lock` is only tried. A pass comes back at its end
+//! to address spaces whose lock was contended.
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
@@ -33,32 +37,34 @@ use kernel::{
     time::{Delta, Instant, Monotonic},
 };
 
-/// How far the current pass has come.
+/// The progress of the current pass.
 pub(super) struct Cursor {
-    /// Where it is.
+    /// Where the pass is.
     pub(super) at: Position,
-    /// To which address spaces it comes back, because they were locked.
+    /// The address spaces to come back to, because they were locked.
     deferred: Deferred<(MmId, usize)>,
-    /// Whether it does so now.
+    /// Whether the pass is coming back to these.
     coming_back: bool,
-    /// Whether anything happened since the pass before this one began that a page which was steady
-    /// and has not changed since may profit from (see [`Core::bump_retry_seq`]).
+    /// Whether to retry steady pages: since the previous pass began, something has happened that may have given
+    /// one of them an equal. See [`Core::bump_retry_seq`].
     retry_steady: bool,
-    /// [`Core::retry_seq`] when this pass began.
+    /// The value of [`Core::retry_seq`] when this pass began.
     retry_seq: u64,
-    /// Whether this pass skips leaves that are not worth looking at.
+    /// Whether this pass skips leaves in which nothing has changed for some passes (`smart_scan`).
     skipping: bool,
-    /// Whether all pages were looked at, and those that have an equal are merged now, at first sight.
+    /// Whether all pages were scanned, and the eager phase is under way: pages that were seen once and have an
+    /// equal merge.
     gathering: bool,
-    /// Whether all is done but to try again what per-CPU LRU batches may have held.
+    /// Whether only pages that a per-CPU LRU batch may have held are left to retry.
     retrying: bool,
     /// When the pass began; `None` between passes.
     began: Option<Instant<Monotonic>>,
-    /// How many pages it has looked at or skipped.
+    /// How many pages the pass has scanned or skipped.
     pages: usize,
 }
 
 impl Cursor {
+    /// Creates a cursor between passes.
     pub(super) fn new() -> Self {
         Self {
             at: Position::new(),
@@ -75,30 +81,33 @@ impl Cursor {
     }
 }
 
-/// What one step of a scan came to.
+/// The result of one step of a scan.
 enum Step {
-    /// So many pages were looked at.
+    /// This many pages were scanned.
     Looked(usize),
-    /// All address spaces that are left are locked by others.
+    /// All address spaces that are left were found locked.
     Locked,
-    /// Per-CPU LRU batches are in the way.
+    /// Per-CPU LRU batches may hold pages. Drain them.
     Batched,
-    /// The pass is complete, and had so many pages.
+    /// The pass is complete, and had this many pages.
     PassDone(usize),
 }
 
-/// How long to wait, in milliseconds, when all address spaces that are left of a pass are locked by others.
+/// How long to wait when all address spaces that are left of a pass are locked, in milliseconds.
 const LOCKED_MS: u32 = 20;
 
 /// How many pages are merged under one hold of `mmap_lock`.
 const JOIN_PAGES: usize = 16;
 
-/// Tells merged pages that are there to stay from those that are gone, where the walk did not come by them.
+/// Decides whether a merged page that the walk did not visit keeps its rmap item.
+///
+/// `MADV_UNMERGEABLE` leaves pages behind that it cannot unshare, and a fork inherits them. They stay mapped in
+/// VMAs that are not mergeable, so they stay listed.
 struct GapCheck<'a> {
     mm: &'a Mm,
-    /// Taken when there is something to look at.
+    /// The `mmap_lock`, tried when the first merged page is to be checked.
     lock: Option<Result<MmapLock<'a>, NotLocked>>,
-    /// A page is still merged, in a VMA that is not mergeable.
+    /// Whether a page was found to be still merged, in a VMA that is not mergeable.
     found_stray: bool,
 }
 
@@ -111,7 +120,7 @@ impl<'a> GapCheck<'a> {
         }
     }
 
-    /// Whether the page at `addr`, of which `entry` is remembered, is still merged, or may be.
+    /// Whether the page at `addr` with this entry is still merged, or may be.
     fn keeps(&mut self, addr: usize, entry: &PageEntry) -> bool {
         let PageState::Merged(Some(node)) = entry.state() else {
             return false;
@@ -132,19 +141,21 @@ impl<'a> GapCheck<'a> {
 }
 
 impl Engine {
-    /// Scans `pages_to_scan` pages, or to the end of the pass. If that was reached, returns how many pages the pass
+    /// Scans `pages_to_scan` pages, or up to the end of the pass. At the end, returns how many pages the pass
     /// had.
+    ///
+    /// The caller holds no lock. Takes `state` for one step at a time, and may sleep.
     pub(super) fn scan(&self, current: &KthreadContext) -> Option<usize> {
         let mut budget = self.pages_to_scan.load(Relaxed) as usize;
         let mut mapped = None;
         while budget > 0 && !current.should_stop() && !current.is_freezing() {
             current.cond_resched();
             let mut state = self.state.lock();
-            // Whoever writes to `run`, or takes memory offline, holds the lock too.
+            // `run` is written, and `offlining` set, with `state` locked. So check them under the lock.
             if self.run() != run::MERGE || self.is_offlining() {
                 break;
             }
-            // What takes longer is done without the lock.
+            // Slow operations run without the lock.
             if state.cursor.at.is_between_passes() && mapped.is_none() {
                 drop(state);
                 mapped = Some(self.mapped_pages());
@@ -161,16 +172,16 @@ impl Engine {
             }
             let step = self.step(&mut state, budget, current);
             self.update_stats(&state);
-            let undo = !state.to_break.is_empty();
+            let has_pending = !state.to_break.is_empty();
             drop(state);
-            if undo {
+            if has_pending {
                 self.break_cow_pending();
             }
             match step {
                 Step::Looked(pages) => {
                     self.stats.add_scanned(pages);
-                    // To find nothing costs time, too: nobody is to keep us from sleeping with memory
-                    // that is not there.
+                    // A step without pages takes time, too. Charge it, so that sparse address spaces do not
+                    // keep the thread from sleeping.
                     budget = budget.saturating_sub(pages.max(1));
                 }
                 Step::Locked => current.sleep(Some(LOCKED_MS), || {
@@ -183,7 +194,7 @@ impl Engine {
         None
     }
 
-    /// Looks at the next few pages, `budget` at most, and merges what it can.
+    /// Scans the next batch, `budget` pages at most, and merges what it can. `state` is locked.
     fn step(&self, state: &mut State, budget: usize, current: &KthreadContext) -> Step {
         let hasher = self.hasher(&state.core);
         state.use_zero_page(hasher, self.use_zero_pages.load(Relaxed) != 0);
@@ -193,11 +204,11 @@ impl Engine {
             }
             self.start_pass(state, current);
         }
-        let turn = state
+        let current_mm = state
             .cursor
             .at
             .turn(|after| self.registry.lock().next(after));
-        let Some((mm_id, mm)) = turn else {
+        let Some((mm_id, mm)) = current_mm else {
             if let Some((mm_id, addr)) = state.cursor.deferred.pop() {
                 state.cursor.at.come_back_to(mm_id, addr);
                 state.cursor.coming_back = true;
@@ -214,9 +225,9 @@ impl Engine {
                     state.cursor.deferred.note_locked();
                     memcg::charge(&mm, || self.step_mm(state, mm_id, lock, budget))
                 }
-                // Its pages are worth waiting for, but not now and not with `state` locked.
+                // Come back to its pages later in the pass, but do not wait with `state` locked.
                 Err(NotLocked::Contended) => return state.cursor.defer(),
-                // It will be reported dead any moment.
+                // `ksm_exit()` is about to report it.
                 Err(NotLocked::Exiting) => None,
             }
         };
@@ -230,6 +241,7 @@ impl Engine {
         }
     }
 
+    /// Begins a pass over the address spaces that are registered now.
     fn start_pass(&self, state: &mut State, current: &KthreadContext) {
         let last = self.registry.lock().last_id();
         let core = &mut state.core;
@@ -254,7 +266,7 @@ impl Engine {
         trace::start_scan(self.stats.full_scans.load(Relaxed), state.core.pages);
     }
 
-    /// How many anonymous pages all registered processes have.
+    /// Returns how many anonymous pages all registered processes have. Takes `registry` for a moment at a time.
     fn mapped_pages(&self) -> usize {
         let mut sum = 0usize;
         let mut mm_id = 0;
@@ -269,6 +281,8 @@ impl Engine {
         }
     }
 
+    /// Ends the walk of a pass: first comes the eager phase, then the retry of pages in LRU batches, then the
+    /// pass is complete.
     fn end_pass(&self, state: &mut State, current: &KthreadContext) -> Step {
         if self.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
             state.cursor.at.rewind();
@@ -296,7 +310,7 @@ impl Engine {
         Step::PassDone(pages)
     }
 
-    /// Tries once more to merge some of the pages that per-CPU LRU batches may have held, of one address space.
+    /// Retries up to [`JOIN_PAGES`] pages of one address space that a per-CPU LRU batch may have held.
     fn retry_batched(&self, state: &mut State) {
         let State {
             mms,
@@ -347,7 +361,7 @@ impl Engine {
         state.scratch = Some(taken);
     }
 
-    /// Has the advisor decide how many pages to look at before sleeping, after a pass that took so long.
+    /// Has the advisor set `pages_to_scan`, after a pass that took `took`.
     fn advise(&self, took: Delta, current: &KthreadContext) {
         let mut advisor = self.advisor.lock();
         let millis = u64::try_from(took.as_millis()).unwrap_or(0);
@@ -359,7 +373,7 @@ impl Engine {
         }
     }
 
-    /// Looks at the next few pages of one address space. `None`: there are no more.
+    /// Scans and merges the next batch of one address space. `None`: there are no more pages.
     fn step_mm(
         &self,
         state: &mut State,
@@ -369,15 +383,17 @@ impl Engine {
     ) -> Option<usize> {
         let mm = lock.mm();
         let mut scratch = state.scratch.take()?;
-        let more = self.scan_batch(state, mm_id, lock, budget, &mut scratch);
+        let has_more = self.scan_batch(state, mm_id, lock, budget, &mut scratch);
         self.merge_candidates(state, mm_id, mm, &mut scratch);
         let looked = scratch.batch.pages().len();
         state.scratch = Some(scratch);
-        more.then_some(looked)
+        has_more.then_some(looked)
     }
 
-    /// Merges what is remembered of the next few pages of one address space, at first sight. `None`: there
-    /// are no more.
+    /// Merges pages of the next leaf of one address space that this pass saw for the first time, for the eager
+    /// phase.
+    ///
+    /// Reads entries only, and does not walk page tables. `None`: there are no more leaves.
     fn gather_mm(&self, state: &mut State, mm_id: MmId, mm: &Mm) -> Option<usize> {
         let mut scratch = state.scratch.take()?;
         scratch.len = 0;
@@ -403,15 +419,15 @@ impl Engine {
         Some(count)
     }
 
-    /// Merges the candidates of one address space, as far as that is possible now.
+    /// Merges the candidates of one address space that can be merged now.
     fn merge_candidates(&self, state: &mut State, mm_id: MmId, mm: &Mm, scratch: &mut ScanBuffer) {
         let hasher = self.hasher(&state.core);
         let count = scratch.len;
         let candidates = scratch.candidates.get_mut(..count).unwrap_or(&mut []);
-        for few in candidates.chunks_mut(JOIN_PAGES) {
-            state.join_all(hasher, mm, mm_id, few);
-            // The rest takes the mmap_lock of two address spaces, one after the other.
-            for candidate in few.iter().flatten() {
+        for chunk in candidates.chunks_mut(JOIN_PAGES) {
+            state.join_all(hasher, mm, mm_id, chunk);
+            // The others need the `mmap_lock` of two address spaces, so they are merged one by one.
+            for candidate in chunk.iter().flatten() {
                 let is_starved = state.core.starved.get();
                 let place = PageAddr {
                     mm_id,
@@ -436,8 +452,9 @@ impl Engine {
         }
     }
 
-    /// Looks at the next few pages of one address space, and puts those that are worth trying to merge
-    /// into `scratch`. Returns whether there were any left to look at.
+    /// Walks the next pages of one address space, classifies them, and puts the candidates into `scratch`.
+    ///
+    /// Drops `lock` after the walk. Returns whether the address space may have more pages.
     fn scan_batch(
         &self,
         state: &mut State,
@@ -457,7 +474,7 @@ impl Engine {
         let from = state.cursor.at.addr();
         let mut next = from;
         let mut vmas = HOLD_VMAS;
-        // What is skipped from here on, if anything is: up to its last address.
+        // The first and the last address of the range to skip from here on, if any.
         let mut skipped = None;
         let mut newly_skipped = 0;
         while !scratch.batch.is_full(budget) {
@@ -472,7 +489,7 @@ impl Engine {
             let start = next.max(vma.start());
             let limit = match state.next_skipped(mm_id, start, &mut newly_skipped) {
                 Ok((first, last)) if first <= start => {
-                    // What is before it is done with first; then go on behind it.
+                    // Finish what is before the skipped leaves first, then continue behind them.
                     if next == from {
                         skipped = Some((start.min(first.max(from)), last));
                     }
@@ -486,7 +503,7 @@ impl Engine {
             next = walk::fill(&vma, start, limit, budget, hasher, batch);
             state.core.found_strays |= !vma.is_mergeable() && batch.pages().len() != before;
         }
-        // What was seen is compared later anyway.
+        // The samples may be outdated from here on. The merge compares the pages themselves.
         drop(lock);
         self.stats.add_skipped(newly_skipped);
         let looked = scratch.batch.pages().len();
@@ -503,7 +520,7 @@ impl Engine {
         }
         let (gap_end, last) = skipped.unwrap_or((usize::MAX, usize::MAX));
         if let Some(addr) = state.forget_gap(mm, mm_id, from, gap_end, &mut left) {
-            // That is enough for once.
+            // The budget for this step is used up.
             state.cursor.at.move_to(addr);
             return true;
         }
@@ -513,7 +530,7 @@ impl Engine {
 }
 
 impl Cursor {
-    /// Leaves the address space whose turn it is, which is locked by another task, to come back later.
+    /// Leaves the current address space, which is locked by another task, to come back later.
     fn defer(&mut self) -> Step {
         let (mm_id, addr) = self.at.here();
         self.at.leave();
@@ -527,8 +544,10 @@ impl Cursor {
 }
 
 impl MmState {
-    /// Notes with the area around `addr` whether anything happened to its pages since there were so many
-    /// `changes`, and how many of these were written to soon after they were merged.
+    /// Updates the leaf that `addr` is in after its pages were classified.
+    ///
+    /// Notes whether [`Core::changes`] has moved on from `changes`, and how many pages were written to soon
+    /// after their merge.
     fn note(&mut self, addr: usize, changes: u64, core: &mut Core) {
         if core.changes != changes {
             self.pages.note_change(addr);
@@ -541,15 +560,17 @@ impl MmState {
 }
 
 impl State {
-    /// Notes that a page was left alone because a per-CPU LRU batch may hold it. Those that are too many, and
-    /// those that still cannot be merged at the end of the pass, wait for the next one.
+    /// Notes that a page could not be merged because a per-CPU LRU batch may hold it, so that it is retried at
+    /// the end of the pass.
+    ///
+    /// If there is no room, or if the retry fails as well, the page waits for the next pass.
     pub(super) fn note_batched(&mut self, place: PageAddr) {
         if !self.cursor.retrying {
             let _ = self.batched.push_within_capacity(place);
         }
     }
 
-    /// The next leaves of an address space that this pass skips, see [`PageMap::next_skipped`].
+    /// Finds the next leaves of an address space that this pass skips, see [`PageMap::next_skipped`].
     fn next_skipped(
         &mut self,
         mm_id: MmId,
@@ -567,8 +588,9 @@ impl State {
         }
     }
 
-    /// Forgets what is remembered of `from..to`, where no page to be looked at is left. Goes through as
-    /// many leaves as `budget` says. Returns where to go on, if there are more.
+    /// Forgets the pages in `from..to`, where the walk found none, except those that [`GapCheck`] keeps.
+    ///
+    /// Goes through as many leaves as `budget` allows. Returns the address to continue at, if there are more.
     fn forget_gap(
         &mut self,
         mm: &Mm,
@@ -578,16 +600,17 @@ impl State {
         budget: &mut Forget,
     ) -> Option<usize> {
         let mut check = GapCheck::new(mm);
-        let more = self.forget_range(mm_id, from, to, budget, |addr, entry| {
+        let next = self.forget_range(mm_id, from, to, budget, |addr, entry| {
             check.keeps(addr, entry)
         });
         self.core.found_strays |= check.found_stray;
-        more
+        next
     }
 
-    /// Compares the pages of a batch, which covers `from..to`, with what is remembered of them. What is
-    /// remembered of addresses without a page is outdated and goes, as much of it as `budget` says. Returns
-    /// how far this came.
+    /// Updates the tracked pages in `from..to` with the batch, which covers that range.
+    ///
+    /// Pages of the batch are classified. Tracked pages that the batch does not have are forgotten, as many as
+    /// `budget` allows. Returns the address up to which this was done.
     fn update_tracked(
         &mut self,
         mm: &Mm,
@@ -602,7 +625,7 @@ impl State {
         while let Some(first) = scratch.batch.pages().get(done) {
             let addr = first.addr();
             let leaf_end = PageMap::<PageEntry>::leaf_end(addr);
-            // Up to the first page, then from there on together with the pages of its leaf.
+            // First the gap before the page, then the page together with the others of its leaf.
             if covered < addr {
                 if let Some(left) = self.forget_gap(mm, mm_id, covered, addr, budget) {
                     return left;
@@ -630,7 +653,10 @@ impl State {
         to
     }
 
-    /// Does so for `count` pages from number `first` on, which are all in one leaf.
+    /// Classifies `count` pages of the batch from index `first` on, all in one leaf. Adds candidates to
+    /// `scratch`.
+    ///
+    /// Starts to track those that are new. Forgets tracked pages between them.
     fn update_leaf(
         &mut self,
         mm: &Mm,
@@ -642,7 +668,7 @@ impl State {
         let Some(addr) = scratch.batch.pages().get(first).map(|page| page.addr()) else {
             return;
         };
-        // Without memory to remember a page, the next pass tries again.
+        // Without memory to track the pages, the next pass tries again.
         let Some(known) = known_mm(&mut self.mms, mm, mm_id) else {
             return;
         };
@@ -660,7 +686,7 @@ impl State {
             let retry_steady =
                 self.cursor.retry_steady || leaf.missed_retry() || core.refreshing || waited;
             let end = first.saturating_add(count);
-            // Without holes among the pages, most often all are known, or all are new.
+            // If the pages have no holes between them, usually all are tracked, or all are new.
             let dense = scratch
                 .batch
                 .pages()
@@ -673,8 +699,8 @@ impl State {
                 }
                 let pages = scratch.batch.pages().get(first..end).unwrap_or(&[]);
                 if leaf.is_empty_from_here() && pages.iter().all(|page| page.sample().is_some()) {
-                    let filled = leaf.fill_run(count, gfp_mapping(), |nth| {
-                        let sample = pages.get(nth).and_then(|page| page.sample());
+                    let filled = leaf.fill_run(count, gfp_mapping(), |i| {
+                        let sample = pages.get(i).and_then(|page| page.sample());
                         let sample = sample.unwrap_or(Sample::from_raw(0));
                         core.count(sample);
                         PageEntry::seen(sample)
@@ -688,8 +714,8 @@ impl State {
             }
             let new = count.saturating_sub(leaf.len());
             let mut check = GapCheck::new(mm);
-            for nth in first..end {
-                let Some(&page) = scratch.batch.pages().get(nth) else {
+            for idx in first..end {
+                let Some(&page) = scratch.batch.pages().get(idx) else {
                     break;
                 };
                 let addr = page.addr();
@@ -736,7 +762,8 @@ impl State {
     }
 }
 
-/// What is known of the pages of `mm`; nothing yet, if it is new.
+/// Returns what is remembered of the pages of `mm`. Adds the address space if it is new; `None` without memory
+/// for that.
 pub(super) fn known_mm<'a>(
     mms: &'a mut RBTree<MmId, MmState>,
     mm: &Mm,
@@ -754,7 +781,7 @@ pub(super) fn known_mm<'a>(
     mms.get_mut(&mm_id)
 }
 
-/// How many seconds are over since `began`.
+/// Returns the number of seconds since `began`.
 pub(super) fn seconds_since(began: Instant<Monotonic>) -> u64 {
     u64::try_from(began.elapsed().as_millis() / 1000).unwrap_or(0)
 }
