@@ -2,8 +2,10 @@
 
 //! The merge protocol.
 //!
-//! A page goes from "seen" to "waiting in the unstable tree" to "merged". Whatever goes wrong on the
-//! way, memory stays as it was, and the page is looked at again in a later pass.
+//! A candidate merges with an equal KSM page, or with an equal page that is queued in the unstable tree, or is
+//! queued itself. If a step fails, memory is as it was before, and a later pass scans the page again.
+//!
+//! All functions of [`State`] and [`Core`] run with `state` locked. They only try `mmap_lock` and folio locks.
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome},
@@ -36,18 +38,19 @@ use kernel::{
     time::{Instant, Monotonic},
 };
 
-/// Says whether the huge page that a page is part of may be split.
+/// The split policy for one page: whether the huge page that it is part of may be split.
 struct Splits<'a> {
     mms: &'a mut RBTree<MmId, MmState>,
     place: PageAddr,
     pass: u32,
     began: Instant<Monotonic>,
-    /// That it may is known already.
+    /// Whether the split was allowed before, so that there is nothing to check.
     decided: bool,
 }
 
 impl<'a> Splits<'a> {
-    /// For the page at `place`; and what else is known.
+    /// Makes the policy for the page at `place`. Also returns the state of all pages, which stays usable beside
+    /// it.
     fn of(state: &'a mut State, place: PageAddr) -> (Self, &'a mut Core) {
         let State { mms, core, .. } = state;
         let splits = Self {
@@ -60,7 +63,7 @@ impl<'a> Splits<'a> {
         (splits, core)
     }
 
-    /// The same for a page of whose huge page it is known that it may be split.
+    /// Like [`Self::of`], for a page whose huge page may be split as was checked before.
     fn decided(state: &'a mut State, place: PageAddr) -> (Self, &'a mut Core) {
         let (splits, core) = Self::of(state, place);
         let splits = Self {
@@ -70,8 +73,8 @@ impl<'a> Splits<'a> {
         (splits, core)
     }
 
-    /// Whether `page` is part of a huge page that is to stay whole, as far as that can be told without noting
-    /// anything.
+    /// Whether `page` is part of a huge page that is not to be split yet. Changes nothing, unlike
+    /// [`may_split`](SplitPolicy::may_split).
     fn keep_whole(&self, page: &PageRef) -> bool {
         if !page.is_large() || self.decided {
             return false;
@@ -83,6 +86,7 @@ impl<'a> Splits<'a> {
         })
     }
 
+    /// Returns the current pass and second, as [`PageMap`] counts them.
     fn now(&self) -> Moment {
         Moment {
             pass: self.pass,
@@ -110,10 +114,10 @@ impl SplitPolicy for Splits<'_> {
 }
 
 impl State {
-    /// Tries to merge pages of `mm`, whose samples held between two looks, into merged pages. What
-    /// came of each is noted with it.
+    /// Searches the stable tree for each candidate of `mm`, and merges those for which it has an equal page.
     ///
-    /// Holds `mmap_lock` for all of them, so there should be few.
+    /// Stores the [`Outcome`] in each candidate. Holds `mmap_lock` for the whole call, so `candidates` should
+    /// be few.
     pub(super) fn join_all(
         &mut self,
         hasher: &Hasher,
@@ -124,7 +128,7 @@ impl State {
         let lock = MmapLock::try_new(mm);
         let mut vma: Option<MergeableVma<'_>> = None;
         for candidate in candidates.iter_mut().flatten() {
-            let CandidateKind::Steady(sample, joined) = &mut candidate.kind else {
+            let CandidateKind::Steady(sample, outcome) = &mut candidate.kind else {
                 continue;
             };
             let addr = candidate.addr;
@@ -132,13 +136,13 @@ impl State {
                 .filter(|vma| vma.start() <= addr && addr < vma.end())
                 .or_else(|| MergeableVma::at(lock.as_ref().ok()?, addr));
             let place = PageAddr { mm_id, addr };
-            *joined = match (&vma, *joined) {
+            *outcome = match (&vma, *outcome) {
                 (Some(vma), Outcome::OnProbation) => self.check(hasher, vma, place, *sample),
                 (Some(vma), Outcome::Waiting(sum)) => self.check_waiting(hasher, vma, place, sum),
                 (Some(vma), _) => self.stable_tree_search(hasher, vma, place, *sample),
                 (None, _) => Outcome::Skip,
             };
-            if let Outcome::Skip = joined {
+            if let Outcome::Skip = outcome {
                 self.retry(place);
                 if lru::was_in_the_way() {
                     self.note_batched(place);
@@ -148,8 +152,8 @@ impl State {
         self.core.lately = 0;
     }
 
-    /// Merges a page for which [`Self::join_all`] found no merged page with the one that waits under its
-    /// checksum, or lets it wait.
+    /// Merges a page for which [`Self::join_all`] found no merged page with the page queued under its checksum,
+    /// or queues it.
     pub(super) fn merge_or_wait(
         &mut self,
         hasher: &Hasher,
@@ -158,7 +162,8 @@ impl State {
         sum: Checksum,
     ) {
         let sum = if self.changed_lately(sum) {
-            // Another one of the same batch came before; what is published twice stays twice.
+            // Another page of this batch may have become a KSM page since. Content that became two KSM pages
+            // stays two.
             let Ok(lock) = MmapLock::try_new(mm) else {
                 return self.retry(place);
             };
@@ -180,8 +185,8 @@ impl State {
         }
     }
 
-    /// Whether it is not true any more that there is no merged page for one which is about to wait under `sum`; or
-    /// that all pages with its sample have one content, if `sum` is not known.
+    /// Whether the earlier search for a page that is about to be queued under `sum` may be outdated: it found
+    /// no merged page, or, if `sum` is unknown, no two contents with that sample.
     fn changed_lately(&self, sum: Checksum) -> bool {
         let (index, sample) = (&self.core.index, sum.sample());
         if self.core.lately & sample.bit() == 0 {
@@ -196,8 +201,8 @@ impl State {
         index.nodes_with(sum).is_some() || index.nodes_with(unknown).is_some()
     }
 
-    /// Looks whether the full checksum of a page on probation has held, and if so, goes on as
-    /// [`Self::stable_tree_search`] does.
+    /// Compares the full checksum of a page on probation with the earlier one. If it has held, continues as
+    /// [`Self::stable_tree_search`].
     fn check(
         &mut self,
         hasher: &Hasher,
@@ -231,7 +236,7 @@ impl State {
             }
             (Verdict::Begun, new) => {
                 entry.set_probation(new);
-                // One that is steady is not looked at again without retry_steady.
+                // A steady page is not a candidate again unless it is retried.
                 self.retry(place);
                 Outcome::NotYet
             }
@@ -243,8 +248,10 @@ impl State {
         }
     }
 
-    /// Looks whether a page that waits under `sum` still has that checksum, and whether there is a merged page for
-    /// it by now. If it has another one, it is on probation from now on.
+    /// Checks whether a page queued under `sum` still has that checksum, and whether there is an equal merged
+    /// page by now.
+    ///
+    /// If its checksum has changed, the page leaves the unstable tree and is on probation from now on.
     fn check_waiting(
         &mut self,
         hasher: &Hasher,
@@ -253,7 +260,7 @@ impl State {
         sum: Checksum,
     ) -> Outcome {
         if !self.waits(place, sum) {
-            // Another candidate of the batch was merged with it, or waits in its stead.
+            // Another candidate of the batch was merged with it, or has replaced it in the unstable tree.
             return Outcome::NotYet;
         }
         let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
@@ -265,16 +272,17 @@ impl State {
             return self.check(hasher, vma, place, sum.sample());
         }
         drop(page);
-        // Merged pages that are equal to it may have got their room back before they got their checksums.
+        // An equal KSM page may have had no room when this page was queued, and no checksum when it got room
+        // again.
         self.core.find_sums(hasher, sum.sample());
-        let joined = match self.core.index.nodes_with(sum) {
+        let result = match self.core.index.nodes_with(sum) {
             Some(nodes) => self.merge_with_any(vma, place, nodes, None),
             None => None,
         };
-        match joined {
+        match result {
             Some(Ok(())) => Outcome::Yes,
             Some(Err(err)) if err != EAGAIN => {
-                // Who waits is not a candidate before its turn comes again.
+                // A queued page is not a candidate until the next refresh. A steady one is retried before.
                 self.leave_unstable(place, sum);
                 Outcome::failed(err)
             }
@@ -282,11 +290,13 @@ impl State {
         }
     }
 
-    /// Tries to merge a page into one of the merged pages with its checksum.
+    /// Searches for an equal merged page, and merges with it.
     ///
-    /// As long as all pages with its sample have the same content, as far as anybody knows, the checksum
-    /// is not even computed: the page is as likely to be another one of these, and the comparison that
-    /// follows anyway says so for certain.
+    /// As long as all pages with this sample are thought to have the same content, the checksum is not
+    /// computed: the page probably has that content, too, and the merge compares all bytes in any case.
+    ///
+    /// Returns [`Outcome::NoMatch`] with the checksum under which the page is to be queued if there is no equal
+    /// page.
     fn stable_tree_search(
         &mut self,
         hasher: &Hasher,
@@ -302,7 +312,7 @@ impl State {
             match self.join_zero(vma, place) {
                 Ok(()) => return Outcome::Yes,
                 Err(err) if err != EAGAIN => return Outcome::failed(err),
-                // Not all zeroes.
+                // The page is not all zeroes.
                 _ => {}
             }
         }
@@ -333,25 +343,29 @@ impl State {
         if sum.sample() != sample {
             return self.changed(place, sum.sample());
         }
-        let joined = match self.core.index.nodes_with(sum) {
+        let result = match self.core.index.nodes_with(sum) {
             Some(nodes) => self.merge_with_any(vma, place, nodes, None),
             None => None,
         };
-        match joined {
+        match result {
             Some(Ok(())) => Outcome::Yes,
             Some(Err(err)) if err != EAGAIN => Outcome::failed(err),
             _ => Outcome::NoMatch(sum),
         }
     }
 
-    /// Merges a page of zeroes with the kernel's zero page. It is not remembered afterwards: that is no page
-    /// that is scanned.
+    /// Replaces a page of zeroes by the kernel's zero page. The page is not tracked afterwards.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if the page is not all zeroes, and those of
+    /// [`replace_with_zero_page`](MergeableVma::replace_with_zero_page).
     fn join_zero(&mut self, vma: &MergeableVma<'_>, place: PageAddr) -> Result {
         let page = vma
             .page_at(place.addr)
             .filter(PageRef::is_plain_anon)
             .ok_or(EBUSY)?;
-        // Looked at without a lock, to be spared unmapping it for nothing.
+        // Check without the folio lock first, so as not to unmap the page for nothing.
         if !page.is_zero() {
             return Err(EAGAIN);
         }
@@ -364,21 +378,24 @@ impl State {
         Ok(())
     }
 
-    /// Merges a page that waits, and whose sample is that of a page of zeroes, with the zero page, if it is
-    /// one.
+    /// Replaces a queued page whose sample is that of a page of zeroes by the kernel's zero page, if it is all
+    /// zeroes.
     pub(super) fn merge_zero(&mut self, mm: &Mm, place: PageAddr) {
         let Ok(lock) = MmapLock::try_new(mm) else {
             return;
         };
         if let Some(vma) = MergeableVma::at(&lock, place.addr) {
-            // If it is not, or cannot be merged now, the next pass tries again.
+            // If this fails, the next pass tries again.
             let _ = self.join_zero(&vma, place);
         }
     }
 
-    /// Tries to merge a page into one of these merged pages, or of some of them. `None`: none takes another
-    /// page. With `guessing`, only those are tried whose sample was never found to be that of other
-    /// content; the hasher tells whether it still is the page's.
+    /// Merges a page into one of `nodes`, the first of [`MAX_COMPARES`](super::index::MAX_COMPARES) that is
+    /// equal.
+    ///
+    /// `None`: none of them takes another page. If `guessing` is given, the checksum of the page was not
+    /// computed. Nodes that are known to share their sample with other content are not tried then, and the
+    /// hasher tells whether the page still has that sample.
     fn merge_with_any(
         &mut self,
         vma: &MergeableVma<'_>,
@@ -394,17 +411,17 @@ impl State {
         let keys = self.core.index.by_mappings(sum, NodeBox::items);
         for key in keys.into_iter().flatten() {
             match self.merge_with_node(vma, place, key, guessing) {
-                // Other content, or the page changed: another node may still fit.
+                // The content differs, or the page has changed. Another node may still be equal.
                 Some(Err(err)) if err == EAGAIN => result = Some(Err(err)),
                 None => {}
-                // Merged; or pinned or locked, and that will not be different with another node.
+                // Merged; or the page is in use or locked, which would stop a merge with another node as well.
                 done => return done,
             }
         }
         result
     }
 
-    /// Tries to merge a page into the page of the node `key`. `None`: that takes no other page, or is gone.
+    /// Merges a page into the page of the node `key`. `None`: that node takes no other page, or is gone.
     fn merge_with_node(
         &mut self,
         vma: &MergeableVma<'_>,
@@ -417,7 +434,7 @@ impl State {
         Some(result.map(|item| self.merged(place, item, key)))
     }
 
-    /// Merges the page at `place` with the one that waits at `other`, or lets it wait in its stead.
+    /// Merges the page at `place` with the one queued at `other`, or queues it in place of that one.
     fn merge_with_waiting(
         &mut self,
         hasher: &Hasher,
@@ -430,7 +447,7 @@ impl State {
         let Some(other_mm) = other_mm else {
             return self.unstable_insert(place, sum);
         };
-        // From here on the module may not be unloaded.
+        // Pin the module before there is a KSM page: its exit function must not run from here on.
         if self.core.pin.pin().is_err() {
             return self.retry(place);
         }
@@ -449,7 +466,7 @@ impl State {
         let Some(vma) = MergeableVma::at(&lock, place.addr) else {
             return;
         };
-        // Looked at without a lock, to be spared undoing a merge that cannot be completed.
+        // Check without locks first, so as not to start a merge that cannot be completed.
         let Some((other_vma, other_page)) =
             MergeableVma::at(other_lock, other.addr).and_then(|vma| {
                 let page = vma.page_at(other.addr).filter(|page| {
@@ -469,22 +486,22 @@ impl State {
             return;
         };
         if page.is_same(&other_page) {
-            // Shared by fork: nothing to gain.
+            // The pages are one page, shared over a fork. There is nothing to gain.
             return;
         }
-        // A split cannot be cow_broken, so both pages have to be fit for merging, and equal, before either
-        // huge page is split.
+        // A split cannot be undone. So before either huge page is split, check that both pages can be merged,
+        // and are equal.
         let large = page.is_large() || other_page.is_large();
         if large {
             if Splits::of(self, place).0.keep_whole(&page) {
-                // It comes by again when it may be split.
+                // The page is a candidate again when the huge page may be split.
                 return;
             }
             if Splits::of(self, other).0.keep_whole(&other_page) {
                 return self.unstable_insert(place, sum);
             }
-            // References on the other one were counted before there was a second one of ours, if both are
-            // parts of one huge page.
+            // If both pages are part of one huge page, our own second reference would count as one held by
+            // others. References on the other page were counted before we took it.
             if other_page.is_locked() || !other_vma.maps_unmarked(other.addr, &other_page) {
                 return self.unstable_insert(place, sum);
             }
@@ -495,10 +512,10 @@ impl State {
         }
         if page.differs_from(&other_page) {
             if !sum.is_unknown() {
-                // The other one changed where the sample does not look.
+                // The other page has changed where the sample does not look.
                 return self.unstable_insert(place, sum);
             }
-            // From now on both need their checksums.
+            // Two pages with this sample differ, so both need their checksums from now on.
             let sums = (page.checksum(hasher), other_page.checksum(hasher));
             drop((page, other_page));
             return self.split_sample(sum, place, sums.0, other, sums.1);
@@ -517,20 +534,26 @@ impl State {
                 self.core.starved.set(true);
                 Err(ENOMEM)
             }
-            // The other page may be one that can be the merged one.
+            // Other processes map this page in a way that rules it out as a KSM page. Try the other page.
             Err(EMLINK) => self.merge_into_first(hasher, other, this, sum),
             result => result,
         };
-        // If it is neither, because strangers have both, that lasts: once in a while is enough.
+        // If both pages are ruled out, that is likely to last. Do not retry before the next refresh.
         if result.is_err_and(|err| err != EMLINK) {
             self.retry(place);
         }
     }
 
-    /// Makes the first page a merged page, and merges the other one into it. If it is the latter that
-    /// fails, the first is cow_broken, and waits, unless others have joined it by then; and the other one waits no
-    /// longer, but is looked at again. `ENOMEM`: there is no memory for the rmap item of the first. Huge
-    /// pages that they are parts of may be split, that is decided.
+    /// Makes the first page a KSM page, and merges the second one into it.
+    ///
+    /// If the second step fails, the first page is unshared later and queued again, unless other pages have
+    /// been merged into it by then. The second page leaves the unstable tree and is retried. Huge pages that
+    /// either is part of are split without asking: that was decided before.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory for the rmap item of the first page, and the errors of
+    /// [`Self::make_ksm_page`].
     fn merge_into_first(
         &mut self,
         hasher: &Hasher,
@@ -550,20 +573,20 @@ impl State {
             .merge_with_ksm_page(other_vma, other, other_item, key)
             .is_err()
         {
-            // The next one does not try it again in vain.
+            // Do not let the next equal page try it in vain.
             self.leave_unstable(other, sum);
             self.retry(other);
             if lru::was_in_the_way() {
                 self.note_batched(other);
             }
-            // A merged page that nobody shares is no gain.
+            // A KSM page with a single mapping saves nothing.
             let id = self.core.index.node(key).and_then(NodeBox::id);
             self.break_cow_later(place, id);
         }
         Ok(())
     }
 
-    /// Lets two pages with the same sample wait under their checksums, of which `other` waited under
+    /// Queues two pages with the same sample but other content under their checksums. `other` was queued under
     /// `unknown`.
     fn split_sample(
         &mut self,
@@ -585,13 +608,15 @@ impl State {
             if sample == sum.sample() {
                 self.unstable_insert(place, sum);
             } else {
-                // It has changed since it was looked at, and is looked at again in the next pass.
+                // The page has changed since it was compared. The next pass scans it again.
                 self.retry(place);
             }
         }
     }
 
-    /// Merges the page at `place` into the page of the node `key`.
+    /// Merges the page at `place` into the page of the node `key`, with `item` as its rmap item.
+    ///
+    /// `EBUSY` if the node is stale or its page is locked by another task, and the errors of [`replace_page`].
     fn merge_with_ksm_page(
         &mut self,
         vma: &MergeableVma<'_>,
@@ -611,7 +636,12 @@ impl State {
         Ok(())
     }
 
-    /// Makes the page at `place` a merged page, with a node of its own. `EAGAIN`: it is not what it was.
+    /// Makes the page at `place` a KSM page, with a node of its own. Returns the key of the node.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` without memory for the node, and the errors of [`MergeableVma::make_ksm_page`]: `EAGAIN` if the
+    /// content does not match `sum` any more.
     fn make_ksm_page(
         &mut self,
         hasher: &Hasher,
@@ -630,7 +660,7 @@ impl State {
                     let leaf = PageMap::<PageEntry>::number(place.addr);
                     core.unlisted.add(leaf);
                 }
-                // The next steps, and the whole next pass, look for them.
+                // Look for strays in the next steps, and in the whole next pass.
                 core.has_strays |= strays;
                 core.found_strays |= strays;
                 self.merged(place, item, key);
@@ -643,14 +673,15 @@ impl State {
         }
     }
 
-    /// Has the merged page at `place` made an ordinary page again when `state` is unlocked: that takes memory,
-    /// which may have to be waited for. If there is no room to remember it, it stays merged, listed with its
-    /// node like any other, and is as good a partner for the next equal page.
+    /// Has the merged page at `place` unshared when `state` is unlocked, because that may wait for memory.
+    ///
+    /// If there is no room to remember it, the page stays merged and listed. The next equal page can merge into
+    /// it.
     pub(super) fn break_cow_later(&mut self, place: PageAddr, node: Option<NodeId>) {
         let _ = self.to_break.push_within_capacity((place, node));
     }
 
-    /// Whether the page at `place` is still the only one that is listed with `node`.
+    /// Whether the page at `place` is still the only mapping listed with `node`.
     fn is_alone(&mut self, place: PageAddr, node: NodeId) -> bool {
         let listed = self
             .entry(place)
@@ -659,20 +690,21 @@ impl State {
         listed.is_some_and(|(_, items)| items == 1)
     }
 
-    /// Notes that the page at `place`, which was the only one of `node`, is an ordinary page again, and lets it
-    /// wait.
+    /// Records that the page at `place` is an ordinary page again, after it was the only one of `node`, and
+    /// queues it.
     ///
-    /// So it is the other page's turn to be tried first, which costs nothing when that is pinned.
+    /// So the roles change: the next equal page is tried as the KSM page first, and if it is pinned, nothing
+    /// has to be unshared.
     fn cow_broken(&mut self, place: PageAddr, node: NodeId) {
         let (Some(entry), core) = self.entry(place) else {
             return;
         };
-        // It may have been forgotten meanwhile, and more.
+        // While `state` was unlocked, the page may have been forgotten, or merged with another node.
         let Some((key, _)) = entry.listed_with(node) else {
             return;
         };
         let sample = key.sum.sample();
-        // Nobody wrote to it, so that it was merged for so short a time is no strike.
+        // No process wrote to the page, so the short life of the merge is no reason for a strike.
         let print = Print::of(key.sum);
         let probation = Probation::new(entry.strikes(), print, core.clock.secs());
         if core.release_item(entry) {
@@ -682,15 +714,18 @@ impl State {
         }
     }
 
-    /// Lists the page at `place` with the node whose page it is: a child inherited the mapping.
+    /// Lists the page at `place`, which is the page of the node `id`: a child inherited the mapping.
     pub(super) fn stable_tree_append(&mut self, mm: &Mm, place: PageAddr, id: NodeId) {
-        // Whatever it was before, it is not any more. Without memory, or while the page is locked, the next
-        // pass tries again, and does not skip the area.
+        // The old entry is outdated in any case. Without memory, or while the page is locked, the next pass
+        // tries again, and does not skip the leaf.
         if !self.forget(place) || self.try_append(mm, place, id).is_err() {
             self.note_change(place);
         }
     }
 
+    /// Adds an rmap item for the page at `place` to the node `id`. `place` must not be tracked yet.
+    ///
+    /// `EBUSY` if a lock is contended, or the page is not that of the node; `ENOMEM` if there is no memory.
     fn try_append(&mut self, mm: &Mm, place: PageAddr, id: NodeId) -> Result {
         let lock = MmapLock::try_new(mm).map_err(|_| EBUSY)?;
         let vma = MergeableVma::find(&lock, place.addr, Which::MayBeMerged).ok_or(EBUSY)?;
@@ -705,13 +740,13 @@ impl State {
         self.remember(mm, place, sample)?;
         let node = self.core.index.node(key).ok_or(EBUSY)?;
         let result = node.add_rmap_item(&page, &mut item, &vma, place.addr);
-        // Locks are given up first: taking an item off again would take the folio lock.
+        // Drop the locks first: [`Self::forget`] may have to take the folio lock to take the item off.
         drop(page);
         drop(lock);
         match result {
             Ok(()) => self.merged(place, item, key),
             Err(_) => {
-                // Just remembered, and not merged.
+                // The entry was added above, and is not merged.
                 self.forget(place);
             }
         }
@@ -720,8 +755,10 @@ impl State {
 }
 
 impl Core {
-    /// Tries to merge the page that `splits` is about, which is in `vma`, into the page of the node `key`. `None`:
-    /// that one takes no more pages, or is gone.
+    /// Merges the page of `splits`, which is in `vma`, into the page of the node `key`. `None`: that node takes
+    /// no other page, or is gone.
+    ///
+    /// `guessing`: see [`State::merge_with_any`].
     fn try_merge_with_node(
         &mut self,
         vma: &MergeableVma<'_>,
@@ -735,7 +772,7 @@ impl Core {
             return None;
         }
         if guessing.is_some() && node.is_ambiguous() {
-            // The checksum has to tell.
+            // The sample is known to be ambiguous, so the checksum has to decide.
             return Some(Err(EAGAIN));
         }
         let kpage = match node.locked_page() {
@@ -747,7 +784,7 @@ impl Core {
             }
         };
         if kpage.is_poisoned() {
-            // Not stale: the node goes when nobody maps the page any more.
+            // The node is not stale. It goes when no process maps the page any more.
             return None;
         }
         if self.per_nid {
@@ -764,7 +801,7 @@ impl Core {
         };
         let result = replace_page(vma, &kpage, node, item, self, splits);
         if let (Some(hasher), Err(EAGAIN)) = (guessing, result.as_ref().map_err(|err| *err)) {
-            // Unless it is that the page has just been written to.
+            // The contents differ, unless the page was written to just now.
             let sample = vma.page_at(place.addr).map(|page| page.sample(hasher));
             if sample == Some(key.sum.sample()) {
                 node.set_ambiguous();
@@ -773,6 +810,8 @@ impl Core {
         Some(result)
     }
 
+    /// Makes the page of `splits`, which is in `vma`, the page of the node `key`, if it still has the checksum
+    /// of `key`.
     fn make_ksm_page_at(
         &self,
         hasher: &Hasher,
@@ -794,7 +833,9 @@ impl Core {
 }
 
 impl Engine {
-    /// Undoes merges that could not be completed, without any lock of the engine.
+    /// Unshares merged pages of which the merge could not be completed, see [`State::break_cow_later`].
+    ///
+    /// The caller holds no lock of the engine. May sleep for memory, but only tries `mmap_lock`.
     pub(super) fn break_cow_pending(&self) {
         loop {
             let mut state = self.state.lock();
@@ -802,7 +843,7 @@ impl Engine {
                 return;
             };
             if node.is_some_and(|node| !state.is_alone(place, node)) {
-                // Others have joined it meanwhile, or it was forgotten, in which case the next look lists it.
+                // Other pages were merged into it meanwhile; or it was forgotten, and the next scan lists it.
                 continue;
             }
             let mm = state.mms.get(&place.mm_id).map(|known| known.mm.clone());
@@ -811,7 +852,7 @@ impl Engine {
                 continue;
             };
             if !unshare(&mm, place.addr) {
-                // It stays merged and listed.
+                // The page stays merged and listed.
                 continue;
             }
             drop(mm);
@@ -822,14 +863,14 @@ impl Engine {
     }
 }
 
-/// Makes the merged page at `addr` an ordinary page, if that can be done at once. Returns whether the page is no
-/// merged page.
+/// Makes the merged page at `addr` an ordinary page, unless `mmap_lock` is contended. Returns whether it is no
+/// merged page any more.
 fn unshare(mm: &MmWithUser, addr: usize) -> bool {
     let Ok(lock) = MmapLock::try_new(mm) else {
         return false;
     };
     let Some(vma) = MergeableVma::find(&lock, addr, Which::MayBeMerged) else {
-        // Unmapped.
+        // The page is unmapped.
         return true;
     };
     let end = addr.saturating_add(PAGE_SIZE);
@@ -837,10 +878,14 @@ fn unshare(mm: &MmWithUser, addr: usize) -> bool {
     done.result.is_ok() && done.reached >= end && done.unserved().is_empty()
 }
 
-/// Merges the page that `splits` is about, which is in `vma`, into `kpage`, the page of `node`, and lists it there
-/// by `item`.
+/// Replaces the page of `splits`, which is in `vma`, by `kpage`, the page of `node`, and lists the mapping with
+/// `item`.
 ///
-/// `EAGAIN` if they differ, or must not be merged; `E2BIG` if the page is part of a huge page that stays whole.
+/// # Errors
+///
+/// `EBUSY` if `kpage` is poisoned, the page is gone, or the pages are on different NUMA nodes that are not to
+/// be merged; `E2BIG` if the page is part of a huge page that is not to be split yet; and the errors of
+/// [`MergeableVma::replace_page`], such as `EAGAIN` if the contents differ.
 fn replace_page(
     vma: &MergeableVma<'_>,
     kpage: &LockedPage,
@@ -850,18 +895,18 @@ fn replace_page(
     splits: &mut Splits<'_>,
 ) -> Result<ItemBox> {
     let addr = splits.place.addr;
-    // Its lock may have been waited for, behind who has just given it up.
+    // Recheck under the lock: memory_failure() may have poisoned the page while we waited.
     if kpage.is_poisoned() {
         return Err(EBUSY);
     }
     let page = vma.page_at(addr).ok_or(EBUSY)?;
-    // Neither moves: what we hold is this very page, and the merged one is locked. The next pass gives the
-    // node another key.
+    // Neither page can migrate now: we hold a reference on one, and the lock of the other. The next pass gives
+    // the node another key.
     if core.per_nid && page.nid() != kpage.nid() {
         node.set_nid_changed();
         return Err(EBUSY);
     }
-    // Asked once more when nothing else is in the way; but the pages need not be compared for nothing.
+    // `replace_page` asks the policy again. Check here first, so as not to compare the pages for nothing.
     if splits.keep_whole(&page) {
         return Err(E2BIG);
     }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory for what is remembered of pages, and which memory cgroup is charged for it.
+//! Memory for metadata, and which memory cgroup is charged for it.
 //!
 //! Memory per mapping (rmap items, page maps) is charged to the group of the process that maps the page. A
 //! process can have any number of mappings, and once they are merged they cost it next to no other memory.
 //!
-//! Memory per content (stable nodes, queued pages, the filter) is charged to no group. A stable node outlives the
-//! process that it was made for, and serves all groups that map its page. There is a bounded number of bytes
-//! of it for each page frame, and page frames are charged.
+//! Memory per content (stable nodes, queued pages, the filter) is charged to no group. A stable node outlives
+//! the process that it was made for, and serves all groups that map its page. It takes a bounded number of
+//! bytes for each page frame, and page frames are charged.
 
 use super::{Core, GFP_SCAN};
 use crate::hash::Sample;
@@ -21,16 +21,16 @@ use kernel::{
     prelude::*,
 };
 
-/// Flags for memory per mapping, to be allocated within [`charge`] for the address space.
+/// Returns the flags for memory per mapping. Allocate within [`charge`] for the address space.
 #[inline]
 pub(super) fn gfp_mapping() -> Flags {
     accounted(GFP_SCAN)
 }
 
-/// As [`gfp_mapping`], for a mapping of a merged page that a fork has made already.
+/// Like [`gfp_mapping`], for a mapping of a merged page that a fork has made already.
 ///
 /// If such a mapping were not listed, the page could be neither migrated nor swapped out, whichever groups
-/// share it. So the charge may exceed the limit; the group makes up for it when it is charged next.
+/// share it. So the charge may exceed the limit. The group makes up for it when it is charged next.
 #[inline]
 pub(super) fn gfp_inherited() -> Flags {
     accounted(flags::GFP_ATOMIC | flags::__GFP_NOWARN)
@@ -39,8 +39,8 @@ pub(super) fn gfp_inherited() -> Flags {
 impl Core {
     /// Allocates an rmap item for the address space that this step scans.
     ///
-    /// Fails without trying if the step ran out of memory before: a group at its limit counts, and reports
-    /// to its watchers, each charge that it refuses.
+    /// Fails without trying if the step ran out of memory before: a group at its limit counts, and reports to
+    /// its watchers, each charge that it refuses.
     pub(super) fn new_item(&self, sample: Sample) -> Result<ItemBox> {
         if self.starved.get() {
             return Err(ENOMEM);

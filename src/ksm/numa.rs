@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Merged pages that were moved to another memory node.
+//! Merged pages that were migrated to another NUMA node.
+//!
+//! With `merge_across_nodes` 0, a sample depends on the NUMA node of the page. So the key of such a page's node
+//! is outdated, and equal pages on its new NUMA node do not find it.
 
 use super::{stable_tree::ORPHANS_SWEEP, Core};
 use crate::{
@@ -9,8 +12,9 @@ use crate::{
 };
 
 impl Core {
-    /// Finds merged pages that were moved to another memory node, and gives them keys under which pages of
-    /// that one come by them. Looks at some each time. Returns whether it has come to the end.
+    /// Gives new keys to stable nodes whose pages were migrated to another NUMA node.
+    ///
+    /// Checks up to [`ORPHANS_SWEEP`] nodes in one call. Returns whether it has checked all of them.
     pub(super) fn rekey_migrated_nodes(&mut self, hasher: &Hasher) -> bool {
         for _ in 0..ORPHANS_SWEEP {
             let (full, after) = self.rekeyed_to;
@@ -34,12 +38,13 @@ impl Core {
         false
     }
 
+    /// Gives a stable node the key for the NUMA node that its page is on now.
     fn rekey_migrated_node(&mut self, hasher: &Hasher, key: StableKey) {
         let Some(node) = self.index.node(key) else {
             return;
         };
-        // Write-protected wherever it is mapped, so its sample differs from the key's by the memory node
-        // only.
+        // The page is write-protected everywhere, so its sample can differ from that of the key only by the
+        // NUMA node.
         let Some(page) = node.page() else {
             return self.release(key);
         };
@@ -52,7 +57,7 @@ impl Core {
             return;
         }
         if self.rekey(key, key.sum.with_sample(sample)).is_err() {
-            // Without memory the next pass tries again.
+            // There is no memory. The next pass tries again.
             if let Some(node) = self.index.node(key) {
                 node.set_nid_changed();
             }
