@@ -2,11 +2,14 @@
 
 //! The trees in which equal pages are found.
 //!
-//! Both are keyed by checksum, recorded when the page was hashed: a page that changes makes its entry
-//! useless, but never a tree wrong. Nothing is thrown away between passes.
+//! Nodes stand in the stable tree, the full tree or the orphans, and queued pages in the unstable tree. All are
+//! keyed by checksum. The key is recorded when the page is hashed, so a page that changes later can make its
+//! entry useless, but never a tree wrong. Descents read no page, and all trees survive from pass to pass.
 //!
-//! As long as no two pages with the same sample are known to differ, nobody computes the checksum: they
-//! are all entered under [`Checksum::unknown`].
+//! As long as no two pages with one sample are known to differ, their checksums are not computed. Their keys
+//! are [`Checksum::unknown`] then.
+//!
+//! This is a plain data structure. It takes no locks, and sleeps only if the flags of an allocation allow it.
 
 use crate::{
     hash::{Checksum, Sample},
@@ -19,40 +22,40 @@ use kernel::{
     rbtree::{Entry, RBTree, RBTreeNode, RBTreeNodeReservation},
 };
 
-/// Numbers a registered address space; never used twice.
+/// The number of a registered address space. It is never used twice.
 pub(crate) type MmId = u64;
 
-/// Where a page is mapped.
+/// The address of a page in one address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PageAddr {
-    /// The address space.
+    /// The number of the address space.
     pub(crate) mm_id: MmId,
-    /// The address, page aligned.
+    /// The page-aligned address.
     pub(crate) addr: usize,
 }
 
-/// What [`Index::nodes_like`] found.
+/// The result of [`Index::nodes_like`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NodesLike {
-    /// No node.
+    /// No node has this sample, except perhaps full ones whose checksum is unknown.
     None,
-    /// Nodes with one checksum.
+    /// All nodes with this sample have one checksum.
     Unique(Nodes),
-    /// Nodes with more than one checksum.
+    /// Nodes with this sample have different checksums, or all of them are full.
     Ambiguous,
 }
 
-/// Nodes of one checksum that take another page.
+/// The nodes with one checksum that have room for another mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Nodes {
-    /// The only one.
+    /// A single node.
     One(StableKey),
-    /// More than one with this checksum.
+    /// Two or more nodes with this checksum.
     Several(Checksum),
 }
 
 impl Nodes {
-    /// The checksum.
+    /// Returns the checksum that they have.
     pub(crate) fn sum(self) -> Checksum {
         match self {
             Self::One(key) => key.sum,
@@ -61,34 +64,38 @@ impl Nodes {
     }
 }
 
-/// The most stable nodes of one checksum that are looked at for a page, so that nobody can craft
-/// collisions that keep the thread busy.
+/// The most stable nodes with one checksum that a page is compared with. So crafted collisions cannot keep the
+/// thread busy.
 pub(crate) const MAX_COMPARES: usize = 8;
 
-/// The index of one set of pages that may be merged with each other.
+/// The trees for one set of pages that may merge with each other. `N` is a stable node.
 pub(crate) struct Index<N> {
-    /// Nodes with at least one known mapping, whose pages may be mapped once more.
+    /// Nodes that have a listed mapping, and room for another one.
     stable: RBTree<StableKey, N>,
-    /// Nodes whose pages are mapped as often as they may be. They stand apart so that looking for one
-    /// that takes another page never comes by these, however many there are.
+    /// Nodes with as many mappings as allowed. They stand apart, so that a search for a node with room never
+    /// visits them, however many there are.
     full: RBTree<StableKey, N>,
-    /// How many nodes are in these two.
+    /// How many nodes are in these two trees.
     stable_len: usize,
-    /// Checksums that more than one node in these two has, and how many nodes those are.
+    /// How many checksums more than one node of these two trees has.
     chains: usize,
+    /// How many nodes have one of these checksums.
     dups: usize,
-    /// Nodes without known mappings: stale, or soon to be, or mapped by a child that was forked
-    /// since the last pass. No page is merged with these.
+    /// Nodes without listed mappings. Their page is free, about to be, in the swap cache, or mapped only by a
+    /// child that was forked since the last pass. No page is merged with them.
     orphans: RBTree<StableKey, N>,
+    /// How many nodes are orphans.
     orphans_len: usize,
-    /// Pages that have no equal yet, by checksum; one page for each.
+    /// Queued pages: pages that have no known equal. There is one for each checksum.
     unstable: RBTree<Checksum, PageAddr>,
+    /// How many pages are queued.
     unstable_len: usize,
+    /// The `nth` of the next key.
     next_nth: u64,
 }
 
 impl<N> Index<N> {
-    /// An index of nothing.
+    /// Creates an index without nodes and pages.
     pub(crate) fn new() -> Self {
         Self {
             stable: RBTree::new(),
@@ -104,36 +111,35 @@ impl<N> Index<N> {
         }
     }
 
-    /// How many nodes have known mappings.
+    /// Returns how many nodes have listed mappings.
     pub(crate) fn stable_len(&self) -> usize {
         self.stable_len
     }
 
-    /// How many checksums there are that more than one node with known mappings has: content that is mapped
-    /// more often than one page may be.
+    /// Returns how many chains there are: checksums that more than one node with listed mappings has.
     pub(crate) fn chains(&self) -> usize {
         self.chains
     }
 
-    /// How many nodes have a checksum that others have, too.
+    /// Returns how many dups there are: nodes that are part of a chain.
     pub(crate) fn dups(&self) -> usize {
         self.dups
     }
 
-    /// How many nodes have none.
+    /// Returns how many nodes have no listed mappings.
     pub(crate) fn orphans_len(&self) -> usize {
         self.orphans_len
     }
 
-    /// How many pages are in the unstable tree.
+    /// Returns how many pages are in the unstable tree.
     pub(crate) fn unstable_len(&self) -> usize {
         self.unstable_len
     }
 
-    /// The memory that it takes, in bytes, without the allocator's own overhead, if each `N` takes `node`
+    /// Returns the size of the index in bytes, without the allocator's overhead. Each `N` takes `node` bytes
     /// besides its place in a tree.
     pub(crate) fn bytes(&self, node: usize) -> usize {
-        // `struct rb_node`, then key and value.
+        // `struct rb_node`. Key and value follow it.
         const LINKS: usize = 3 * size_of::<usize>();
         let node = LINKS + size_of::<StableKey>() + size_of::<N>() + node;
         let place = LINKS + size_of::<Checksum>() + size_of::<PageAddr>();
@@ -143,19 +149,19 @@ impl<N> Index<N> {
             .saturating_add(self.unstable_len.saturating_mul(place))
     }
 
-    /// Whether there is no node at all.
+    /// Whether there is no node in any tree.
     pub(crate) fn has_no_nodes(&self) -> bool {
         self.stable_len == 0 && self.orphans_len == 0
     }
 
-    /// A key that no node has.
+    /// Returns a key that no node has.
     pub(crate) fn new_key(&mut self, sum: Checksum) -> StableKey {
         let nth = self.next_nth;
         self.next_nth = nth.wrapping_sub(1);
         StableKey { sum, nth }
     }
 
-    /// Adds a node without mappings under its key, to the orphans. The tree is unchanged on failure.
+    /// Adds a node without mappings to the orphans, under its key. The tree is unchanged on failure.
     pub(crate) fn insert(&mut self, key: StableKey, node: N, flags: Flags) -> Result {
         let node = RBTreeNode::new(key, node, flags)?;
         if self.orphans.insert(node).is_none() {
@@ -164,17 +170,17 @@ impl<N> Index<N> {
         Ok(())
     }
 
-    /// The key of the first node with checksum `sum` behind `after` that takes another page.
+    /// Returns the key of the first node with checksum `sum` behind `after` that has room.
     pub(crate) fn next_stable(&self, sum: Checksum, after: Option<StableKey>) -> Option<StableKey> {
         next_of(&self.stable, sum, after)
     }
 
-    /// The key of a node with checksum `sum`, whether it takes another page or not.
+    /// Returns the key of a node with checksum `sum`, with or without room.
     pub(crate) fn any_stable(&self, sum: Checksum) -> Option<StableKey> {
         next_of(&self.stable, sum, None).or_else(|| next_of(&self.full, sum, None))
     }
 
-    /// The nodes with checksum `sum` that take another page.
+    /// Returns the nodes with checksum `sum` that have room.
     pub(crate) fn nodes_with(&self, sum: Checksum) -> Option<Nodes> {
         let cursor = self.stable.cursor_lower_bound(&StableKey { sum, nth: 0 })?;
         let first = *cursor.current().0;
@@ -187,8 +193,11 @@ impl<N> Index<N> {
         })
     }
 
-    /// Some nodes with checksum `sum` that take another page, those that are mapped most often first, so
-    /// that the others have a chance to get empty. `mappings` says how often a node's page is mapped.
+    /// Returns up to [`MAX_COMPARES`] nodes with checksum `sum` that have room, the one with the most mappings
+    /// first.
+    ///
+    /// In that order the others have a chance to become empty. `mappings` returns the number of a node's
+    /// mappings.
     pub(crate) fn by_mappings(
         &self,
         sum: Checksum,
@@ -201,18 +210,21 @@ impl<N> Index<N> {
                 break;
             };
             after = Some(key);
-            let often = self.stable.get(&key).map_or(0, &mappings);
-            *place = Some((core::cmp::Reverse(often), key));
+            let count = self.stable.get(&key).map_or(0, &mappings);
+            *place = Some((core::cmp::Reverse(count), key));
         }
-        // Of nodes that are mapped equally often, the newest is first. (Sorting a slice may panic.)
+        // The newest of several nodes with equally many mappings comes first. Sorting a slice might panic, so
+        // do not.
         [(); MAX_COMPARES].map(|()| {
             let first = found.iter_mut().filter(|node| node.is_some()).min()?;
             first.take().map(|(_, key)| key)
         })
     }
 
-    /// Whether there are nodes whose pages have this sample, and if they all have the same checksum, those
-    /// that take another page.
+    /// Returns the nodes with this sample that have room, if all nodes with the sample have one checksum.
+    ///
+    /// If only full nodes have the sample, the result is [`NodesLike::None`] as long as their checksum is
+    /// unknown. Otherwise it is [`NodesLike::Ambiguous`]: the checksum of the page has to be computed.
     pub(crate) fn nodes_like(&self, sample: Sample) -> NodesLike {
         let found = like(&self.stable, sample);
         if self.full.is_empty() {
@@ -230,7 +242,12 @@ impl<N> Index<N> {
         }
     }
 
-    /// Gives a node with known mappings another checksum. The trees are unchanged on failure.
+    /// Gives a node with listed mappings another checksum, and returns its new key. The trees are unchanged on
+    /// failure.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory, `ENOENT` if no node with listed mappings has this key.
     pub(crate) fn rekey(
         &mut self,
         key: StableKey,
@@ -245,7 +262,7 @@ impl<N> Index<N> {
         self.uncount(key.sum);
         let key = StableKey { sum, ..key };
         self.count(sum);
-        // Numbers are never used twice, so there is no other node with this key.
+        // No other node has this key, because `nth` is never used twice.
         let node = reservation.into_node(key, node);
         if is_full {
             self.full.insert(node);
@@ -255,7 +272,7 @@ impl<N> Index<N> {
         Ok(key)
     }
 
-    /// The node with this key, in whichever tree it is.
+    /// Returns the node with this key, in any of the trees.
     pub(crate) fn node(&self, key: StableKey) -> Option<&N> {
         self.stable
             .get(&key)
@@ -263,7 +280,7 @@ impl<N> Index<N> {
             .or_else(|| self.orphans.get(&key))
     }
 
-    /// Takes a node out of the index.
+    /// Removes a node from the index, and returns it.
     pub(crate) fn remove(&mut self, key: StableKey) -> Option<N> {
         let known = self.stable.remove(&key).or_else(|| self.full.remove(&key));
         if let Some(node) = known {
@@ -275,7 +292,7 @@ impl<N> Index<N> {
         Some(node)
     }
 
-    /// Marks a node as one without known mappings. Does not allocate.
+    /// Moves a node to the orphans, after it has lost its last listed mapping. Does not allocate.
     pub(crate) fn move_to_orphans(&mut self, key: StableKey) {
         let known = self.stable.remove_node(&key);
         if let Some(node) = known.or_else(|| self.full.remove_node(&key)) {
@@ -285,7 +302,8 @@ impl<N> Index<N> {
         }
     }
 
-    /// Marks a node as one with known mappings. Does not allocate.
+    /// Moves a node from the orphans to the stable tree, if it is there: it has a listed mapping. Does not
+    /// allocate.
     pub(crate) fn move_to_stable(&mut self, key: StableKey) {
         if self.orphans_len == 0 {
             return;
@@ -297,22 +315,21 @@ impl<N> Index<N> {
         }
     }
 
-    /// Marks a node with known mappings as one whose page is mapped as often as it may be. Does not
-    /// allocate.
+    /// Moves a node to the full tree: it has as many mappings as allowed. Does not allocate.
     pub(crate) fn set_full(&mut self, key: StableKey) {
         if let Some(node) = self.stable.remove_node(&key) {
             self.full.insert(node);
         }
     }
 
-    /// Marks a node with known mappings as one whose page may be mapped once more. Does not allocate.
+    /// Moves a node back to the stable tree: it has room again. Does not allocate.
     pub(crate) fn set_not_full(&mut self, key: StableKey) {
         if let Some(node) = self.full.remove_node(&key) {
             self.stable.insert(node);
         }
     }
 
-    /// Counts a node with known mappings that is about to be inserted.
+    /// Counts a node with listed mappings that is about to be inserted.
     fn count(&mut self, sum: Checksum) {
         self.stable_len = self.stable_len.saturating_add(1);
         match self.up_to_two(sum) {
@@ -325,7 +342,7 @@ impl<N> Index<N> {
         }
     }
 
-    /// Counts a node that had known mappings less, now that it was taken out.
+    /// Counts one less, after a node with listed mappings was removed.
     fn uncount(&mut self, sum: Checksum) {
         self.stable_len = self.stable_len.saturating_sub(1);
         match self.up_to_two(sum) {
@@ -338,7 +355,7 @@ impl<N> Index<N> {
         }
     }
 
-    /// How many nodes with known mappings have checksum `sum`; 2 if there are more.
+    /// Returns how many nodes with listed mappings have checksum `sum`, or 2 if there are more.
     fn up_to_two(&self, sum: Checksum) -> usize {
         let in_tree = |tree: &RBTree<StableKey, N>| {
             let Some(cursor) = tree.cursor_lower_bound(&StableKey { sum, nth: 0 }) else {
@@ -353,28 +370,27 @@ impl<N> Index<N> {
         in_tree(&self.stable).saturating_add(in_tree(&self.full))
     }
 
-    /// The key of the first node without known mappings behind `after`.
+    /// Returns the key of the first orphan behind `after`.
     pub(crate) fn next_orphan(&self, after: Option<StableKey>) -> Option<StableKey> {
         next_key(&self.orphans, after)
     }
 
-    /// The key of the first node with known mappings behind `after`, of whatever checksum, that takes
-    /// another page.
+    /// Returns the key of the first node in the stable tree behind `after`, of any checksum.
     pub(crate) fn next_node(&self, after: Option<StableKey>) -> Option<StableKey> {
         next_key(&self.stable, after)
     }
 
-    /// The key of the first node behind `after`, of whatever checksum, that takes no other page.
+    /// Returns the key of the first node in the full tree behind `after`, of any checksum.
     pub(crate) fn next_full(&self, after: Option<StableKey>) -> Option<StableKey> {
         next_key(&self.full, after)
     }
 
-    /// The page that waits under checksum `sum`.
+    /// Returns the page that is queued under checksum `sum`.
     pub(crate) fn unstable_lookup(&self, sum: Checksum) -> Option<PageAddr> {
         self.unstable.get(&sum).copied()
     }
 
-    /// The checksum under which the first page with this sample waits, if any does.
+    /// Returns the lowest checksum under which a page with this sample is queued.
     pub(crate) fn unstable_lookup_sample(&self, sample: Sample) -> Option<Checksum> {
         let cursor = self
             .unstable
@@ -383,7 +399,7 @@ impl<N> Index<N> {
         (sum.sample() == sample).then_some(sum)
     }
 
-    /// Lets `place` wait under `sum`, instead of whoever did. Allocates only if nobody did.
+    /// Queues `place` under `sum`, in place of the page that is queued there. Allocates only if there is none.
     pub(crate) fn unstable_insert(
         &mut self,
         sum: Checksum,
@@ -391,27 +407,27 @@ impl<N> Index<N> {
         flags: Flags,
     ) -> Result {
         match self.unstable.entry(sum) {
-            Entry::Occupied(mut waiting) => *waiting.get_mut() = place,
-            Entry::Vacant(nobody) => {
-                nobody.insert(place, RBTreeNodeReservation::new(flags)?);
+            Entry::Occupied(mut queued) => *queued.get_mut() = place,
+            Entry::Vacant(vacant) => {
+                vacant.insert(place, RBTreeNodeReservation::new(flags)?);
                 self.unstable_len = self.unstable_len.saturating_add(1);
             }
         }
         Ok(())
     }
 
-    /// Takes `place` out of the unstable tree, if it is what waits under `sum`.
+    /// Removes `place` from the unstable tree, if it is the page that is queued under `sum`.
     pub(crate) fn unstable_remove(&mut self, sum: Checksum, place: PageAddr) {
-        if let Some(waiting) = self.unstable.find_mut(&sum) {
-            if *waiting.get() == place {
-                waiting.remove();
+        if let Some(queued) = self.unstable.find_mut(&sum) {
+            if *queued.get() == place {
+                queued.remove();
                 self.unstable_len = self.unstable_len.saturating_sub(1);
             }
         }
     }
 }
 
-/// The key of the first node with checksum `sum` behind `after`.
+/// Returns the key of the first node in `tree` with checksum `sum` behind `after`.
 fn next_of<N>(
     tree: &RBTree<StableKey, N>,
     sum: Checksum,
@@ -429,7 +445,7 @@ fn next_of<N>(
     (key.sum == sum).then_some(*key)
 }
 
-/// What one tree knows of nodes whose pages have this sample.
+/// Does the work of [`Index::nodes_like`] for one tree.
 fn like<N>(tree: &RBTree<StableKey, N>, sample: Sample) -> NodesLike {
     let from = StableKey {
         sum: Checksum::unknown(sample),
@@ -443,15 +459,15 @@ fn like<N>(tree: &RBTree<StableKey, N>, sample: Sample) -> NodesLike {
     if !is_like(&first) {
         return NodesLike::None;
     }
-    // Most often it is the only one.
+    // Usually it is the only node with this sample.
     match cursor.peek_next() {
         Some((next, _)) if is_like(next) => {
-            let various = next.sum != first.sum
+            let is_ambiguous = next.sum != first.sum
                 || first.sum.successor().is_some_and(|sum| {
                     tree.cursor_lower_bound(&StableKey { sum, nth: 0 })
                         .is_some_and(|other| is_like(other.current().0))
                 });
-            if various {
+            if is_ambiguous {
                 NodesLike::Ambiguous
             } else {
                 NodesLike::Unique(Nodes::Several(first.sum))
@@ -461,6 +477,7 @@ fn like<N>(tree: &RBTree<StableKey, N>, sample: Sample) -> NodesLike {
     }
 }
 
+/// Returns the first key in `tree` behind `after`.
 fn next_key<N>(tree: &RBTree<StableKey, N>, after: Option<StableKey>) -> Option<StableKey> {
     let cursor = match after {
         None => tree.cursor_front(),

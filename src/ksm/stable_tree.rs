@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The life of a stable node: noticing that its page is gone, freeing it, giving it another key.
+//! The life of a stable node: noticing that it is stale, freeing it, giving it another key.
+//!
+//! A node holds no reference on its page. It is stale when the page is gone or belongs to another user. Then it
+//! can be freed. All functions run with `state` locked.
 
-/// How far freeing the nodes whose pages are gone has come: in which tree, and behind which node.
 use super::{index::MAX_COMPARES, Core, GFP_SCAN};
 use crate::{
     hash::{Checksum, Hasher, Sample},
@@ -13,6 +15,7 @@ use kernel::{
     time::{Instant, Monotonic},
 };
 
+/// How far a search of all nodes for stale ones has come: the tree, and the last node that was checked.
 #[derive(Clone, Copy)]
 pub(super) struct Released {
     full: bool,
@@ -20,6 +23,7 @@ pub(super) struct Released {
 }
 
 impl Released {
+    /// The start of the stable tree.
     pub(super) const fn nothing() -> Self {
         Self {
             full: false,
@@ -27,6 +31,7 @@ impl Released {
         }
     }
 
+    /// The start of the full tree.
     const fn full() -> Self {
         Self {
             full: true,
@@ -35,14 +40,17 @@ impl Released {
     }
 }
 
-/// How many nodes to look at in one round.
+/// How many nodes are checked in one call.
 pub(super) const ORPHANS_SWEEP: usize = 1024;
 
-/// The same for nodes whose pages are mapped as often as they may be.
+/// How many nodes of the full tree are checked in one call.
 const PRUNE_SWEEP: usize = 256;
 
 impl Core {
-    /// Frees a stale node. Pages that were on it find out when they are looked at.
+    /// Frees a stale node, and takes its rmap items off. Entries that say "merged" are corrected by the next
+    /// scan.
+    ///
+    /// Does nothing if a folio still points at the node. May sleep.
     pub(super) fn release(&mut self, key: StableKey) {
         let Some(node) = self.index.remove(key) else {
             return;
@@ -50,8 +58,8 @@ impl Core {
         let items = node.items();
         match node.release() {
             Ok(()) => self.items = self.items.saturating_sub(items),
-            // Not stale after all. Without memory to index it, it is lost but harmless: dropping
-            // it says so in the log.
+            // The node is not stale after all. Without memory to index it again, it is lost but harmless: the
+            // drop leaks it, and logs that.
             Err(node) => {
                 if self.index.insert(key, node, GFP_KERNEL).is_ok() && items != 0 {
                     self.index.move_to_stable(key);
@@ -63,12 +71,14 @@ impl Core {
         }
     }
 
-    /// Frees nodes without known mappings whose pages are gone: all of them, or some each time. With
-    /// `force`, also those whose pages are left in the swap cache, or mapped by processes that are
-    /// not registered (a fork's other half).
-    pub(super) fn sweep_orphans(&mut self, most: usize, force: bool) {
+    /// Checks up to `max` orphans, and frees those whose page is gone. The next call continues where this one
+    /// ends.
+    ///
+    /// An orphan whose page is still mapped, or in the swap cache, stays. With `force` these go as well. They
+    /// may be mapped by unregistered processes, the other half of a fork.
+    pub(super) fn sweep_orphans(&mut self, max: usize, force: bool) {
         let mut next = self.index.next_orphan(self.swept);
-        for _ in 0..most {
+        for _ in 0..max {
             let Some(key) = next else {
                 break;
             };
@@ -82,8 +92,8 @@ impl Core {
         }
     }
 
-    /// Frees some of the nodes with known mappings whose pages are gone, and whose items nobody looked at since.
-    /// Returns where to go on, if there are more.
+    /// Frees stale nodes of the stable tree and the full tree, at most [`ORPHANS_SWEEP`] of them. Returns where
+    /// to continue, if there are more nodes.
     pub(super) fn release_some_stale(&mut self, mut at: Released) -> Option<Released> {
         for _ in 0..ORPHANS_SWEEP {
             let next = match at.full {
@@ -102,11 +112,14 @@ impl Core {
         Some(at)
     }
 
-    /// Frees nodes whose pages are gone, of those that take no other page: nobody comes by these but who
-    /// maps them. Looks at some each time.
-    fn prune(&mut self, most: usize) {
+    /// Prunes stale nodes from the full tree. Checks up to `max` nodes. The next call continues where this one
+    /// ends.
+    ///
+    /// Lookups never visit this tree, so stale nodes in it are only noticed here or when a former sharer is
+    /// scanned.
+    fn prune(&mut self, max: usize) {
         let mut next = self.index.next_full(self.pruned);
-        for _ in 0..most {
+        for _ in 0..max {
             let Some(key) = next else {
                 break;
             };
@@ -119,7 +132,8 @@ impl Core {
         }
     }
 
-    /// Does so, beginning again when `pause` milliseconds are over since that was done last.
+    /// Calls [`Self::prune`]. Begins at the start of the tree only if `pause` milliseconds have passed since it
+    /// last did.
     pub(super) fn prune_after(&mut self, pause: u32) {
         if self.pruned.is_none() {
             let over = |began: Instant<Monotonic>| began.elapsed().as_millis() >= i64::from(pause);
@@ -131,6 +145,7 @@ impl Core {
         self.prune(PRUNE_SWEEP);
     }
 
+    /// Frees a node with listed mappings if it is stale.
     fn release_if_stale(&mut self, key: StableKey) {
         if self
             .index
@@ -142,8 +157,11 @@ impl Core {
         crate::mm::cond_resched();
     }
 
-    /// Whether the pages of all nodes without known mappings have been unlocked at least once, of those behind
-    /// `after` at which it looks this time. Returns the last one of these; `Err`: that one is locked.
+    /// Checks that the page of each orphan behind `after` is unlocked. A task that held the lock earlier has
+    /// released it by then.
+    ///
+    /// Checks up to [`ORPHANS_SWEEP`] orphans. Returns the last one, or `None` at the end of the tree; `Err`
+    /// with the last one before a page that is locked.
     pub(super) fn see_unlocked(
         &self,
         after: Option<StableKey>,
@@ -163,7 +181,10 @@ impl Core {
         Ok(last)
     }
 
-    /// Frees a node without known mappings if its page is gone.
+    /// Frees an orphan, unless its page is mapped or in the swap cache. With `force`, frees it in that case,
+    /// too.
+    ///
+    /// If another task has the page locked, the orphan stays.
     pub(super) fn try_free_orphan(&mut self, key: StableKey, force: bool) {
         let Some(node) = self.index.node(key).filter(|node| node.items() == 0) else {
             return;
@@ -181,7 +202,8 @@ impl Core {
         }
     }
 
-    /// Frees nodes without known mappings, some each time. Returns whether none is left.
+    /// Frees orphans whose pages are not mapped, up to [`ORPHANS_SWEEP`] of them. Returns whether no node of
+    /// any kind is left.
     pub(super) fn release_unused(&mut self) -> bool {
         let mut next = self.index.next_orphan(None);
         for _ in 0..ORPHANS_SWEEP {
@@ -202,12 +224,13 @@ impl Core {
         self.index.has_no_nodes()
     }
 
-    /// Gives a node with known mappings another checksum. Nothing is changed on failure.
+    /// Gives a node with listed mappings another checksum. Nothing changes on failure.
     pub(super) fn rekey(&mut self, key: StableKey, sum: Checksum) -> Result {
         let key = self.index.rekey(key, sum, GFP_SCAN)?;
         if let Some(node) = self.index.node(key) {
             node.set_key(key);
-            // Pages that come from now on have an equal in these.
+            // The items get the sample of the new key, so that the filter finds an equal for pages that have
+            // it.
             let filter = &mut self.filter;
             node.set_samples(sum.sample(), |old| {
                 filter.remove(old);
@@ -218,8 +241,10 @@ impl Core {
         Ok(())
     }
 
-    /// Computes the checksums of merged pages with this sample that were merged without, so that pages
-    /// which are not like them can be told apart. A few at a time, as there may be any number.
+    /// Computes the missing checksums of KSM pages with this sample, and gives their nodes new keys, so that
+    /// other content with this sample can be told apart.
+    ///
+    /// Does so for [`MAX_COMPARES`] nodes at most, as there may be any number.
     pub(super) fn find_sums(&mut self, hasher: &Hasher, sample: Sample) {
         for _ in 0..MAX_COMPARES {
             let Some(key) = self.index.any_stable(Checksum::unknown(sample)) else {
@@ -233,11 +258,11 @@ impl Core {
                 continue;
             };
             let sum = if page.is_poisoned() {
-                // Nobody is to read it or join it any more; so that it does not stand in the way of the
-                // others, any checksum will do.
+                // No process may read the page or merge into it any more. Give it any checksum, so that it does
+                // not hold up the other nodes.
                 Checksum::new(sample, 0)
             } else {
-                // Write-protected wherever it is mapped, so this is the checksum as long as it is merged.
+                // The page is write-protected everywhere, so it keeps this checksum as long as it is merged.
                 page.checksum(hasher)
             };
             drop(page);

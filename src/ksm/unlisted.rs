@@ -1,36 +1,42 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where merged pages may be mapped without an rmap item.
+//! Leaves in which merged pages may be mapped without an rmap item.
 //!
-//! A page that is shared over a fork becomes a merged page in all processes that share it, at the same address,
-//! when the scan merges it in one of them. The others are listed when the scan comes by: which it must do in the
-//! next pass, as it is by their items that the page is found, once the first process has given it up.
+//! If the scan merges a page that is shared over a fork, it becomes a merged page in all processes that share
+//! it, at the same address. The other mappings get their rmap items when the scan visits them. That must happen
+//! in the next pass: when the first process drops the page, these items are the only way to find it. So these
+//! leaves are not skipped.
 
-/// How many bits there are for each pass.
+/// The number of bits for each pass.
 const BITS: usize = 1 << 12;
 const WORD_BITS: usize = u64::BITS as usize;
 type Bits = [u64; BITS / WORD_BITS];
 
-/// A set of leaves, of whatever address space, by their numbers. Each stays in it to the end of the next pass.
+/// A set of leaves of any address spaces, by their numbers. Each leaf stays in it until the end of the next
+/// pass.
 ///
-/// It may take a leaf for one that it has, and all of them when it has many. Those are looked at for nothing.
+/// It is a Bloom filter with one hash: it may have leaves that were not added, and all of them if many were.
+/// These are scanned in vain.
 pub(crate) struct Unlisted {
+    /// The leaves that were added in this pass.
     now: Bits,
+    /// The leaves that were added in the previous pass.
     before: Bits,
-    /// Whether there is a bit in either.
+    /// Whether a bit is set in either.
     any: bool,
 }
 
+/// Returns the index of the word, and the bit in it, for a leaf.
 fn bit(leaf: usize) -> (usize, u64) {
-    // Leaves of one area should not share a word with each other only; the high bits of a product depend on
-    // all bits of what is multiplied.
+    // Neighbouring leaves should spread over the words. The high bits of a product depend on all bits of its
+    // factors.
     let hash = (leaf as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-    let nth = hash as usize % BITS;
-    (nth / WORD_BITS, 1 << (nth % WORD_BITS))
+    let idx = hash as usize % BITS;
+    (idx / WORD_BITS, 1 << (idx % WORD_BITS))
 }
 
 impl Unlisted {
-    /// A set of no leaves.
+    /// Creates an empty set.
     pub(crate) const fn new() -> Self {
         Self {
             now: [0; BITS / WORD_BITS],
@@ -39,7 +45,7 @@ impl Unlisted {
         }
     }
 
-    /// A pass begins: forgets what was added before the last one began.
+    /// Begins a pass. Forgets the leaves that were added before the previous one.
     pub(crate) fn begin_pass(&mut self) {
         if self.any {
             self.any = self.now.iter().any(|&bits| bits != 0);
@@ -47,7 +53,7 @@ impl Unlisted {
         }
     }
 
-    /// Adds a leaf.
+    /// Adds the leaf with this number.
     pub(crate) fn add(&mut self, leaf: usize) {
         let (word, bit) = bit(leaf);
         if let Some(bits) = self.now.get_mut(word) {
@@ -56,7 +62,7 @@ impl Unlisted {
         }
     }
 
-    /// Whether a leaf may be in it.
+    /// Whether the leaf with this number may have been added in this pass or the previous one.
     #[inline]
     pub(crate) fn may_have(&self, leaf: usize) -> bool {
         if !self.any {

@@ -4,15 +4,17 @@
 
 use crate::hash::Checksum;
 
-/// The key of a stable node. Nodes with the same checksum (different content, or more sharers than
-/// one node takes) differ in `nth`.
+/// The key of a stable node. Nodes with the same checksum differ in `nth`: their content differs, or has more
+/// sharers than one node can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct StableKey {
-    /// The checksum of the page, or as much of it as is known, which was looked at once more when nobody could write
-    /// to the page any more. (A page that was moved to another memory node has another sample, until its node gets
-    /// another key; one in broken memory has any.)
+    /// The checksum of the page, as much of it as is known. It was checked again when the page was
+    /// write-protected.
+    ///
+    /// There are two exceptions. A page that migrates to another NUMA node may have another sample, until its
+    /// node gets a new key. And the key of a page in poisoned memory may be any.
     pub(crate) sum: Checksum,
-    /// Numbers all nodes ever made, downwards: the newest is found first, as it is the one that most
-    /// likely takes another page.
+    /// Numbers all nodes ever made, downwards. So the newest one comes first: it is the most likely to have
+    /// room.
     pub(crate) nth: u64,
 }
