@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The entries of the pages of one leaf.
+//! A leaf of a [`PageMap`](super::PageMap): the entries of 512 pages, and when to scan them.
 
 use core::{mem::size_of, slice};
 use kernel::{
@@ -12,53 +12,61 @@ use kernel::{
     prelude::*,
 };
 
-/// Pages per leaf: those of one page table on x86-64, though nothing depends on that.
+/// The number of pages in a leaf. A page table of x86-64 has as many entries, but nothing depends on that.
 pub(super) const LEAF_PAGES: usize = 512;
+/// The binary logarithm of [`LEAF_PAGES`].
 pub(super) const LEAF_SHIFT: usize = 9;
+/// The number of bits in a group: a word of the bitmap.
 const BITS: usize = u64::BITS as usize;
+/// The number of groups.
 const GROUPS: usize = LEAF_PAGES / BITS;
 
-/// Words of some of 512 pages.
+/// A leaf: the entries of some of 512 pages.
 pub(super) struct Leaf<W> {
     content: Content<W>,
-    /// See [`PageMap::note_thrash`](super::PageMap::note_thrash).
+    /// A measure of merges in vain, see [`PageMap::note_thrash`](super::PageMap::note_thrash).
     pub(super) thrash_score: u8,
-    /// What is known of how much looking at the pages is worth.
+    /// When to skip the leaf, to refresh it, and to retry its steady pages.
     pub(super) age: Age,
-    /// Whether a huge page here may be split.
+    /// Whether huge pages in the leaf may be split.
     pub(super) splits: Splits,
 }
 
-/// For how long nothing has come of looking at the pages of a leaf.
+/// The age of a leaf: for how many passes its pages have not changed. It decides which passes skip the leaf.
+///
+/// In a leaf without entries, `passes` and `skips` hold the time since which it has none.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Age {
-    /// Passes in which nothing changed.
+    /// How many passes with `smart_scan` the leaf has begun since a page changed.
     passes: u8,
     /// How many of the next passes are to skip the leaf.
     skips: u8,
-    /// [`Self::SKIPPED`], [`Self::MISSED_RETRY`], [`Self::AWAY`] and [`Self::RETRY`]; and in the upper bits the number
-    /// of passes since its pages were looked at anew.
+    /// The flags [`Self::SKIPPED`], [`Self::MISSED_RETRY`], [`Self::AWAY`] and [`Self::RETRY`]. The high bits
+    /// hold the number of passes since the last refresh.
     flags: u8,
-    /// The pass that it has begun, modulo 2⁸.
+    /// The last pass that the leaf has begun, modulo 2⁸.
     pass: u8,
 }
 
 impl Age {
-    /// This pass skips the leaf.
+    /// The current pass skips the leaf.
     const SKIPPED: u8 = 1;
-    /// There is news for it that it has not seen yet.
+    /// A retry of the leaf's steady pages is outstanding: it skipped a pass that retried them, or is retried
+    /// alone.
     const MISSED_RETRY: u8 = 2;
-    /// A merged page may come to be mapped in it without the engine.
+    /// Pages were swapped out or migrating, and may come back as merged pages without an rmap item.
     const AWAY: u8 = 4;
-    /// There is news for it alone in the next pass.
+    /// The next pass retries the steady pages of this leaf, even if it retries no others.
     const RETRY: u8 = 8;
 
+    /// The position of the number of passes since the last refresh.
     const REFRESHED_SHIFT: u32 = 4;
-    /// A number that does not come about says that the leaf has no entries.
+    /// A number of passes that is never reached. It says that the leaf has no entries.
     const EMPTY: u8 = 0xf << Self::REFRESHED_SHIFT;
-    /// After so many passes it is time to look at its pages anew.
+    /// The number of passes between two refreshes.
     const REFRESH_PASSES: u8 = 8;
 
+    /// Sets or clears a flag.
     fn set(&mut self, flag: u8, on: bool) {
         self.flags = if on {
             self.flags | flag
@@ -67,20 +75,22 @@ impl Age {
         };
     }
 
+    /// Whether a flag is set.
     fn has(self, flag: u8) -> bool {
         self.flags & flag != 0
     }
 
-    /// That of the leaf with number `nth`, which is made in this pass. Leaves take turns in being looked at anew.
-    pub(super) fn new(nth: usize, pass: u32) -> Self {
+    /// Returns the age of the leaf `number`, which is made in this pass. Leaves start at different points of
+    /// the refresh cycle.
+    pub(super) fn new(number: usize, pass: u32) -> Self {
         Self {
             pass: pass as u8,
-            flags: (nth as u8 % Self::REFRESH_PASSES) << Self::REFRESHED_SHIFT,
+            flags: (number as u8 % Self::REFRESH_PASSES) << Self::REFRESHED_SHIFT,
             ..Self::default()
         }
     }
 
-    /// That of a leaf which has lost its last entry in this second. See [`Self::was_empty_for`].
+    /// Returns the age of a leaf that has lost its last entry in this second, see [`Self::was_empty_for`].
     fn empty(second: u32) -> Self {
         let [passes, skips] = (second as u16).to_le_bytes();
         Self {
@@ -91,25 +101,26 @@ impl Age {
         }
     }
 
-    /// For how many seconds a leaf has been without entries, modulo 2¹⁶; `None`: that was not noted yet.
+    /// Returns for how many seconds the leaf has had no entries, modulo 2¹⁶; `None` if that was not noted yet.
     fn was_empty_for(self, second: u32) -> Option<u16> {
         let since = u16::from_le_bytes([self.passes, self.skips]);
         (self.flags & Self::EMPTY == Self::EMPTY).then_some((second as u16).wrapping_sub(since))
     }
 
-    /// Whether its pages are to be looked at anew in this pass: what only changes where the sample does not look may
-    /// have got another checksum, or an equal, without anybody noticing. What is skipped has its turn when it is
-    /// looked at next.
+    /// Whether this pass refreshes the leaf. A page may have changed where the sample does not look, and have
+    /// another checksum, or an equal, by now.
+    ///
+    /// If the leaf is skipped when a refresh is due, the next scan of it refreshes it.
     pub(super) fn is_refreshing(self) -> bool {
         self.flags >> Self::REFRESHED_SHIFT == 0
     }
 
-    /// Whether this pass skips the leaf.
+    /// Whether the current pass skips the leaf.
     pub(super) fn is_skipped(self) -> bool {
         self.has(Self::SKIPPED)
     }
 
-    /// Whether there is news for it that it has not seen yet.
+    /// Whether a retry of the leaf's steady pages is outstanding.
     pub(super) fn missed_retry(self) -> bool {
         self.has(Self::MISSED_RETRY)
     }
@@ -119,7 +130,7 @@ impl Age {
         self.set(Self::AWAY, true);
     }
 
-    /// Notes that there is news for it in this pass.
+    /// Has the steady pages of the leaf retried in this pass.
     pub(super) fn note_retry_steady(&mut self) {
         self.set(Self::MISSED_RETRY, true);
     }
@@ -129,27 +140,30 @@ impl Age {
         self.set(Self::RETRY, true);
     }
 
-    /// Whether the pass with this number is still to be begun. (One that comes 256 passes after the last one
-    /// that was is not; a leaf takes part in nearly all.)
+    /// Whether the leaf has not begun this pass yet.
+    ///
+    /// A pass that comes 256 passes after the last one that the leaf has begun is mistaken for that one. A leaf
+    /// begins nearly every pass.
     #[inline]
     pub(super) fn is_behind(self, pass: u32) -> bool {
         self.pass != pass as u8
     }
 
-    /// Begins a pass that skips nothing.
+    /// Begins a pass that does not skip the leaf.
     pub(super) fn begin_whole_pass(&mut self, pass: u32) {
         self.begin(pass);
         self.count_refresh();
     }
 
+    /// Begins a pass: decides whether it retries the steady pages, and clears the flags of the pass before.
     fn begin(&mut self, pass: u32) {
         self.pass = pass as u8;
-        let owed = self.is_skipped() && self.missed_retry() || self.has(Self::RETRY);
-        self.set(Self::MISSED_RETRY, owed);
+        let retry = self.is_skipped() && self.missed_retry() || self.has(Self::RETRY);
+        self.set(Self::MISSED_RETRY, retry);
         self.set(Self::RETRY | Self::SKIPPED, false);
     }
 
-    /// Counts a pass of those after which it is time to look at its pages anew.
+    /// Counts a pass towards the next refresh.
     fn count_refresh(&mut self) {
         let since = self.flags >> Self::REFRESHED_SHIFT;
         self.set_refreshed(match since.saturating_add(1) {
@@ -158,19 +172,21 @@ impl Age {
         });
     }
 
+    /// Sets the number of passes since the last refresh.
     fn set_refreshed(&mut self, since: u8) {
         let flags = self.flags & ((1 << Self::REFRESHED_SHIFT) - 1);
         self.flags = flags | since << Self::REFRESHED_SHIFT;
     }
 
-    /// Begins a pass, for which there is news or not, and decides whether it skips the leaf, which it does not
-    /// if it `must_look` at it. The ages and numbers of passes are those of in-tree KSM, which has them for
-    /// each page.
+    /// Begins a pass, and decides whether it skips the leaf.
+    ///
+    /// `retry_steady`: the pass retries steady pages. `must_look`: the leaf must not be skipped. The ages, and
+    /// how many passes are skipped at each, are those of in-tree KSM, which has them for each page.
     pub(super) fn begin_pass(&mut self, pass: u32, retry_steady: bool, must_look: bool) {
         self.begin(pass);
         let age = self.passes;
         self.passes = age.saturating_add(1);
-        // This look finds out whether there still are any.
+        // This scan finds out whether there are any such pages left.
         let must_look = self.has(Self::AWAY) || must_look;
         self.set(Self::AWAY, false);
         self.set(Self::SKIPPED, age >= 3 && self.skips != 0 && !must_look);
@@ -179,16 +195,16 @@ impl Age {
         }
         self.skips = self.skips.saturating_sub(1);
         self.set(Self::MISSED_RETRY, self.missed_retry() || retry_steady);
-        // Passes that are skipped in a row count as one. Else each look at an old leaf, after eight passes that
-        // skip it, would look at all its pages anew, which costs a tenth more.
+        // Consecutive passes that skip the leaf count as one. Otherwise each scan of an old leaf, which comes
+        // after eight skipped passes, would refresh it, and cost a tenth more.
         if self.skips == 0 && self.flags >> Self::REFRESHED_SHIFT < Self::REFRESH_PASSES - 1 {
             self.count_refresh();
         }
     }
 
-    /// Decides how many of the next passes are to skip the leaf, which this one looks at.
+    /// Decides how many of the next passes skip the leaf. The current pass scans it.
     pub(super) fn decide_skips(&mut self, may_skip: impl FnOnce() -> bool) {
-        // As of the beginning of the pass.
+        // The age at the beginning of the pass.
         let age = self.passes.saturating_sub(1);
         if age >= 3 && self.skips == 0 && !self.is_skipped() && may_skip() {
             self.skips = match age {
@@ -200,10 +216,10 @@ impl Age {
         }
     }
 
-    /// Notes that something happened to a page.
+    /// Notes that a page has changed: the age starts from zero.
     pub(super) fn begin_anew(&mut self) {
         if self.flags & Self::EMPTY == Self::EMPTY {
-            // These say since when there are none.
+            // The fields hold the time since which the leaf has no entries.
             return;
         }
         self.passes = 0;
@@ -211,33 +227,34 @@ impl Age {
     }
 }
 
-/// A leaf waits for `1 << MAX_SPLIT_LEVEL` seconds at most before a huge page in it is split again.
+/// A leaf waits for at most `1 << MAX_SPLIT_LEVEL` seconds before a huge page in it is split again.
 const MAX_SPLIT_LEVEL: u8 = 7;
 
-/// A moment, as [`Splits`] count.
+/// A point in time, as [`Splits`] counts it.
 #[derive(Clone, Copy)]
 pub(crate) struct Moment {
     /// The number of the pass.
     pub(crate) pass: u32,
-    /// Seconds since any moment.
+    /// The number of seconds since any fixed point.
     pub(crate) second: u64,
 }
 
 /// Whether huge pages in a leaf may be split.
 ///
-/// A part that wants to be split off where there was a split in a pass before means that the pages were put
-/// together in between, most often by khugepaged, which would do so for ever. The leaf waits before it
-/// lets that happen again, twice as long each time: in seconds, which at one pass a second are as many
-/// passes. (A number of passes would be over at once where they follow each other without a pause,
-/// and never where one takes hours.)
+/// If a page is to be split off where a huge page was split in an earlier pass, the range was collapsed in
+/// between. Most often that was khugepaged, which would do it again and again. So the leaf waits before the
+/// next split, and the wait doubles each time.
 ///
-/// A leaf has room for three bytes, so numbers are kept modulo 2¹⁶: once in 2¹⁶ passes or seconds one is taken for
-/// another, and a split is allowed, or put off, that should not be.
+/// The wait is counted in seconds. A number of passes would be over at once where passes follow each other
+/// without a pause, and never where one takes hours.
+///
+/// A leaf has room for three bytes, so numbers are kept modulo 2¹⁶. Once in 2¹⁶ passes or seconds, one is
+/// mistaken for another. Then a split is allowed, or put off, by mistake.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Splits {
-    /// How often it had to wait, and [`Self::SPLIT`], [`Self::WAITING`] or neither.
+    /// The level: how often the leaf had to wait. And [`Self::SPLIT`], [`Self::WAITING`] or neither.
     bits: u8,
-    /// The pass of the last split, or the second in which the wait is over.
+    /// The pass of the last split, or the second in which the wait ends.
     when: [u8; 2],
 }
 
@@ -259,13 +276,13 @@ impl Splits {
         u16::from_le_bytes(self.when)
     }
 
-    /// Whether a huge page is to stay whole still.
+    /// Whether a huge page is not to be split yet.
     pub(super) fn is_waiting(self, second: u64) -> bool {
         let left = self.when().wrapping_sub(second as u16);
         self.bits & Self::WAITING != 0 && left != 0 && left <= 1 << MAX_SPLIT_LEVEL
     }
 
-    /// Whether a huge page may be split. If there was a split in another pass, the wait begins.
+    /// Whether a huge page may be split now. If one was split in an earlier pass, the wait begins.
     pub(super) fn may_split(&mut self, now: Moment) -> bool {
         if self.bits & Self::SPLIT != 0 && self.when() != now.pass as u16 {
             let level = self.level().saturating_add(1).min(MAX_SPLIT_LEVEL);
@@ -275,7 +292,7 @@ impl Splits {
         !self.is_waiting(now.second)
     }
 
-    /// Whether there is nothing to remember.
+    /// Whether no split and no wait is remembered.
     pub(super) fn is_default(self) -> bool {
         self.bits == 0
     }
@@ -296,34 +313,36 @@ impl Splits {
     }
 }
 
-/// Far the most leaves are either nearly full, or have a single page.
+/// The entries. By far the most leaves are either nearly full, or have a single page.
 enum Content<W> {
     Nothing,
     One(u16, W),
     Many(KBox<Many<W>>),
 }
 
+/// A bitmap of the pages that have an entry, and the entries.
+///
 /// # Invariants
 ///
-/// There are as many entries as bits are set. `before` says how many are set in the groups before each.
+/// There are as many entries as bits set. `before` holds how many bits are set in the groups before each group.
 struct Many<W> {
     present: [u64; GROUPS],
     before: [u16; GROUPS],
     entries: KVec<W>,
 }
 
-/// Which group the bit of a page is in, and the bit.
+/// Returns the group of a page, and its bit in the group.
 fn bit(page: usize) -> (usize, u64) {
     (page / BITS, 1 << (page % BITS))
 }
 
-/// The first page at or after `page` whose bit is set.
+/// Returns the first page at or after `page` whose bit is set.
 fn next_set(present: &[u64; GROUPS], page: usize) -> Option<usize> {
     let mut mask = u64::MAX << (page % BITS);
-    for (nth, bits) in present.iter().enumerate().skip(page / BITS) {
+    for (group, bits) in present.iter().enumerate().skip(page / BITS) {
         let left = bits & mask;
         if left != 0 {
-            return Some(nth * BITS + left.trailing_zeros() as usize);
+            return Some(group * BITS + left.trailing_zeros() as usize);
         }
         mask = u64::MAX;
     }
@@ -332,7 +351,7 @@ fn next_set(present: &[u64; GROUPS], page: usize) -> Option<usize> {
 
 impl<W> Many<W> {
     fn new(flags: Flags) -> Result<KBox<Self>> {
-        // INVARIANT: no entries, no bits.
+        // INVARIANT: There are no entries, and no bits are set.
         Ok(KBox::new(
             Self {
                 present: [0; GROUPS],
@@ -354,7 +373,7 @@ impl<W> Many<W> {
             (Some(bits), Some(&before)) => {
                 usize::from(before) + (bits & (bit - 1)).count_ones() as usize
             }
-            // Behind the last page.
+            // `page` is behind the last page.
             _ => self.entries.len(),
         }
     }
@@ -400,7 +419,7 @@ impl<W> Many<W> {
             }
             false
         });
-        // INVARIANT: The bits of the entries that are left.
+        // INVARIANT: `left` has the bits of the entries that are left.
         self.present = left;
         self.count_groups();
     }
@@ -414,21 +433,21 @@ impl<W> Many<W> {
         }
     }
 
-    /// Makes room for `more` entries. Growing by doubling, as `reserve` does, must not go beyond what a
-    /// full leaf takes.
-    fn make_room(&mut self, more: usize, flags: Flags) -> Result {
+    /// Makes room for `count` more entries. `reserve` grows by doubling, which must not exceed the size of a
+    /// full leaf.
+    fn make_room(&mut self, count: usize, flags: Flags) -> Result {
         let (len, capacity) = (self.entries.len(), self.entries.capacity());
-        if capacity.saturating_sub(len) >= more {
+        if capacity.saturating_sub(len) >= count {
             return Ok(());
         }
-        if capacity.saturating_mul(2) <= LEAF_PAGES || len.saturating_add(more) > LEAF_PAGES {
-            return Ok(self.entries.reserve(more, flags)?);
+        if capacity.saturating_mul(2) <= LEAF_PAGES || len.saturating_add(count) > LEAF_PAGES {
+            return Ok(self.entries.reserve(count, flags)?);
         }
         self.move_to_room_for(LEAF_PAGES, flags)
     }
 
-    /// Moves the entries to where there is room for `count`, which they are not more than. They stay where they
-    /// are on failure.
+    /// Moves the entries to memory with room for `count` entries, which must be enough for them. On failure
+    /// they stay in place.
     fn move_to_room_for(&mut self, count: usize, flags: Flags) -> Result {
         let mut room = KVec::with_capacity(count, flags)?;
         for entry in self.entries.drain_all() {
@@ -439,7 +458,7 @@ impl<W> Many<W> {
         Ok(())
     }
 
-    /// Gives `page`, which has none, a entry, of which `rank` are before it. There is room.
+    /// Inserts an entry for `page`, which has none, behind `rank` others. There must be room.
     fn insert_in_room(&mut self, page: usize, rank: usize, entry: W) -> Result<(), W> {
         if rank == self.entries.len() {
             self.entries
@@ -454,7 +473,7 @@ impl<W> Many<W> {
                     }
                 })?;
         }
-        // INVARIANT: one bit more, one entry more.
+        // INVARIANT: There is one bit more, and one entry more.
         self.set_bit(page);
         Ok(())
     }
@@ -462,7 +481,7 @@ impl<W> Many<W> {
 
 impl<W> Leaf<W> {
     pub(super) fn new(age: Age) -> Self {
-        // Many leaves have a single page.
+        // Many leaves have a single page, so keep them small.
         const { assert!(size_of::<W>() != 8 || size_of::<Self>() == 24) };
         Self {
             content: Content::Nothing,
@@ -472,7 +491,9 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// Of a leaf without entries: whether it has had none for so many seconds, now that it is this `second`.
+    /// Returns whether the leaf, which has no entries in this `second`, has had none for `seconds`.
+    ///
+    /// Notes the second if it is the first call since then.
     pub(super) fn is_empty_for(&mut self, seconds: u16, second: u32) -> bool {
         match self.age.was_empty_for(second) {
             Some(past) => past >= seconds,
@@ -483,13 +504,13 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// How many pages have a entry.
+    /// Returns how many pages have an entry.
     #[inline]
     pub(super) fn len(&self) -> usize {
         self.entries().len()
     }
 
-    /// The entries, in the order of their pages.
+    /// Returns the entries, in the order of their pages.
     #[inline]
     pub(super) fn entries(&self) -> &[W] {
         match &self.content {
@@ -499,7 +520,7 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// The entries, in the order of their pages.
+    /// Returns the entries, in the order of their pages.
     #[inline]
     pub(super) fn words_mut(&mut self) -> &mut [W] {
         match &mut self.content {
@@ -509,7 +530,7 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// Whether `page` has a entry.
+    /// Whether `page` has an entry.
     #[inline]
     pub(super) fn has(&self, page: usize) -> bool {
         match &self.content {
@@ -519,7 +540,7 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// How many pages before `page` have a entry, which is where the entry of `page` is.
+    /// Returns how many pages before `page` have an entry. This is the index of the entry of `page`.
     #[inline]
     pub(super) fn rank(&self, page: usize) -> usize {
         match &self.content {
@@ -529,7 +550,7 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// The entry of `page`.
+    /// Returns the entry of `page`.
     pub(super) fn get_mut(&mut self, page: usize) -> Option<&mut W> {
         if !self.has(page) {
             return None;
@@ -538,13 +559,13 @@ impl<W> Leaf<W> {
         self.words_mut().get_mut(rank)
     }
 
-    /// How many of `count` pages from `page` on have a entry; `None` if they reach over the end.
+    /// Returns how many of `count` pages from `page` on have an entry; `None` if they reach beyond the leaf.
     pub(super) fn count(&self, page: usize, count: usize) -> Option<usize> {
         let end = page.checked_add(count).filter(|&end| end <= LEAF_PAGES)?;
         self.rank(end).checked_sub(self.rank(page))
     }
 
-    /// The first page at or after `page` that has a entry.
+    /// Returns the first page at or after `page` that has an entry.
     #[inline]
     pub(super) fn next(&self, page: usize) -> Option<usize> {
         match &self.content {
@@ -554,8 +575,10 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// Gives `page`, which has none, a entry, of which `rank` are before it. `expected` says how many more
-    /// entries are about to come, this one included. On failure the leaf is unchanged.
+    /// Inserts an entry for `page`, which has none, behind `rank` others.
+    ///
+    /// `expected` is the number of entries about to be inserted, including this one. On failure returns
+    /// `entry`, and leaves the leaf unchanged.
     pub(super) fn insert(
         &mut self,
         page: usize,
@@ -568,21 +591,23 @@ impl<W> Leaf<W> {
             self.content = Content::One(only, entry);
             return Ok(());
         }
-        // Room is made for all that are expected, once.
+        // Memory for all expected entries is allocated with the first one.
         if let Content::Many(many) = &mut self.content {
             if many.entries.len() < many.entries.capacity() {
                 return many.insert_in_room(page, rank, entry);
             }
         }
-        let more = expected.clamp(1, LEAF_PAGES.saturating_sub(self.len()).max(1));
-        match self.many_with_room(more, flags) {
+        let count = expected.clamp(1, LEAF_PAGES.saturating_sub(self.len()).max(1));
+        match self.many_with_room(count, flags) {
             Ok(many) => many.insert_in_room(page, rank, entry),
             Err(_) => Err(entry),
         }
     }
 
-    /// Gives `count` pages from `page` on, behind all that have one, a entry each; `entry` makes the entry of
-    /// the nth page. `None` or `false`: that was not possible, and nothing was done.
+    /// Inserts entries for `count` pages from `page` on, which is behind all pages that have one.
+    ///
+    /// `entry` makes the entry of a page from its index in the run. `None` or `false`: that was not possible,
+    /// and no entry was inserted.
     pub(super) fn fill(
         &mut self,
         page: usize,
@@ -596,13 +621,13 @@ impl<W> Leaf<W> {
             return Some(true);
         }
         let many = self.many_with_room(count, flags).ok()?;
-        for nth in 0..count {
-            // There is room for all.
-            if many.entries.push_within_capacity(entry(nth)).is_err() {
+        for i in 0..count {
+            // There is room for all of them.
+            if many.entries.push_within_capacity(entry(i)).is_err() {
                 return None;
             }
         }
-        // INVARIANT: `count` bits more, and as many entries.
+        // INVARIANT: There are `count` bits more, and as many entries.
         for (group, bits) in many.present.iter_mut().enumerate() {
             let start = group * BITS;
             let from = page.saturating_sub(start).min(BITS);
@@ -615,7 +640,7 @@ impl<W> Leaf<W> {
         Some(true)
     }
 
-    /// Takes the entry of `page` away.
+    /// Removes the entry of `page`, and returns it.
     pub(super) fn remove(&mut self, page: usize) -> Option<W> {
         if !self.has(page) {
             return None;
@@ -623,7 +648,7 @@ impl<W> Leaf<W> {
         if let Content::Many(many) = &mut self.content {
             let rank = many.rank(page);
             let entry = many.entries.remove(rank).ok()?;
-            // INVARIANT: one bit less, one entry less.
+            // INVARIANT: There is one bit less, and one entry less.
             many.clear_bit(page);
             self.give_back();
             return Some(entry);
@@ -634,8 +659,8 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// Takes away the entries of pages in `from..to` that `keep` does not keep. What it does keep stays where it
-    /// is, and may have been changed.
+    /// Removes the entries of pages in `from..to` for which `keep` returns `false`. `keep` may change those
+    /// that stay.
     pub(super) fn retain(
         &mut self,
         from: usize,
@@ -653,7 +678,7 @@ impl<W> Leaf<W> {
             Content::Many(many) => {
                 let before = many.entries.len();
                 many.retain(from, to, keep);
-                // A look at a gap that takes nothing away must not try again what was refused.
+                // If nothing was removed, do not retry a move for which there was no memory.
                 if many.entries.len() != before {
                     self.give_back();
                 }
@@ -661,8 +686,8 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// Gives back what few entries do not need. If there is no memory to move them to, tries again when half of
-    /// them are gone.
+    /// Gives memory back that the entries do not need. If there is no memory to move them to, retries when half
+    /// of them are gone.
     fn give_back(&mut self) {
         let Content::Many(many) = &mut self.content else {
             return;
@@ -677,12 +702,13 @@ impl<W> Leaf<W> {
                     }
                 }
             }
-            // A quarter, so that a leaf whose pages come and go is not moved all the time. Do not try again with
-            // each entry: a memory cgroup at its limit would refuse, and count, each attempt.
+            // Wait until only a quarter is used, so that a leaf whose pages come and go is not moved all the
+            // time. Do not retry with each entry: a memory cgroup at its limit would refuse, and count, each
+            // attempt.
             len => {
-                let few = many.entries.capacity() / 4;
-                if len == few || len < few && len.is_power_of_two() {
-                    // Charged like the memory that is given back.
+                let quarter = many.entries.capacity() / 4;
+                if len == quarter || len < quarter && len.is_power_of_two() {
+                    // Charge the new memory like the old one.
                     let flags = GFP_NOWAIT | (GFP_KERNEL_ACCOUNT & !GFP_KERNEL);
                     let _ = many.move_to_room_for(len.saturating_mul(2), flags);
                 }
@@ -690,8 +716,7 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// The memory that the content takes besides the leaf itself, in bytes, without the allocator's own
-    /// overhead.
+    /// Returns the size of the entries outside the leaf itself, in bytes, without the allocator's overhead.
     pub(super) fn bytes(&self) -> usize {
         match &self.content {
             Content::Many(many) => {
@@ -702,11 +727,11 @@ impl<W> Leaf<W> {
         }
     }
 
-    /// The content as one of many entries, with room for `more`. On failure the leaf is unchanged.
-    fn many_with_room(&mut self, more: usize, flags: Flags) -> Result<&mut Many<W>> {
+    /// Returns the entries as [`Many`], with room for `count` more. The entries are unchanged on failure.
+    fn many_with_room(&mut self, count: usize, flags: Flags) -> Result<&mut Many<W>> {
         if !matches!(self.content, Content::Many(_)) {
             let mut many = Many::new(flags)?;
-            many.make_room(self.len().saturating_add(more), flags)?;
+            many.make_room(self.len().saturating_add(count), flags)?;
             let before = core::mem::replace(&mut self.content, Content::Nothing);
             if let Content::One(page, entry) = before {
                 // There is room.
@@ -716,10 +741,10 @@ impl<W> Leaf<W> {
         }
         match &mut self.content {
             Content::Many(many) => {
-                many.make_room(more, flags)?;
+                many.make_room(count, flags)?;
                 Ok(many)
             }
-            // Cannot be, see above.
+            // Cannot happen, see above.
             _ => Err(ENOMEM),
         }
     }

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is remembered of each page of one address space.
+//! What is remembered of each page of one address space, in little memory.
+//!
+//! A [`PageMap`] has a tree of leaves, one for each range of 512 pages (2 MiB) with tracked pages. The scan
+//! also remembers for each leaf whether its pages change, in [`Age`], and whether huge pages in it may be
+//! split.
+//!
+//! The maps are protected by the engine's mutex.
 
 mod leaf;
 
@@ -11,45 +17,45 @@ use leaf::{Age, Leaf, LEAF_PAGES, LEAF_SHIFT};
 
 use super::unlisted::Unlisted;
 
-/// How many leaves [`PageMap::next_skipped`] looks at; and after how many pages that are not skipped it ends: twice
-/// as many as one step of the scan has.
+/// How many leaves one call of [`PageMap::next_skipped`] checks, at most.
 const SKIP_SEARCH: usize = 64;
+/// After how many pages in leaves that are not skipped it ends: twice as many as one step of the scan has.
 const SKIP_SEARCH_PAGES: usize = 2 * LEAF_PAGES;
 
-/// For how many seconds a leaf stays of whose pages nothing is known but that they were split off huge pages: for as
-/// long as one ever waits for the next split, and as long again for khugepaged to come by.
+/// For how many seconds a leaf without entries is kept to remember that its huge pages were split: as long as
+/// the longest wait for the next split, and as long again for khugepaged to collapse the range.
 const EMPTY_SECS: u16 = 256;
 
-/// How much trouble one page makes, and how much of it is too much: more than four pages lately.
+/// How much one page adds to the thrash score of its leaf.
 const THRASH_STEP: usize = 16;
+/// From this score on the leaf is left out of eager merging. More than four pages reach it.
 const THRASH_LIMIT: u8 = 64;
 
 /// A sparse map from page-aligned addresses to entries of type `W`.
 ///
-/// Addresses are grouped by 512 pages; a leaf holds one bit per page, and the entries of the pages
-/// that have one, packed in the order of their addresses. So a page costs `size_of::<W>()` and its
-/// share of a leaf, wherever pages lie close together. A leaf of a single page holds no more than its
-/// entry.
+/// Addresses are grouped into leaves of 512 pages. A leaf has one bit for each page, and the entries of the
+/// pages that have one, packed in the order of their addresses. So a page costs `size_of::<W>()`, and its share
+/// of a leaf where pages lie close together. A leaf with a single page has just its entry.
 ///
-/// A leaf whose huge pages were split stays for a while when it has lost its last entry: most often these come back,
-/// in a huge page that is not to be split again at once.
+/// A leaf whose huge pages were split is kept for a while after it has lost its last entry. Most often the
+/// pages come back as part of a huge page, which is not to be split again at once.
 pub(crate) struct PageMap<W> {
     leaves: RBTree<usize, Leaf<W>>,
-    /// See [`Self::bytes`].
+    /// The size of the map, see [`Self::bytes`].
     bytes: usize,
 }
 
-/// A pass, as far as leaves have to know it to decide whether it skips them.
+/// A pass, as far as it matters for skipping leaves.
 pub(crate) struct Pass<'a> {
-    /// Its number.
+    /// The number of the pass.
     pub(crate) number: u32,
-    /// Whether there is news for all pages, see [`Cursor`](super::scan::Cursor).
+    /// Whether the pass retries steady pages, see [`Cursor`](super::scan::Cursor).
     pub(crate) retry_steady: bool,
-    /// Which leaves are not skipped, as pages may have to be listed there.
+    /// Leaves that must not be skipped, because merged pages may have to be listed there.
     pub(crate) unlisted: &'a Unlisted,
 }
 
-/// Where a page is: which leaf, and which page of it.
+/// The position of a page: the number of its leaf, and its index in the leaf.
 #[derive(Clone, Copy)]
 struct PageIndex {
     leaf: usize,
@@ -57,6 +63,7 @@ struct PageIndex {
 }
 
 impl PageIndex {
+    /// Returns the position of the page at `addr`.
     fn of(addr: usize) -> Self {
         let page = addr >> PAGE_SHIFT;
         Self {
@@ -65,13 +72,14 @@ impl PageIndex {
         }
     }
 
+    /// Returns the address of the page.
     fn addr(self) -> usize {
         (self.leaf << LEAF_SHIFT | self.page) << PAGE_SHIFT
     }
 }
 
 impl<W> PageMap<W> {
-    /// An empty map.
+    /// Creates an empty map.
     pub(crate) fn new() -> Self {
         Self {
             leaves: RBTree::new(),
@@ -79,31 +87,31 @@ impl<W> PageMap<W> {
         }
     }
 
-    /// The memory that a leaf takes besides what [`Leaf::bytes`] says: three entries of `struct rb_node`, then key
-    /// and value.
+    /// The size of a leaf in the tree besides [`Leaf::bytes`]: three words of `struct rb_node`, then key and
+    /// value.
     const NODE_BYTES: usize = 4 * size_of::<usize>() + size_of::<Leaf<W>>();
 
-    /// Does something to a leaf that may change how large it is.
-    fn change<R>(bytes: &mut usize, leaf: &mut Leaf<W>, deed: impl FnOnce(&mut Leaf<W>) -> R) -> R {
+    /// Runs `f`, which may change the size of a leaf, and updates `bytes`.
+    fn change<R>(bytes: &mut usize, leaf: &mut Leaf<W>, f: impl FnOnce(&mut Leaf<W>) -> R) -> R {
         let before = leaf.bytes();
-        let result = deed(leaf);
+        let result = f(leaf);
         *bytes = bytes.saturating_sub(before).saturating_add(leaf.bytes());
         result
     }
 
-    /// The entry of the page at `addr`, to be changed.
+    /// Returns the entry of the page at `addr`. This does not count as a change of the leaf.
     pub(crate) fn get_mut(&mut self, addr: usize) -> Option<&mut W> {
         let index = PageIndex::of(addr);
         self.leaves.get_mut(&index.leaf)?.get_mut(index.page)
     }
 
-    /// Whether any page of the leaf that `addr` is in has a entry.
+    /// Whether a page of the leaf of `addr` has an entry.
     pub(crate) fn has_leaf(&self, addr: usize) -> bool {
         let leaf = self.leaves.get(&PageIndex::of(addr).leaf);
         leaf.is_some_and(|leaf| leaf.len() != 0)
     }
 
-    /// The entry of the page at `addr`, to be changed for something that happened to the page.
+    /// Returns the entry of the page at `addr`, and notes a change of the leaf.
     pub(crate) fn get_changed(&mut self, addr: usize) -> Option<&mut W> {
         let index = PageIndex::of(addr);
         let leaf = self.leaves.get_mut(&index.leaf)?;
@@ -111,10 +119,14 @@ impl<W> PageMap<W> {
         leaf.get_mut(index.page)
     }
 
-    /// The pages of the leaf that `addr` is in, to be gone through from `addr` on in the order of their
-    /// addresses. The leaf is made if need be, which may fail with `ENOMEM`.
+    /// Returns a cursor over the leaf of `addr`, from `addr` on. Creates the leaf if there is none.
     ///
-    /// The caller gives the leaf a entry, or calls [`Self::prune`]. `pass` is the number of the pass.
+    /// The leaf begins the pass with number `pass` if it has not yet. The caller must add an entry to a new
+    /// leaf, or call [`Self::prune`].
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory.
     pub(crate) fn leaf_from(
         &mut self,
         addr: usize,
@@ -141,12 +153,11 @@ impl<W> PageMap<W> {
         })
     }
 
-    /// The first leaves side by side, with an address at or behind `from`, that `pass` skips, because nothing
-    /// has come of looking at their pages for some time: their first and their last address. `Err`: there are
-    /// none before this address.
+    /// Returns the first range of adjacent leaves at or behind `from` that `pass` skips: its first and last
+    /// address.
     ///
-    /// Leaves that this comes by begin the pass, if they have not yet. The pages of those that are skipped are
-    /// added to `skipped` then.
+    /// `Err`: there is no such leaf before this address. Leaves on the way begin the pass, if they have not
+    /// yet. If they are skipped, the number of their pages is added to `skipped`.
     pub(crate) fn next_skipped(
         &mut self,
         from: usize,
@@ -199,41 +210,43 @@ impl<W> PageMap<W> {
         }))
     }
 
-    /// Notes that something happened to a page of the leaf that `addr` is in.
+    /// Notes that a page in the leaf of `addr` has changed.
     pub(crate) fn note_change(&mut self, addr: usize) {
         if let Some(leaf) = self.leaves.get_mut(&PageIndex::of(addr).leaf) {
             leaf.age.begin_anew();
         }
     }
 
-    /// Has the pages of the leaf that `addr` is in looked at again in the next pass as if there were news: one
-    /// of them could not be merged for the moment. That does not make the leaf any younger.
+    /// Has the next pass retry the steady pages in the leaf of `addr`, because one of them could not be merged
+    /// now.
+    ///
+    /// This does not count as a change of the leaf.
     pub(crate) fn note_retry(&mut self, addr: usize) {
         if let Some(leaf) = self.leaves.get_mut(&PageIndex::of(addr).leaf) {
             leaf.age.note_retry();
         }
     }
 
-    /// Notes that pages of the leaf that `addr` is in were swapped out, or being moved, when the scan came by.
-    /// When they come back they may be merged pages that are not known to be mapped there: so the next
-    /// pass looks at the leaf again.
+    /// Notes that the walk has found pages in the leaf of `addr` that were swapped out or migrating.
+    ///
+    /// They may come back as merged pages without an rmap item. So the next pass does not skip the leaf.
     pub(crate) fn note_away(&mut self, addr: usize) {
         if let Some(leaf) = self.leaves.get_mut(&PageIndex::of(addr).leaf) {
             leaf.age.note_away();
         }
     }
 
-    /// The number of the leaf that `addr` is in.
+    /// Returns the number of the leaf of `addr`.
     pub(crate) fn number(addr: usize) -> usize {
         PageIndex::of(addr).leaf
     }
 
-    /// The last address of the leaf that `addr` is in.
+    /// Returns the last address of the leaf of `addr`.
     pub(crate) fn leaf_end(addr: usize) -> usize {
         addr | ((1 << (LEAF_SHIFT + PAGE_SHIFT)) - 1)
     }
 
-    /// Takes the entry of the page at `addr` out of the map, which is a change of its leaf, in this second.
+    /// Removes the entry of the page at `addr`, in this `second`, and notes a change of the leaf.
     pub(crate) fn remove(&mut self, addr: usize, second: u32) -> Option<W> {
         let index = PageIndex::of(addr);
         let leaf = self.leaves.get_mut(&index.leaf)?;
@@ -243,9 +256,11 @@ impl<W> PageMap<W> {
         Some(entry)
     }
 
-    /// Takes away the entries of pages in `from..to` that `keep` does not keep, of the first leaf at or behind `from`.
-    /// Returns where to go on behind that leaf; `None`: there is none left before `to`. `second`: see
-    /// [`Self::prune`].
+    /// Removes the entries in `from..to` for which `keep` returns `false`, from the first leaf at or behind
+    /// `from`.
+    ///
+    /// Returns the address behind that leaf; `None` if that is not before `to`, or there is no such leaf.
+    /// `second`: see [`Self::prune`].
     pub(crate) fn retain_leaf(
         &mut self,
         from: usize,
@@ -271,17 +286,19 @@ impl<W> PageMap<W> {
             content.retain(page, end, |page, entry| keep(addr(page), entry))
         });
         self.prune(first, second);
-        // At the end of the address space this is the last leaf.
+        // The last leaf of the address space has no address behind it.
         last.checked_add(1).filter(|&next| next < to)
     }
 
-    /// The memory that the map takes, in bytes, without the allocator's own overhead.
+    /// Returns the size of the map, in bytes, without the allocator's overhead.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Frees the leaf that `addr` is in if it has no entry, but in this `second` only if it has had none for
-    /// [`EMPTY_SECS`], or its huge pages were not split.
+    /// Frees the leaf of `addr` if it has no entries.
+    ///
+    /// If `second` is given, a leaf whose huge pages were split is kept until it has been empty for
+    /// [`EMPTY_SECS`].
     pub(crate) fn prune(&mut self, addr: usize, second: Option<u32>) {
         let leaf = PageIndex::of(addr).leaf;
         let Some(content) = self.leaves.get_mut(&leaf).filter(|leaf| leaf.len() == 0) else {
@@ -296,7 +313,7 @@ impl<W> PageMap<W> {
         self.bytes = self.bytes.saturating_sub(Self::NODE_BYTES);
     }
 
-    /// Notes that `count` pages of the leaf that `addr` is in gave thrash_score.
+    /// Notes that `count` pages in the leaf of `addr` were written to soon after they were merged.
     pub(crate) fn note_thrash(&mut self, addr: usize, count: usize) {
         if let Some(leaf) = self.leaves.get_mut(&PageIndex::of(addr).leaf) {
             let count = u8::try_from(count.saturating_mul(THRASH_STEP)).unwrap_or(u8::MAX);
@@ -304,14 +321,15 @@ impl<W> PageMap<W> {
         }
     }
 
-    /// Whether a huge page at `addr` is to stay whole, as it was just put together again.
+    /// Whether a huge page at `addr` is not to be split yet, because khugepaged has collapsed the range again.
     pub(crate) fn keeps_whole(&self, addr: usize, second: u64) -> bool {
         let leaf = self.leaves.get(&PageIndex::of(addr).leaf);
         leaf.is_some_and(|leaf| leaf.splits.is_waiting(second))
     }
 
-    /// Whether a huge page at `addr` may be split, for a part of it that will merge. That it was put together
-    /// again, and has to wait, is found out here.
+    /// Whether a huge page at `addr` may be split for a page of it that will merge.
+    ///
+    /// If the range was split in an earlier pass, it was collapsed since. Then a wait begins here.
     pub(crate) fn may_split(&mut self, addr: usize, now: Moment) -> bool {
         let leaf = self.leaves.get_mut(&PageIndex::of(addr).leaf);
         leaf.is_none_or(|leaf| leaf.splits.may_split(now))
@@ -324,21 +342,20 @@ impl<W> PageMap<W> {
         }
     }
 
-    /// Calls `each` with the address and the entry of every page of the leaf that `from` is in, or of the
-    /// first one behind it, unless its pages gave too much trouble lately, and returns the last address of
-    /// that leaf. `None`: there is no such leaf.
+    /// Calls `each` with address and entry of each page in the first leaf at or behind that of `from`.
     ///
-    /// Trouble is forgotten little by little, each time that this is called.
+    /// Leaves the pages out if too many of them were written to soon after a merge lately. The thrash score
+    /// decays by one with each call. Returns the last address of the leaf; `None` if there is none.
     pub(crate) fn visit_leaf(
         &mut self,
         from: usize,
         mut each: impl FnMut(usize, &W),
     ) -> Option<usize> {
-        let (&nth, _) = self
+        let (&number, _) = self
             .leaves
             .cursor_lower_bound(&PageIndex::of(from).leaf)?
             .current();
-        let leaf = self.leaves.get_mut(&nth)?;
+        let leaf = self.leaves.get_mut(&number)?;
         leaf.thrash_score = leaf.thrash_score.saturating_sub(1);
         if leaf.thrash_score < THRASH_LIMIT {
             let mut page = 0;
@@ -348,7 +365,7 @@ impl<W> PageMap<W> {
                 };
                 each(
                     PageIndex {
-                        leaf: nth,
+                        leaf: number,
                         page: next,
                     }
                     .addr(),
@@ -357,17 +374,22 @@ impl<W> PageMap<W> {
                 page = next.wrapping_add(1);
             }
         }
-        let first = PageIndex { leaf: nth, page: 0 };
+        let first = PageIndex {
+            leaf: number,
+            page: 0,
+        };
         Some(Self::leaf_end(first.addr()))
     }
 
-    /// Whether no page has a entry.
+    /// Whether the map has no leaves.
     pub(crate) fn is_empty(&self) -> bool {
         self.leaves.is_empty()
     }
 
-    /// Calls `each` with every entry of the leaf that `from` is in and of those behind it, of `budget` leaves
-    /// at most. Returns where to go on, if there are more.
+    /// Calls `each` with each entry of the leaf of `from` and those behind it.
+    ///
+    /// Visits as many leaves as `budget` allows, and reduces it. Returns the address to continue at, if there
+    /// are more.
     pub(crate) fn for_each_from(
         &self,
         from: usize,
@@ -388,48 +410,50 @@ impl<W> PageMap<W> {
     }
 }
 
-/// A position in a leaf that only moves forward.
+/// A cursor in a leaf that only moves forward.
 ///
 /// # Invariants
 ///
 /// `rank` entries are before the page `at`, which is a page of the leaf or the one behind its last.
 pub(crate) struct LeafCursor<'a, W> {
     leaf: &'a mut Leaf<W>,
-    /// Those of the map.
+    /// The size of the map.
     bytes: &'a mut usize,
     at: PageIndex,
     rank: usize,
 }
 
-/// What [`LeafCursor::seek`] came to.
+/// The result of [`LeafCursor::seek`].
 pub(crate) enum Found<'a, W> {
-    /// A entry that is in the way: the one of the page at this address, which is before the page that was
-    /// sought. Call [`LeafCursor::remove_passed`] or [`LeafCursor::keep_passed`], and seek again.
+    /// An entry between the cursor and the page that is sought: its address, and the entry.
+    ///
+    /// Call [`LeafCursor::remove_passed`] or [`LeafCursor::keep_passed`], and seek again.
     Passed(usize, &'a mut W),
-    /// The entry of the page that was sought.
+    /// The entry of the page. The cursor is behind it.
     Entry(&'a mut W),
-    /// The page that was sought has no entry.
+    /// The page has no entry. The cursor is at the page.
     Nothing,
 }
 
 impl<W> LeafCursor<'_, W> {
-    /// Moves on to the page at `addr`, which is in the leaf, and behind the one that was sought last
-    /// (or that one again, if it had no entry).
+    /// Moves to the page at `addr`, and returns what is there.
+    ///
+    /// The page must be in the leaf, and behind the page sought before, unless that had no entry.
     #[inline]
     pub(crate) fn seek(&mut self, addr: usize) -> Found<'_, W> {
         let sought = PageIndex::of(addr);
         if sought.page != self.at.page {
             let passed = self.leaf.next(self.at.page);
             if let Some(page) = passed.filter(|&page| page < sought.page) {
-                // INVARIANT: no entry in between.
+                // INVARIANT: There is no entry in between.
                 self.at.page = page;
                 return match self.leaf.words_mut().get_mut(self.rank) {
                     Some(entry) => Found::Passed(self.at.addr(), entry),
-                    // Cannot be, by the invariant.
+                    // Cannot happen, by the invariant.
                     None => Found::Nothing,
                 };
             }
-            // INVARIANT: no entry in between.
+            // INVARIANT: There is no entry in between.
             self.at = sought;
         }
         if !self.leaf.has(self.at.page) {
@@ -437,7 +461,7 @@ impl<W> LeafCursor<'_, W> {
         }
         match self.leaf.words_mut().get_mut(self.rank) {
             Some(entry) => {
-                // INVARIANT: moved on by one page and one entry.
+                // INVARIANT: The cursor moves by one page and one entry.
                 self.at.page = self.at.page.wrapping_add(1);
                 self.rank = self.rank.wrapping_add(1);
                 Found::Entry(entry)
@@ -446,37 +470,38 @@ impl<W> LeafCursor<'_, W> {
         }
     }
 
-    /// Takes the entry that was passed last out of the map.
+    /// Removes the entry that was passed last from the map, and returns it.
     pub(crate) fn remove_passed(&mut self) -> Option<W> {
         let page = self.at.page;
         PageMap::change(self.bytes, self.leaf, |leaf| leaf.remove(page))
     }
 
-    /// Leaves the entry that was passed last where it is.
+    /// Keeps the entry that was passed last, and moves behind it.
     pub(crate) fn keep_passed(&mut self) {
-        // INVARIANT: moved on by one page and one entry.
+        // INVARIANT: The cursor moves by one page and one entry.
         self.at.page = self.at.page.wrapping_add(1);
         self.rank = self.rank.wrapping_add(1);
     }
 
-    /// Gives the page that was sought last, and that had none, a entry. `expected` says how many more
-    /// entries are about to come, this one included.
+    /// Inserts an entry for the page that was sought last, which has none. The cursor moves behind it.
     ///
-    /// On failure the leaf is unchanged.
+    /// `expected` is the number of entries about to be inserted, including this one: memory is allocated for
+    /// all of them at once. On failure returns `entry`, and leaves the leaf unchanged.
     #[inline]
     pub(crate) fn insert(&mut self, entry: W, expected: usize, flags: Flags) -> Result<(), W> {
         let (page, rank) = (self.at.page, self.rank);
         PageMap::change(self.bytes, self.leaf, |leaf| {
             leaf.insert(page, rank, entry, expected, flags)
         })?;
-        // INVARIANT: moved on by one page and one entry.
+        // INVARIANT: The cursor moves by one page and one entry.
         self.at.page = self.at.page.wrapping_add(1);
         self.rank = self.rank.wrapping_add(1);
         Ok(())
     }
 
-    /// The entries of `count` pages from the first one on, if each of them has one, and if the cursor
-    /// has not moved yet. Moves behind them.
+    /// Returns the entries of the next `count` pages if each of them has one, and moves behind them.
+    ///
+    /// The cursor must not have moved yet.
     pub(crate) fn known_run(&mut self, count: usize) -> Option<&mut [W]> {
         let all = self.leaf.count(self.at.page, count)? == count;
         let run = self.rank..self.rank.checked_add(count)?;
@@ -484,22 +509,22 @@ impl<W> LeafCursor<'_, W> {
             return None;
         }
         let entries = self.leaf.words_mut().get_mut(run)?;
-        // INVARIANT: moved on by as many pages as entries.
+        // INVARIANT: The cursor moves by as many pages as entries.
         self.at.page = self.at.page.wrapping_add(count);
         self.rank = self.rank.wrapping_add(count);
         Some(entries)
     }
 
-    /// Whether no page from the first one on has a entry, if the cursor has not moved yet.
+    /// Whether no page at or behind the cursor has an entry. The cursor must not have moved yet.
     pub(crate) fn is_empty_from_here(&self) -> bool {
         self.rank == self.leaf.len()
     }
 
-    /// Gives `count` pages from the first one on a entry each, if none of them nor any page behind them
-    /// has one, and if the cursor has not moved yet. `entry` makes the entry of the nth page. Moves
-    /// behind them.
+    /// Inserts entries for the next `count` pages, if no page at or behind the cursor has one. Moves behind
+    /// them.
     ///
-    /// Returns whether that was done.
+    /// `entry` makes the entry of a page from its index in the run. The cursor must not have moved yet. Returns
+    /// whether the entries were inserted; `false` also without memory.
     pub(crate) fn fill_run(
         &mut self,
         count: usize,
@@ -516,17 +541,16 @@ impl<W> LeafCursor<'_, W> {
         if !filled {
             return false;
         }
-        // INVARIANT: moved on by as many pages as entries.
+        // INVARIANT: The cursor moves by as many pages as entries.
         self.at.page = self.at.page.wrapping_add(count);
         self.rank = self.rank.wrapping_add(count);
         true
     }
 
-    /// Decides whether the next passes skip the leaf, for nothing has come of looking at its pages for some time; not
-    /// as long as its entries `keep` it from that.
+    /// Decides whether the next passes skip the leaf, because its pages have not changed for some time.
     ///
-    /// That takes a look at all entries, so only one step of a pass does it: the first, with no entry before where it
-    /// begins.
+    /// `keep` returns whether its entries forbid that. As this reads all entries, only the first step of a pass
+    /// in the leaf does it: the one with no entries before its start.
     pub(crate) fn decide_skips(&mut self, keep: impl FnOnce(&[W]) -> bool) {
         if self.rank != 0 {
             return;
@@ -536,29 +560,33 @@ impl<W> LeafCursor<'_, W> {
         self.leaf.age = age;
     }
 
-    /// Whether the pages of the leaf are to be looked at anew in this pass.
+    /// Whether this pass refreshes the leaf: checksums of its queued pages are recomputed, and its steady pages
+    /// retried.
     #[inline]
     pub(crate) fn is_refreshing(&self) -> bool {
         self.leaf.age.is_refreshing()
     }
 
-    /// Whether there is news for the leaf that it has not seen yet.
+    /// Whether a retry of the leaf's steady pages is outstanding: it skipped a pass that retried them, or is
+    /// retried alone.
     pub(crate) fn missed_retry(&self) -> bool {
         self.leaf.age.missed_retry()
     }
 
-    /// Whether huge pages of the leaf may be split from now on, which they had to wait for.
+    /// Whether a wait for the next split of huge pages in the leaf has ended now.
+    ///
+    /// `second` returns the current second, and is only called if there is a wait.
     #[inline]
     pub(crate) fn end_wait(&mut self, second: impl FnOnce() -> u64) -> bool {
         let ended = self.leaf.splits.end_wait(second);
         if ended {
-            // The rest of the leaf may be looked at in other steps, or be skipped.
+            // Retry the steady pages of the whole leaf: other steps may scan the rest, or a pass may skip it.
             self.leaf.age.note_retry_steady();
         }
         ended
     }
 
-    /// How many entries the leaf has.
+    /// Returns how many pages of the leaf have an entry.
     pub(crate) fn len(&self) -> usize {
         self.leaf.len()
     }
