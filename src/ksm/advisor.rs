@@ -1,71 +1,74 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How many pages to look at before sleeping, so that a pass takes about as long as it should.
+//! The scan-time advisor: how many pages to scan before sleeping, so that a pass takes about the target time.
 //!
-//! Arithmetic only; the formulas are those of the scan-time advisor of in-tree KSM, in whole seconds and
-//! percent. What would wrap around there stops at the end here.
+//! Arithmetic only. The formulas are those of the scan-time advisor of in-tree KSM, in whole seconds and
+//! percent. Where in-tree KSM would wrap around, values saturate here.
 
-/// Pages before sleeping when nothing advises.
+/// `pages_to_scan` while the advisor is off.
 pub(crate) const DEFAULT_PAGES_TO_SCAN: u32 = 100;
 
-/// The least that is assumed of a CPU to be there for scanning, in percent.
+/// The advisor assumes that scanning may take at least this much of one CPU, in percent.
 const MIN_CPU: u64 = 10;
-/// How much the newest pass counts in the average, in percent.
+/// The weight of the latest pass in the average, in percent.
 const WEIGHT: u64 = 30;
 
-/// What the advisor is to keep to.
+/// The settings of the advisor: the files `advisor_*` in sysfs.
 pub(crate) struct Limits {
     /// The most of one CPU that scanning may take, in percent.
     pub(crate) max_cpu: u32,
-    /// The pages that it starts with.
+    /// `pages_to_scan` when the advisor is switched on.
     pub(crate) min_pages: u64,
-    /// The most pages that it may say.
+    /// The highest `pages_to_scan`.
     pub(crate) max_pages: u64,
-    /// How long a pass should take, in seconds; not 0.
+    /// The target time of a pass, in seconds; not 0.
     pub(crate) target_secs: u64,
 }
 
-/// The scan-time advisor.
+/// The scan-time advisor. It is protected by its own mutex in [`Engine`](super::Engine).
 pub(crate) struct Advisor {
+    /// The settings.
     pub(crate) limits: Limits,
-    /// What is remembered; `None` when switched off.
+    /// What the advisor remembers; `None` while it is off.
     memory: Option<Memory>,
 }
 
-/// What is remembered from pass to pass. Starts anew when the advisor is switched on.
+/// What the advisor remembers from pass to pass. It starts from scratch when the advisor is switched on.
 #[derive(Default)]
 struct Memory {
-    /// Average of how long passes took, each in percent of the one before it.
+    /// The average duration of passes, each in percent of the one before it.
     change: u64,
-    /// How long the last pass took, in seconds; 0: there was none.
+    /// The duration of the last pass, in seconds; 0 before the first.
     secs: u64,
-    /// CPU time when the advice was given last, or when the first pass began, in nanoseconds.
+    /// The CPU time at the last advice, or at the beginning of the first pass, in nanoseconds.
     cpu_nanos: Option<u64>,
-    /// Whether the pass under way began with the advisor switched on.
+    /// Whether the advisor was on when the current pass began.
     under_way: bool,
 }
 
-/// What came of a pass.
+/// The result of a pass: the new `pages_to_scan`, and what it was computed from.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Advice {
-    /// How long it took, in seconds; at least 1.
+    /// The duration of the pass, in seconds; at least 1.
     pub(crate) secs: u64,
-    /// How much of one CPU it took, in percent; at least 1.
+    /// How much of one CPU the pass took, in percent; at least 1.
     pub(crate) cpu_percent: u32,
-    /// The pages to look at before sleeping from now on.
+    /// How many pages to scan before sleeping from now on.
     pub(crate) pages: u32,
 }
 
+/// Returns `part` in percent of `whole`; 0 if that is 0.
 fn percent(part: u64, whole: u64) -> u64 {
     part.saturating_mul(100).checked_div(whole).unwrap_or(0)
 }
 
+/// Converts a number, limited to the largest `u32`.
 fn to_u32(number: u64) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 impl Advisor {
-    /// An advisor that is switched off.
+    /// Creates an advisor that is switched off, with in-tree KSM's default settings.
     pub(crate) fn new() -> Self {
         Self {
             limits: Limits {
@@ -78,12 +81,12 @@ impl Advisor {
         }
     }
 
-    /// Whether it is switched on.
+    /// Whether the advisor is switched on.
     pub(crate) fn is_on(&self) -> bool {
         self.memory.is_some()
     }
 
-    /// Switches it on or off. Returns the pages to look at before sleeping, if that is a change.
+    /// Switches the advisor on or off. Returns the new `pages_to_scan` if this is a change.
     pub(crate) fn switch(&mut self, on: bool) -> Option<u32> {
         if on == self.is_on() {
             return None;
@@ -96,7 +99,7 @@ impl Advisor {
         })
     }
 
-    /// Notes that a pass begins. `cpu_nanos`: the CPU time of the scanning thread so far.
+    /// Notes that a pass begins. `cpu_nanos` is the CPU time of the scanning thread so far.
     pub(crate) fn start_pass(&mut self, cpu_nanos: u64) {
         if let Some(memory) = &mut self.memory {
             memory.under_way = true;
@@ -104,8 +107,9 @@ impl Advisor {
         }
     }
 
-    /// Gives advice at the end of a pass that took `millis`, with so many `pages` before each sleep.
-    /// `None` when switched off, or when it was switched on in the middle of the pass.
+    /// Returns advice at the end of a pass that took `millis` milliseconds with `pages` as `pages_to_scan`.
+    ///
+    /// `None` if the advisor is off, or was switched on in the middle of the pass.
     pub(crate) fn end_pass(&mut self, millis: u64, cpu_nanos: u64, pages: u32) -> Option<Advice> {
         let limits = &self.limits;
         let memory = self.memory.as_mut().filter(|memory| memory.under_way)?;
@@ -116,7 +120,7 @@ impl Advisor {
         let cpu_millis = cpu_nanos.saturating_sub(cpu_before) / 1_000_000;
         let cpu_percent = percent(cpu_millis, secs.saturating_mul(1000)).max(1);
 
-        // How long it should take in percent of what it took.
+        // The target time in percent of the actual time.
         let factor = percent(limits.target_secs, secs).max(1);
         let secs_before = if memory.secs == 0 { secs } else { memory.secs };
         memory.secs = secs;

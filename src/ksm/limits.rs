@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What can be changed only while nothing is merged.
+//! Settings that can only change while no page is merged.
 
 use super::{Core, Engine, State};
 use kernel::{
@@ -12,31 +12,38 @@ use kernel::{
     time::{delay::fsleep, Delta},
 };
 
-/// The smallest `max_page_sharing`: a page that is mapped once is not merged.
+/// The smallest `max_page_sharing`: merging begins with two mappings.
 const MIN_SHARING: u32 = 2;
 
 impl Engine {
-    /// Sets how many places are mapped to one merged page at most. `EINVAL` for fewer than two, `EBUSY`
-    /// while pages are merged. May sleep.
-    pub(super) fn set_max_page_sharing(&self, most: u32) -> Result {
-        if most < MIN_SHARING {
+    /// Sets `max_page_sharing`, the most mappings that one merged page may have. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for fewer than [`MIN_SHARING`], `EBUSY` while pages are merged, `ERESTARTSYS` on a signal.
+    pub(super) fn set_max_page_sharing(&self, max: u32) -> Result {
+        if max < MIN_SHARING {
             return Err(EINVAL);
         }
-        let sharing = most as usize;
+        let sharing = max as usize;
         let mut state = self.lock_without_nodes(|core| core.max_sharing != sharing)?;
         state.core.max_sharing = sharing;
-        self.max_page_sharing.store(most, Relaxed);
+        self.max_page_sharing.store(max, Relaxed);
         Ok(())
     }
 
-    /// Sets whether pages on different memory nodes are merged. `EBUSY` while pages are merged. May sleep.
+    /// Sets `merge_across_nodes`: whether pages on different NUMA nodes are merged. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` while pages are merged, `ERESTARTSYS` on a signal.
     pub(super) fn set_merge_across_nodes(&self, across: bool) -> Result {
         let mut state = self.lock_without_nodes(|core| core.per_nid == across)?;
         if state.core.per_nid != across {
             return Ok(());
         }
-        // The next step takes it up again with the samples that count then. Pages whose samples are other
-        // ones now are taken for changed when they are looked at.
+        // The next step turns the zero page on again, with the samples of the other hasher. Pages whose samples
+        // differ with it are classified as changed when they are scanned.
         let hasher = self.hasher(&state.core);
         state.use_zero_page(hasher, false);
         state.core.per_nid = !across;
@@ -45,13 +52,17 @@ impl Engine {
     }
 }
 
-/// How often, and after how long each time, to try again to free nodes whose pages are locked.
+/// How often to try to free nodes whose pages are locked.
 const RELEASE_ATTEMPTS: u32 = 50;
+/// The time between two attempts, in milliseconds.
 const RELEASE_MS: i64 = 2;
 
 impl Engine {
-    /// Locks `state`, and frees all nodes if something `differs`. `EBUSY` if a page is merged: known to be, or
-    /// mapped by a process that is not registered. May sleep.
+    /// Locks `state`. If something `differs` from the setting to be written, frees all nodes first. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if a page is merged, in a registered process or another one. `ERESTARTSYS` on a signal.
     fn lock_without_nodes(
         &self,
         differs: impl Fn(&Core) -> bool,

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The address spaces that have mergeable memory.
+//! The address spaces that are registered for merging.
+//!
+//! Tracepoint probes for `ksm_enter` and `ksm_exit` report which address spaces come and go. They run under any
+//! lock that the kernel holds there. So the [`Registry`] is under a spinlock, and its functions do not
+//! allocate. Memory comes from a [`Reservation`] that is made before.
 
 use super::index::MmId;
 use kernel::{
@@ -11,29 +15,30 @@ use kernel::{
     sync::aref::ARef,
 };
 
-/// The registered address spaces, in the order in which they came.
-///
-/// Held under a spinlock, since it is the kernel's tracepoints that report who comes and goes.
+/// The registered address spaces, in the order of their registration.
 pub(crate) struct Registry {
+    /// Address spaces that have not exited, by number.
     live: RBTree<MmId, ARef<Mm>>,
+    /// The number of each of these, by the address of its `mm_struct`.
     by_mm: RBTree<usize, MmId>,
-    /// Gone through `ksm_exit()`; what the engine knows of them is still to be freed.
+    /// Address spaces that went through `ksm_exit()`. The engine still has to forget their pages.
     dead: RBTree<MmId, ARef<Mm>>,
+    /// The number for the next address space. Numbers begin at 1.
     next_id: MmId,
-    /// An address space was not entered for want of memory.
+    /// Whether an address space could not be registered for want of memory.
     missed: bool,
-    /// Memory for more, to fall back on.
+    /// Reservations for when the caller has none.
     spares: KVec<Reservation>,
 }
 
-/// The memory to enter one address space with.
+/// The memory to register one address space.
 pub(crate) struct Reservation {
     live: RBTreeNodeReservation<MmId, ARef<Mm>>,
     by_mm: RBTreeNodeReservation<usize, MmId>,
 }
 
 impl Reservation {
-    /// Allocates it.
+    /// Allocates a reservation. `ENOMEM` if there is no memory; `flags` decide whether it may sleep.
     pub(crate) fn new(flags: Flags) -> Result<Self> {
         Ok(Self {
             live: RBTreeNodeReservation::new(flags)?,
@@ -43,7 +48,7 @@ impl Reservation {
 }
 
 impl Registry {
-    /// Nobody registered.
+    /// Creates a registry without address spaces.
     pub(crate) fn new() -> Self {
         Self {
             live: RBTree::new(),
@@ -55,20 +60,20 @@ impl Registry {
         }
     }
 
-    /// Has other reservations to fall back on. Gives back those that it had.
+    /// Replaces the spare reservations. Returns the old ones, to be dropped without the lock.
     #[must_use]
     pub(crate) fn replace_spares(&mut self, spares: KVec<Reservation>) -> KVec<Reservation> {
         core::mem::replace(&mut self.spares, spares)
     }
 
-    /// Enters `mm`, unless it is known, with a spare reservation. Without one it only remembers that somebody
-    /// was missed. Neither allocates nor frees anything.
+    /// Registers `mm` with a spare reservation, unless it is registered already. If there is none, notes that
+    /// an address space was missed. Neither allocates nor frees anything.
     pub(crate) fn enter_with_spare(&mut self, mm: &Mm) {
         if self.knows(mm) {
             return;
         }
         match self.spares.pop() {
-            // It is given back nothing: the spare is used.
+            // There is nothing to free under the lock: `mm` is new, so the reservation is used.
             Some(spare) => drop(self.enter(mm.into(), Some(spare))),
             None => self.missed = true,
         }
@@ -79,9 +84,10 @@ impl Registry {
         self.by_mm.get(&(mm.as_raw() as usize)).is_some()
     }
 
-    /// Enters `mm`. Without a reservation or a spare it only remembers that somebody was missed.
+    /// Registers `mm`, unless it is registered already. If there is neither a reservation nor a spare one,
+    /// notes that an address space was missed.
     ///
-    /// Gives back what it did not use, to be dropped without the lock.
+    /// Returns what was not used, to be dropped without the lock.
     #[must_use]
     pub(crate) fn enter(
         &mut self,
@@ -108,53 +114,53 @@ impl Registry {
         let Some(id) = self.by_mm.remove(&(mm as usize)) else {
             return false;
         };
-        // Moved as it is: there is nothing to allocate here, nor may the reference be dropped.
+        // Move the tree node as it is: nothing may be allocated here, and no reference dropped.
         if let Some(node) = self.live.remove_node(&id) {
             self.dead.insert(node);
         }
         true
     }
 
-    /// The first live address space behind `after`.
+    /// Returns the first live address space with a number above `after`.
     pub(crate) fn next(&self, after: MmId) -> Option<(MmId, ARef<Mm>)> {
         let cursor = self.live.cursor_lower_bound(&after.checked_add(1)?)?;
         let (id, mm) = cursor.current();
         Some((*id, mm.clone()))
     }
 
-    /// The number of the address space that came last.
+    /// Returns the number of the newest live address space; 0 if there is none.
     pub(crate) fn last_id(&self) -> MmId {
         self.live.cursor_back().map_or(0, |last| *last.current().0)
     }
 
-    /// The number of the newest one that ever was.
+    /// Returns the number of the newest address space that was ever registered; 0 if there was none.
     pub(crate) fn newest(&self) -> MmId {
         self.next_id.saturating_sub(1)
     }
 
-    /// Takes one that is exiting.
+    /// Takes out an address space that has exited.
     pub(crate) fn take_dead(&mut self) -> Option<(MmId, ARef<Mm>)> {
         let id = *self.dead.cursor_front()?.current().0;
         let mm = self.dead.remove(&id)?;
         Some((id, mm))
     }
 
-    /// Whether [`Self::take_dead`] has something to give.
+    /// Whether there is an address space for [`Self::take_dead`].
     pub(crate) fn has_dead(&self) -> bool {
         !self.dead.is_empty()
     }
 
-    /// Whether nobody is registered.
+    /// Whether no live address space is registered.
     pub(crate) fn is_empty(&self) -> bool {
         self.live.is_empty()
     }
 
-    /// Whether somebody was missed since this was asked last.
+    /// Returns whether an address space was missed since the last call.
     pub(crate) fn take_missed(&mut self) -> bool {
         core::mem::take(&mut self.missed)
     }
 
-    /// Whether somebody was missed.
+    /// Whether an address space was missed since the last call of [`Self::take_missed`].
     pub(crate) fn has_missed(&self) -> bool {
         self.missed
     }

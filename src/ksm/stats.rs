@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Counters, as they are shown in sysfs. Readers take no lock.
+//! The counters that sysfs shows. Readers take no lock.
 
 use super::Core;
 use kernel::{
@@ -8,26 +8,27 @@ use kernel::{
     sync::atomic::{Atomic, Relaxed},
 };
 
-/// All counters. The first seven are states.
+/// All counters. The first seven are states, the others count events.
 pub(crate) struct Stats {
-    /// Merged pages that are in use.
+    /// Merged pages that are in use: `pages_shared`.
     pub(crate) shared: Atomic<u64>,
-    /// Further places that map these: what is saved.
+    /// Mappings of these beyond the first of each, i.e. the pages saved: `pages_sharing`.
     pub(crate) sharing: Atomic<u64>,
-    /// Contents that have more than one merged page, and those pages.
+    /// Checksums that more than one stable node has: `stable_node_chains`.
     pub(crate) chains: Atomic<u64>,
+    /// Stable nodes that have one of these checksums: `stable_node_dups`.
     pub(crate) dups: Atomic<u64>,
-    /// Pages that have no equal but are looked at again and again.
+    /// Pages that are scanned again and again but have no known equal: `pages_unshared`.
     pub(crate) unshared: Atomic<u64>,
-    /// Pages that change too fast to be candidates.
+    /// Pages that change too fast to be candidates: `pages_volatile`.
     pub(crate) volatile: Atomic<u64>,
-    /// Bytes that all metadata take.
+    /// The size of all metadata, in bytes.
     pub(crate) metadata: Atomic<u64>,
-    /// Pages looked at since the module was loaded.
+    /// Pages scanned since the module was loaded.
     pub(crate) scanned: Atomic<u64>,
-    /// Pages that `smart_scan` saved looking at since the module was loaded.
+    /// Pages that `smart_scan` has skipped since the module was loaded.
     pub(crate) skipped: Atomic<u64>,
-    /// How often all mergeable areas were looked at since everything was unmerged last.
+    /// Complete passes since everything was unmerged last.
     pub(crate) full_scans: Atomic<u64>,
 }
 
@@ -47,11 +48,12 @@ impl Stats {
         }
     }
 
-    /// Shows the current core, beside which there are maps of so many bytes.
+    /// Publishes the state of `core`, and the size of all page maps, `map_bytes`. `state` is locked.
     pub(super) fn update(&self, core: &Core, map_bytes: usize) {
         let shared = core.index.stable_len();
         let unshared = core.index.unstable_len().saturating_add(core.steady);
-        // Released nodes leave entries behind that say "merged" until the scan comes by: volatile.
+        // If a node was released, the entries of its pages say "merged" until the next scan. They count as
+        // volatile.
         let volatile = core
             .pages
             .saturating_sub(core.items)
@@ -67,7 +69,7 @@ impl Stats {
         self.metadata.store(metadata as u64, Relaxed);
     }
 
-    /// Bytes saved by merging, less those that metadata take. Can be negative.
+    /// Returns the bytes saved by merging, less those that the metadata take. May be negative.
     pub(super) fn profit(&self) -> i64 {
         let zeroes = u64::try_from(crate::mm::zero_pages()).unwrap_or(0);
         let saved = self.sharing.load(Relaxed).saturating_add(zeroes);
@@ -76,22 +78,22 @@ impl Stats {
         bytes(saved).saturating_sub(bytes(self.metadata.load(Relaxed)))
     }
 
-    /// Counts pages that were looked at.
+    /// Counts pages that were scanned.
     pub(super) fn add_scanned(&self, pages: usize) {
         self.scanned.add(pages as u64, Relaxed);
     }
 
-    /// Counts pages that were not looked at.
+    /// Counts pages that were skipped.
     pub(super) fn add_skipped(&self, pages: usize) {
         self.skipped.add(pages as u64, Relaxed);
     }
 
-    /// Counts a completed pass.
+    /// Counts a complete pass.
     pub(super) fn add_full_scan(&self) {
         self.full_scans.add(1u64, Relaxed);
     }
 
-    /// Counts passes anew.
+    /// Resets the count of complete passes.
     pub(super) fn reset_full_scans(&self) {
         self.full_scans.store(0, Relaxed);
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The files in `/sys/kernel/mm/rksm/`: names, modes, formats, defaults and errors are those of the
-//! files of the same name in `/sys/kernel/mm/ksm/`. Only `merge_eagerly` and `pass_millisecs`
-//! are rksm's own.
+//! The files in `/sys/kernel/mm/rksm/`.
+//!
+//! Names, modes, formats, defaults and errors are those of the files of the same name in `/sys/kernel/mm/ksm/`.
+//! Only `merge_eagerly` and `pass_millisecs` are rksm's own.
 
 use super::{run, Engine};
 use crate::sys::{
@@ -14,15 +15,18 @@ use kernel::{
     sync::atomic::{Atomic, Relaxed},
 };
 
-/// Milliseconds between batches.
+/// The default of `sleep_millisecs`: milliseconds between batches.
 pub(super) const DEFAULT_SLEEP_MILLISECS: u32 = 20;
-/// Milliseconds from pass to pass, at least. In-tree KSM never looks at a page again so soon, for want
-/// of speed; memory that changes from one moment to the next is not worth merging.
+/// The default of `pass_millisecs`: the least number of milliseconds from the beginning of one pass to that of
+/// the next.
+///
+/// In-tree KSM never scans a page again so soon, because it is slower. Memory that changes within a second is
+/// not worth merging.
 pub(super) const DEFAULT_PASS_MILLISECS: u32 = 1000;
-/// Places that map one merged page, at most. More of them make walking all mappings of the page, which the
-/// kernel does under its lock, take too long.
+/// The default of `max_page_sharing`: the most mappings of one merged page. With more, an rmap walk, which
+/// holds a lock, takes too long.
 pub(super) const DEFAULT_MAX_PAGE_SHARING: u32 = 256;
-/// Milliseconds between two searches for merged pages that are gone.
+/// The default of `stable_node_chains_prune_millisecs`: milliseconds between two searches for stale nodes.
 pub(super) const DEFAULT_PRUNE_MILLISECS: u32 = 2000;
 
 impl Directory for Engine {
@@ -58,7 +62,7 @@ impl Directory for Engine {
                 Ok(())
             },
         ),
-        // What is merged with what.
+        // What may be merged.
         Attribute::rw(
             c"use_zero_pages",
             |engine, out| out.line(engine.use_zero_pages.load(Relaxed)),
@@ -72,8 +76,8 @@ impl Directory for Engine {
             c"max_page_sharing",
             |engine, out| out.line(engine.max_page_sharing.load(Relaxed)),
             |engine, input| {
-                let most = u32::try_from(input.parse_i32()?).map_err(|_| EINVAL)?;
-                engine.set_max_page_sharing(most)
+                let max = u32::try_from(input.parse_i32()?).map_err(|_| EINVAL)?;
+                engine.set_max_page_sharing(max)
             },
         ),
         Attribute::rw(
@@ -89,7 +93,7 @@ impl Directory for Engine {
                 _ => Err(EINVAL),
             },
         ),
-        // Who decides how many pages that are.
+        // The advisor, which sets `pages_to_scan`.
         Attribute::rw(
             c"advisor_mode",
             |engine, out| {
@@ -105,7 +109,7 @@ impl Directory for Engine {
             c"advisor_max_cpu",
             |engine, out| out.line(engine.advisor.lock().limits.max_cpu),
             |engine, input| {
-                // As in-tree: what does not fit is cut off.
+                // As in-tree: cut off higher bits.
                 let value = input.parse_u64().map_err(only_einval)? as u32;
                 engine.advisor.lock().limits.max_cpu = value;
                 Ok(())
@@ -140,7 +144,7 @@ impl Directory for Engine {
                 _ => Err(EINVAL),
             },
         ),
-        // What came of it.
+        // Statistics.
         Attribute::ro(c"pages_shared", |engine, out| {
             out.line(engine.stats.shared.load(Relaxed))
         }),
@@ -174,7 +178,7 @@ impl Directory for Engine {
         Attribute::ro(c"general_profit", |engine, out| {
             out.line(engine.stats.profit())
         }),
-        // In-tree KSM has no such files.
+        // These files are rksm's own.
         Attribute::rw(
             c"merge_eagerly",
             |engine, out| out.line(engine.merge_eagerly.load(Relaxed)),
@@ -198,14 +202,14 @@ impl Directory for Engine {
     ];
 }
 
-/// Takes any number for `to`, and `EINVAL` for everything else.
+/// Stores a number in `to`. Any input but a `u32` is `EINVAL`.
 fn set(to: &Atomic<u32>, input: &Input<'_>) -> Result {
     to.store(input.parse_u32().map_err(only_einval)?, Relaxed);
     Ok(())
 }
 
 impl Engine {
-    /// What a write to `pages_to_scan` does: refused while the advisor decides on it.
+    /// Handles a write to `pages_to_scan`. `EINVAL` while the advisor is on.
     fn set_pages_to_scan(&self, input: &Input<'_>) -> Result {
         let advisor = self.advisor.lock();
         if advisor.is_on() {
@@ -214,7 +218,7 @@ impl Engine {
         set(&self.pages_to_scan, input)
     }
 
-    /// What a write to `advisor_mode` does.
+    /// Handles a write to `advisor_mode`. `EINVAL` for an unknown mode.
     fn set_advisor_mode(&self, input: &Input<'_>) -> Result {
         let on = match input {
             _ if input.is(c"scan-time") => true,
@@ -228,15 +232,22 @@ impl Engine {
         Ok(())
     }
 
-    /// What a write to `run` does. Unmerging ends when everything is unmerged, or with `ENOMEM`,
-    /// with `EBUSY` when a page could not be given back (a userfaultfd monitor protects it), or with
-    /// `ERESTARTSYS` when the writer has a signal pending; `run` is 0 then.
+    /// Handles a write to `run`. May sleep.
+    ///
+    /// A write of 2 returns when everything is unmerged. On failure `run` is 0 afterwards.
+    ///
+    /// # Errors
+    ///
+    /// * `EINVAL`: the value is none of [`run`].
+    /// * `EBUSY`: a page could not be unshared, because of a userfaultfd monitor.
+    /// * `ENOMEM`: there was no memory for the copies.
+    /// * `ERESTARTSYS`: a signal arrived.
     fn set_run(&self, to: u32) -> Result {
         if to > run::UNMERGE {
             return Err(EINVAL);
         }
         let state = self.lock_idle()?;
-        // Unmerging again makes sense as long as something is left.
+        // Unmerge again even if `run` is 2 already, as long as nodes are left.
         let again = to == run::UNMERGE && !state.core.index.has_no_nodes();
         if self.run() == to && !again {
             return Ok(());
@@ -246,7 +257,7 @@ impl Engine {
         if to == run::UNMERGE {
             self.unmerging.store(true, Relaxed);
             drop(state);
-            // Copies are about to be made: if memory runs out, blame the one who asked.
+            // Unmerging makes copies. If memory runs out, make the OOM killer blame the writer.
             let origin = OomOrigin::current();
             result = self.unmerge_all();
             drop(origin);
@@ -258,7 +269,7 @@ impl Engine {
             drop(state);
             self.settled.notify_all();
         }
-        // Also for the deferred_work that unmerging has left.
+        // Wake the thread for deferred work that unmerging has left, too.
         self.wake();
         result
     }
