@@ -1,8 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The engine: who is scanned, what is remembered, what is merged.
+//! The policy of rksm: which address spaces to scan, what to remember of their pages, and what to merge.
 //!
-//! Safe code only; everything that touches memory of others goes through [`crate::mm`].
+//! [`Engine`] is the whole of it. [`State`] is what its mutex protects, and [`Core`] the part of that which
+//! concerns all pages together. Most functions here take `&mut State` or `&mut Core`, so `state` is locked.
+//!
+//! There is no `unsafe` code. Memory of processes is only reached through [`crate::mm`].
+//!
+//! | module | contents |
+//! | --- | --- |
+//! | `thread`, `scan`, `cursor`, [`deferred`] | the main loop of rksmd, passes, batches |
+//! | `page`, `page_map`, [`probation`], `unlisted` | what is remembered of each page |
+//! | `filter`, [`index`], `stable_tree` | how equal pages are found |
+//! | `candidate`, `merge`, `numa`, `metadata` | merging |
+//! | `unmerge`, `offline`, `limits` | run=2, memory hotplug, settings that need all pages unmerged |
+//! | `mms` | registered address spaces |
+//! | `sysfs`, `stats`, `advisor` | the interface to user space |
 
 mod advisor;
 mod candidate;
@@ -62,17 +75,17 @@ use stable_tree::Released;
 use stats::Stats;
 use unlisted::Unlisted;
 
-/// Allocations of the scanning thread: there is always a next pass, so rather fail than make the
-/// system reclaim hard or say anything.
+/// Flags for allocations of the scanning thread. They may fail, as the next pass tries again. So they neither
+/// enter direct reclaim nor warn.
 const GFP_SCAN: Flags = flags::GFP_NOWAIT;
 
-/// `run`: what the thread is to do.
+/// The values of the sysfs file `run`.
 pub(crate) mod run {
-    /// Nothing; what is merged stays merged.
+    /// Do not scan. Merged pages stay merged.
     pub(crate) const STOP: u32 = 0;
     /// Scan and merge.
     pub(crate) const MERGE: u32 = 1;
-    /// Nothing; everything was unmerged when this was written.
+    /// Do not scan. The write of this value unmerged all pages.
     pub(crate) const UNMERGE: u32 = 2;
 }
 
@@ -84,155 +97,164 @@ pub(crate) mod run {
 ///
 /// 1. the kernel's CPU and memory hotplug locks, held around an [`offline`] notification
 /// 2. `ksm_thread_mutex` of mm/ksm.c, for a moment: at load, and at both ends of run=2
-/// 3. `state`: the trees, and all that is known of pages
+/// 3. `state`: the trees, and all that is remembered of pages
 /// 4. `module_mutex`, to pin and unpin the module; nothing is taken under it
-/// 5. `mmap_lock` of one registered mm, or of two, for reading
-///    ([`MergeableVma`](crate::mm::vma::MergeableVma))
-/// 6. the folio lock of a merged page, then that of the page to be merged into it
+/// 5. `mmap_lock` of one registered mm, or of two, for reading ([`MergeableVma`](crate::mm::vma::MergeableVma))
+/// 6. the folio lock of a merged page, then that of the page to be replaced by it
 ///    ([`LockedPage`](crate::mm::folio::LockedPage))
-/// 7. the kernel's anon_vma lock: the split of a huge page, and the check of who shares a page over a fork
+/// 7. the kernel's anon_vma lock: to split a huge page, and to check which processes share a page over a fork
 /// 8. an MMU notifier section, then a page-table lock
 /// 9. `ksm_mmlist_lock` of mm/ksm.c, around `registry`
-/// 10. `registry`. Tracepoint probes take it under whatever lock the kernel holds there, so nothing is taken, freed or
-///     waited for under it
+/// 10. `registry`. Tracepoint probes take it under any lock that the kernel holds there, so nothing is taken,
+///     freed or waited for under it
 ///
 /// `advisor` is taken alone or under `state`, and nothing is taken under it.
 ///
-/// Under `state`, `mmap_lock` and folio locks are only tried, never waited for: a process may hold them for as long as it
-/// likes. run=2 waits for `mmap_lock`, and for memory for the copies that it makes, without any lock of the engine.
+/// Under `state`, `mmap_lock` and folio locks are only tried, never waited for: a process may hold them for as
+/// long as it likes. run=2 waits for `mmap_lock`, and for memory for its copies, without any lock of the
+/// engine.
 #[pin_data]
 pub(crate) struct Engine {
     #[pin]
     state: Mutex<State>,
     #[pin]
     registry: SpinLock<Registry>,
-    /// Decides on `pages_to_scan`, which is only written with this locked.
+    /// The scan-time advisor. `pages_to_scan` is only written with this locked.
     #[pin]
     advisor: Mutex<Advisor>,
-    /// Memory is going offline: keep away from pages and nodes. Written with `state` locked.
+    /// Whether memory is going offline. If so, do not touch pages or nodes. Written with `state` locked.
     offlining: Atomic<bool>,
-    /// All pages are being unmerged. Written with `state` locked.
+    /// Whether a run=2 is unmerging all pages. Written with `state` locked.
     unmerging: Atomic<bool>,
-    /// Told when either is over.
+    /// Notified when `offlining` or `unmerging` becomes false.
     #[pin]
     settled: CondVar,
-    /// Somebody else than the thread left it deferred_work. Written with `state` locked.
-    left_chores: Atomic<bool>,
+    /// Set when there is new deferred work for the scanning thread. Written with `state` locked.
+    has_new_work: Atomic<bool>,
     run: Atomic<u32>,
     pages_to_scan: Atomic<u32>,
     sleep_millisecs: Atomic<u32>,
-    /// Whether to skip areas in which looking came to nothing for some passes.
+    /// Whether to skip leaves in which nothing has changed for some passes.
     smart_scan: Atomic<u32>,
-    /// Whether to merge pages at first sight.
+    /// Whether to merge pages in the first pass that sees them.
     merge_eagerly: Atomic<u32>,
-    /// The shortest time from the beginning of one pass to that of the next.
+    /// The shortest time from the beginning of one pass to that of the next, in milliseconds.
     pass_millisecs: Atomic<u32>,
     /// Whether pages of zeroes are merged with the kernel's zero page.
     use_zero_pages: Atomic<u32>,
-    /// The most places that are mapped to one merged page, as [`Core::max_sharing`].
+    /// A copy of [`Core::max_sharing`] for readers without the lock.
     max_page_sharing: Atomic<u32>,
-    /// How often to look for merged pages that are gone, in milliseconds.
+    /// The time between two searches of the full tree for stale nodes, in milliseconds.
     stable_node_chains_prune_millisecs: Atomic<u32>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
-    /// For all memory nodes together, and for each of them by itself.
+    /// The hasher for all NUMA nodes together, and the one whose samples depend on the NUMA node.
     hashers: [Hasher; 2],
-    /// Whether pages on different memory nodes are merged, as [`Core::per_nid`].
+    /// The opposite of [`Core::per_nid`], for readers without the lock.
     merge_across_nodes: Atomic<u32>,
 }
 
-/// What is known of the pages of one address space.
+/// An address space, and what is remembered of its pages.
 pub(crate) struct MmState {
     mm: ARef<Mm>,
     pages: PageMap<PageEntry>,
-    /// What [`State::report`] took into account last, in bytes.
+    /// The size of `pages` when [`State::report`] was called last, in bytes.
     reported: usize,
-    /// The address space is gone, and what is known of it before this address is forgotten.
+    /// `Some` once the address space has exited: pages below this address are forgotten, the others still have
+    /// to be.
     forgotten_to: Option<usize>,
 }
 
-/// What the mutex protects.
+/// What the mutex of [`Engine`] protects.
 pub(crate) struct State {
     mms: RBTree<MmId, MmState>,
     core: Core,
     scratch: Option<KBox<candidate::ScanBuffer>>,
     cursor: scan::Cursor,
-    /// Anonymous pages of all registered processes when the pass began.
+    /// The number of anonymous pages of all registered processes when the pass began.
     mapped_pages: usize,
-    /// What the maps of all address spaces take, in bytes, as of the last look at each.
+    /// The size of the page maps of all address spaces, in bytes, as last reported for each.
     map_bytes: usize,
-    /// How many of [`Self::mms`] are gone.
+    /// How many of [`Self::mms`] have exited.
     dying: usize,
-    /// Merged pages that are to be ordinary ones again: because no other page could be merged with them, in
-    /// which case this is the node, whose key may change; or because they are of no node.
+    /// Merged pages to unshare when `state` is unlocked, see [`Engine::break_cow_pending`].
+    ///
+    /// With a node: the page became its KSM page, but no other page could be merged into it. The node is given
+    /// by its identity, as its key may change. Without a node: the page has none.
     to_break: KVec<(PageAddr, Option<NodeId>)>,
-    /// Pages that were left alone in this pass because a per-CPU LRU batch may hold them.
+    /// Pages that this pass could not merge because a per-CPU LRU batch may hold a reference.
     batched: KVec<PageAddr>,
-    /// The newest address space when all pages were unmerged last.
+    /// The newest address space at the time of the last complete run=2.
     unmerged_to: MmId,
 }
 
 /// What is known of all pages together.
 struct Core {
     index: Index<NodeBox>,
-    /// The samples of all pages that are remembered, each counted once.
+    /// Counts the sample of each tracked page.
     filter: Filter,
-    /// The pass in which there was no memory for another one last.
+    /// The last pass in which there was no memory for another filter.
     filter_failed: Option<u32>,
-    /// The samples of pages of zeroes, while these are merged with the kernel's zero page and not with each
-    /// other as any others. The filter has them twice then, as a single such page is enough.
+    /// The samples of pages of zeroes while `use_zero_pages` is on; `None` while these are merged like any
+    /// other page.
+    ///
+    /// If `Some`, the filter counts each of them twice more, so that a single such page is a candidate.
     zeroes: Option<Zeroes>,
-    /// Whether only pages on the same memory node are merged. Does not change while there are nodes.
+    /// Whether only pages on the same NUMA node are merged. It does not change while there are nodes.
     per_nid: bool,
-    /// The most places that are mapped to one merged page. Does not change while there are nodes.
+    /// The most mappings that one merged page may have. It does not change while there are nodes.
     max_sharing: usize,
-    /// Places that map merged pages: items on nodes.
+    /// The number of listed mappings of merged pages: rmap items on stable nodes.
     items: usize,
-    /// Pages that are remembered, merged ones included.
+    /// The number of tracked pages, merged ones included.
     pages: usize,
-    /// Pages that are steady and do not wait.
+    /// The number of steady pages. Queued pages are not among them.
     steady: usize,
-    /// Counts what happened to pages that are remembered.
+    /// Incremented whenever a page is tracked, untracked, or changes its state.
     changes: u64,
-    /// Whether it is this area's turn to have what is known of its pages looked at anew, see
+    /// Whether the leaf being classified is due for a refresh, see
     /// [`LeafCursor::is_refreshing`](page_map::LeafCursor::is_refreshing).
     refreshing: bool,
-    /// Counts what [`Core::bump_retry_seq`] is called for. Starts at 1, see [`scan::Cursor`].
+    /// Incremented by [`Core::bump_retry_seq`]. It starts at 1, so it differs from that of a new
+    /// [`scan::Cursor`].
     retry_seq: u64,
-    /// Numbers the passes.
+    /// The number of the current pass.
     pass: u32,
     /// When the pass began, for pages on probation.
     clock: Clock,
-    /// When the engine was made.
+    /// When the engine was created.
     born: Instant<Monotonic>,
-    /// Pages that were written to soon after they were merged.
+    /// How many pages were found to be written to soon after their merge, since [`MmState::note`] took the
+    /// number last.
     quick_cow_breaks: usize,
-    /// The [bits](crate::hash::Sample::bit) of pages that were merged, or found to differ from one with their
-    /// sample, since merged pages were last looked for.
+    /// The [bits](crate::hash::Sample::bit) of samples for which a page was merged, or was found to differ from
+    /// another page with it, since the last search of the stable tree.
     lately: u64,
-    /// Whether VMAs that are not mergeable may have merged pages.
+    /// Whether VMAs that are not mergeable may map merged pages. If so, passes walk them as well.
     has_strays: bool,
-    /// Whether this pass has found such pages.
+    /// Whether this pass has found such a mapping.
     found_strays: bool,
-    /// How far [`Core::rekey_migrated_nodes`] has come, and whether in the tree of full nodes.
+    /// The last node that [`Core::rekey_migrated_nodes`] has checked, and whether it is in the full tree.
     rekeyed_to: (bool, Option<StableKey>),
-    /// Nodes whose pages are gone are being freed, all of them: how far that has come.
+    /// How far the search of all nodes for stale ones has come; `None` if there is none to do.
     releasing: Option<Released>,
-    /// Whether the step has run out of memory for what it is to remember of pages. Do not ask again then.
+    /// Whether this step has run out of memory for entries or rmap items. If so, it allocates no more of them.
     starved: Cell<bool>,
-    /// Where pages may be mapped that became merged pages in another process.
+    /// Leaves in which pages may be mapped that became merged pages through another process.
     unlisted: Unlisted,
-    /// How far [`Core::sweep_orphans`] has come.
+    /// The last orphan that [`Core::sweep_orphans`] has checked; `None`: begin with the first.
     swept: Option<StableKey>,
-    /// How far [`Core::prune`] has come.
+    /// The last node that [`Core::prune`] has checked; `None`: begin with the first.
     pruned: Option<StableKey>,
-    /// When it began at the beginning last; `None` before the first time.
+    /// When [`Core::prune`] last began with the first node; `None` before the first time.
     prune_began: Option<Instant<Monotonic>>,
     pin: module_pin::Pin,
 }
 
 impl Engine {
-    /// An engine that is stopped.
+    /// Creates an engine that is stopped (`run` is 0).
+    ///
+    /// May sleep. `ENOMEM` if there is no memory.
     pub(crate) fn new(module: &'static ThisModule) -> Result<Arc<Self>> {
         Arc::pin_init(
             try_pin_init!(Self {
@@ -242,7 +264,7 @@ impl Engine {
                 offlining: Atomic::new(false),
                 unmerging: Atomic::new(false),
                 settled <- new_condvar!("rksm_settled"),
-                left_chores: Atomic::new(false),
+                has_new_work: Atomic::new(false),
                 run: Atomic::new(run::STOP),
                 pages_to_scan: Atomic::new(advisor::DEFAULT_PAGES_TO_SCAN),
                 sleep_millisecs: Atomic::new(sysfs::DEFAULT_SLEEP_MILLISECS),
@@ -265,18 +287,19 @@ impl Engine {
         )
     }
 
-    /// Sets whom to wake when there is something to do.
+    /// Sets the thread that [`Self::wake`] wakes: rksmd.
     pub(crate) fn set_waker(&self, waker: ARef<Task>) {
         self.waker.populate(waker);
     }
 
+    /// Wakes rksmd. Does not sleep.
     fn wake(&self) {
         if let Some(task) = self.waker.as_ref() {
             task.wake_up();
         }
     }
 
-    /// What makes samples and checksums now.
+    /// Returns the hasher that makes samples and checksums while `per_nid` is as it is.
     fn hasher(&self, core: &Core) -> &Hasher {
         let [all, per_nid] = &self.hashers;
         if core.per_nid {
@@ -290,15 +313,19 @@ impl Engine {
         self.run.load(Relaxed)
     }
 
-    /// Enters all address spaces that in-tree KSM has registered. `ENOMEM`: some were missed.
+    /// Registers all address spaces that in-tree KSM knows.
     ///
-    /// Who exits meanwhile is reported through [`intree::Listener::exit`] afterwards, if the
-    /// listener was set before. May sleep.
+    /// If one exits meanwhile, the caller's listener hears of it through [`intree::Listener::exit`] afterwards.
+    /// So set the listener before. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if some address spaces could not be registered. The registry remembers that some were missed.
     pub(crate) fn enter_registered(&self) -> Result {
         let mut count = ENTER_SPARES;
         for _ in 0..ENTER_ATTEMPTS {
             self.registry.lock().take_missed();
-            // In-tree KSM's lock is held all the time, so nothing is allocated meanwhile.
+            // In-tree KSM's spinlock is held throughout, so use reservations instead of allocating.
             intree::for_each_registered(|mm| self.registry.lock().enter_with_spare(mm));
             self.wake();
             if !self.registry.lock().has_missed() {
@@ -308,28 +335,30 @@ impl Engine {
             for _ in 0..count {
                 spares.push_within_capacity(Reservation::new(GFP_KERNEL)?)?;
             }
-            // What was left of the old ones is freed without the lock.
+            // Free the unused old reservations without the lock.
             drop(self.registry.lock().replace_spares(spares));
             count = count.saturating_mul(4);
         }
         Err(ENOMEM)
     }
 
-    /// Enters an address space, unless it is known. Does not sleep.
+    /// Registers an address space, unless it is registered already. Does not sleep.
+    ///
+    /// Without memory, the registry remembers that an address space was missed.
     fn enter_one(&self, mm: ARef<Mm>) {
         if self.registry.lock().knows(&mm) {
             return;
         }
         let reservation = Reservation::new(flags::GFP_NOWAIT).ok();
         let unused = self.registry.lock().enter(mm, reservation);
-        // Not the last reference: the caller's in-tree registration has one.
+        // This is not the last reference: in-tree KSM has one while the address space is registered there.
         drop(unused);
     }
 
-    /// Notes who is gone.
+    /// Marks the address spaces that have exited, so that their pages are forgotten.
     fn reap(&self, state: &mut State) {
         loop {
-            // In a statement of its own: the lock must not be held for the rest.
+            // Use a statement of its own, so that the lock is not held in the body.
             let dead = self.registry.lock().take_dead();
             let Some((id, mm)) = dead else {
                 break;
@@ -342,6 +371,7 @@ impl Engine {
         }
     }
 
+    /// Publishes the counters of `state` to the readers of sysfs.
     fn update_stats(&self, state: &State) {
         self.stats.update(&state.core, state.map_bytes);
     }
@@ -361,19 +391,20 @@ impl intree::Listener for Engine {
     }
 }
 
-/// How many times the pages that are remembered the filter may have room for, in view of how many are mapped.
+/// The filter may be sized for this many times the tracked pages, if as many pages are mapped.
 const FILTER_AHEAD: usize = 16;
 
-/// How many leaves of pages are counted anew under one hold of `state`.
+/// How many leaves [`State::count_some`] counts under one hold of `state`.
 const COUNT_LEAVES: usize = 64;
-/// How many merged pages are cow_broken after one step of the scan, at most.
+/// How many merged pages are unshared after one step of the scan, at most.
 const BREAK_PAGES: usize = 128;
-/// How many pages that per-CPU LRU batches may hold are tried again at the end of the pass, at most.
+/// How many pages that per-CPU LRU batches may hold are retried at the end of a pass, at most.
 const BATCHED_PAGES: usize = 512;
 
-/// How often to try to enter everybody, and how many entries to allocate in between: at first, then four
-/// times as many each time.
+/// How often [`Engine::enter_registered`] tries to register all address spaces, at most.
 const ENTER_ATTEMPTS: usize = 8;
+/// How many reservations it allocates after the first attempt. It allocates four times as many after each
+/// further one.
 const ENTER_SPARES: usize = 64;
 
 impl State {
@@ -420,8 +451,10 @@ impl State {
         })
     }
 
-    /// Forgets some of what is known of address spaces that are gone. Returns whether there is more to be
-    /// forgotten at once.
+    /// Forgets pages of address spaces that have exited, [`Forget::new`] at most. Returns whether there are
+    /// more to be forgotten at once.
+    ///
+    /// A page that cannot be forgotten now keeps its address space for a later call.
     fn forget_dying(&mut self) -> bool {
         let mut budget = Forget::new();
         let mut after = 0;
@@ -432,13 +465,13 @@ impl State {
             let Some((mm_id, from)) = next else {
                 break;
             };
-            let more = self.forget_range(mm_id, from, usize::MAX, &mut budget, |_, _| false);
+            let next = self.forget_range(mm_id, from, usize::MAX, &mut budget, |_, _| false);
             let Some(known) = self.mms.get_mut(&mm_id) else {
                 break;
             };
-            // At the end, what could not be forgotten is tried again some time.
-            known.forgotten_to = Some(more.unwrap_or(0));
-            if more.is_some() {
+            // What could not be forgotten is retried from the start, in a later call.
+            known.forgotten_to = Some(next.unwrap_or(0));
+            if next.is_some() {
                 return true;
             }
             after = mm_id;
@@ -449,7 +482,7 @@ impl State {
         false
     }
 
-    /// Accounts the metadata of an address space: to itself, and in all.
+    /// Updates the accounting of an address space's metadata: in its `ksm_stat`, and in [`State::map_bytes`].
     fn report(&mut self, mm_id: MmId) {
         let Some(known) = self.mms.get_mut(&mm_id) else {
             return;
@@ -461,7 +494,7 @@ impl State {
         self.map_bytes = self.map_bytes.saturating_sub(before).saturating_add(map);
     }
 
-    /// Forgets an address space of whose pages nothing is known any more.
+    /// Forgets an address space of which no page is tracked any more.
     fn remove_mm(&mut self, mm_id: MmId) {
         if let Some(mm) = self.mms.remove(&mm_id) {
             crate::mm::report_metadata(&mm.mm, 0);
@@ -472,8 +505,10 @@ impl State {
         }
     }
 
-    /// Merges pages of zeroes with the kernel's zero page from now on, or with each other. What is merged
-    /// stays as it is; who waits is looked at again (see [`Core::classify_page`]).
+    /// Sets whether pages of zeroes are merged with the kernel's zero page from now on, or like any other page.
+    ///
+    /// Merged pages stay as they are. Queued pages are checked when they are scanned next, see
+    /// [`Core::classify_page`].
     fn use_zero_page(&mut self, hasher: &Hasher, on: bool) {
         if on == self.core.zeroes.is_some() {
             return;
@@ -490,11 +525,13 @@ impl State {
         self.core.bump_retry_seq();
     }
 
-    /// For how many pages the filter should have room, and with how many it would have to do without the
-    /// memory for these; `None`: it is good as it is. `more` pages are about to be remembered. Without memory it
-    /// stays as it is until the next pass, and takes more pages for ones that have an equal than it should.
-    fn wanted_filter(&self, more: usize) -> Option<[usize; 2]> {
-        let pages = self.core.pages.saturating_add(more);
+    /// Returns for how many pages a new filter should have room, and a smaller number to fall back on if there
+    /// is no memory for that. `None`: the current filter will do.
+    ///
+    /// `extra` pages are about to be tracked. If there is no memory for a new filter, the current one stays
+    /// until the next pass, and takes more pages for ones that have an equal than it should.
+    fn wanted_filter(&self, extra: usize) -> Option<[usize; 2]> {
+        let pages = self.core.pages.saturating_add(extra);
         let filter = &self.core.filter;
         if self.cursor.at.is_between_passes() && filter.is_much_too_large_for(pages) {
             return Some([pages.saturating_mul(2); 2]);
@@ -504,7 +541,7 @@ impl State {
         {
             return None;
         }
-        // Grow to what is mapped by those who are registered, unless that is out of all proportion.
+        // Make room for all pages that registered processes map, unless that is out of proportion.
         let ahead = pages.saturating_mul(FILTER_AHEAD);
         let double = pages.saturating_mul(2);
         let room = match self.mapped_pages {
@@ -514,7 +551,8 @@ impl State {
         Some([room, double.min(room)])
     }
 
-    /// Counts the samples of some pages from `at` on into `filter`. Returns where to go on.
+    /// Adds the samples of [`COUNT_LEAVES`] leaves from `at` on to `filter`. Returns where to continue; `None`
+    /// at the end.
     fn count_some(&self, filter: &mut Filter, at: (MmId, usize)) -> Option<(MmId, usize)> {
         let (mut mm_id, mut addr) = at;
         let mut budget = COUNT_LEAVES;
@@ -524,10 +562,10 @@ impl State {
             if found != mm_id {
                 (mm_id, addr) = (found, 0);
             }
-            let more = known.pages.for_each_from(addr, &mut budget, |entry| {
+            let next = known.pages.for_each_from(addr, &mut budget, |entry| {
                 filter.add(entry.sample());
             });
-            if let Some(addr) = more {
+            if let Some(addr) = next {
                 return Some((mm_id, addr));
             }
             (mm_id, addr) = (mm_id.checked_add(1)?, 0);
@@ -536,9 +574,11 @@ impl State {
 }
 
 impl Engine {
-    /// Gives the filter the room that it should have, and counts all samples anew. Called by the scanning
-    /// thread without any lock, as the thread is what remembers pages; if something changes meanwhile all the
-    /// same, that was for nothing.
+    /// Replaces the filter by a new one with room for the first of `rooms` pages for which there is memory, and
+    /// counts all samples again.
+    ///
+    /// The scanning thread calls this without any lock. As only that thread starts to track pages, changes
+    /// meanwhile are rare. If there is one nevertheless, the new filter is thrown away. May sleep.
     fn rebuild_filter(&self, rooms: [usize; 2]) {
         let made = rooms
             .into_iter()
@@ -568,14 +608,15 @@ impl Engine {
             }
             let old = core::mem::replace(&mut state.core.filter, filter);
             drop(state);
-            // It may be large.
+            // Free the old filter without the lock, as it may be large.
             return drop(old);
         }
     }
 }
 
 impl Core {
-    /// What is kept for all pages together, in bytes, without the allocator's own overhead.
+    /// Returns the size of the metadata that is kept for all pages together, in bytes, without the allocator's
+    /// overhead.
     fn bytes(&self) -> usize {
         let items = self.items.saturating_mul(ItemBox::SIZE);
         let index = self.index.bytes(NodeBox::SIZE);
@@ -584,7 +625,7 @@ impl Core {
             .saturating_add(self.filter.bytes())
     }
 
-    /// Allows unloading when there is no node left. Not called with an `mmap_lock` held.
+    /// Allows the module to be unloaded if no node is left. The caller must not hold an `mmap_lock`.
     fn unpin_if_empty(&mut self) {
         if self.index.has_no_nodes() {
             self.pin.unpin();
@@ -594,8 +635,8 @@ impl Core {
 
 impl Drop for State {
     fn drop(&mut self) {
-        // Nothing is merged any more, or the module could not be unloaded; so this frees entries and
-        // waiting places only.
+        // Nothing is merged any more, or the module could not be unloaded. So this frees only entries and
+        // queued pages.
         while let Some(mm_id) = self.mms.cursor_front().map(|first| *first.current().0) {
             let mut budget = Forget::everything();
             if let Some(known) = self.mms.get_mut(&mm_id) {
@@ -609,8 +650,10 @@ impl Drop for State {
     }
 }
 
-/// Takes a user reference on an address space, unless it is exiting. Dropping the reference never
-/// tears the address space down in the context of the task that does so.
+/// Takes a user reference (`mm_users`) on an address space, unless it is exiting.
+///
+/// The reference is dropped by `mmput_async()`, so that dropping the last one does not tear the address space
+/// down in the caller's context.
 fn use_mm(mm: &Mm) -> Option<ARef<MmWithUserAsync>> {
     mm.mmget_not_zero().map(MmWithUser::into_mmput_async)
 }

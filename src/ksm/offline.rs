@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the engine does when memory is taken offline.
+//! Memory hotplug: what the engine does when memory goes offline.
 //!
-//! From "going offline" until it is known how that ended, nothing is scanned or merged, and `run=2` is not begun.
-//! (Faults, and whatever else the kernel does with merged pages, go on.) Looking at nodes would be safe,
-//! see [`crate::sys::memory_notifier`]. But each look takes a reference or the lock of a page, either of which makes
-//! the page's migration fail, and offlining starts over as long as pages are left.
+//! From "going offline" until "offline" or "stays online", nothing is scanned or merged, and no run=2 begins.
+//! Faults, and all else that the kernel does with merged pages, are not affected. It would be safe to look at
+//! nodes, see [`crate::sys::memory_notifier`]. But each look takes a reference on a page, or its lock. Either
+//! makes the page's migration fail, and offlining starts over as long as pages are left.
 //!
-//! The mutex is not held all that time, since it is the kernel that has to go on; a flag stands for it
-//! meanwhile. Nor does the kernel wait for a `run=2` that is under way, which holds the mutex only now and then: that
-//! one goes on to its end, and pages that it was looking at are moved at the next attempt.
+//! The mutex is not held for all that time, as the kernel has to go on. The flag `offlining` stands for it. The
+//! kernel does not wait for a run=2 that is under way, either. That one holds the mutex only at times, and
+//! continues to its end. Pages that it has touched are migrated in the next attempt.
 
 use super::{stable_tree::Released, Engine, State};
 use crate::sys::memory_notifier::Listener;
@@ -23,13 +23,15 @@ use kernel::{
 };
 
 impl Engine {
-    /// Whether memory is going offline. Certain only with `state` locked.
+    /// Whether memory is going offline. The answer holds only while `state` is locked.
     pub(super) fn is_offlining(&self) -> bool {
         self.offlining.load(Relaxed)
     }
 
-    /// Locks `state` at a time when no memory is going offline, and pages are not being unmerged, for those who look at
-    /// nodes or pages because somebody asked for it. `ERESTARTSYS`: a signal came first.
+    /// Locks `state` when neither memory is going offline nor pages are being unmerged. For writers to sysfs
+    /// that look at nodes or pages. May sleep.
+    ///
+    /// `ERESTARTSYS` if a signal arrives first.
     pub(super) fn lock_idle(&self) -> Result<Guard<'_, State, MutexBackend>> {
         let mut state = self.state.lock();
         while self.is_offlining() || self.unmerging.load(Relaxed) {
@@ -40,7 +42,7 @@ impl Engine {
         Ok(state)
     }
 
-    /// Goes on.
+    /// Ends the state "going offline": lets waiting writers continue, and wakes the scan.
     fn go_on(&self, state: Guard<'_, State, MutexBackend>) {
         self.offlining.store(false, Relaxed);
         drop(state);
@@ -51,17 +53,17 @@ impl Engine {
 
 impl Listener for Engine {
     fn going_offline(&self, _pfns: Range<usize>) {
-        // Waits for the end of whatever is being done.
+        // Wait for the end of the current step. The next one sees the flag.
         let _state = self.state.lock();
         self.offlining.store(true, Relaxed);
     }
 
     fn offline(&self, _pfns: Range<usize>) {
-        // Whoever looked at a frame of these has done with it when the lock is had. Nodes that were left there
-        // are stale, and freed in a while.
+        // With the lock held, no look at a page frame in this range is under way any more. Nodes that still
+        // refer to one are stale, and are freed soon.
         let mut state = self.state.lock();
         state.core.releasing = Some(Released::nothing());
-        self.left_chores.store(true, Relaxed);
+        self.has_new_work.store(true, Relaxed);
         self.go_on(state);
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The thread's main loop: when it scans, when it sleeps, and what it does besides.
+//! The main loop of rksmd: when it scans, when it sleeps, and its deferred work.
 
 use super::{filter::Filter, run, stable_tree::ORPHANS_SWEEP, Engine, State};
 use crate::sys::kthread;
@@ -9,9 +9,12 @@ use kernel::{
     time::{Instant, Monotonic},
 };
 
-/// How soon to try again what could not be finished: freeing nodes whose pages are about to be freed,
-/// and entering processes for which there was no memory.
+/// The first delay before unfinished deferred work is retried, in milliseconds.
+///
+/// Such work is to free nodes whose pages are about to be freed, and to register processes for which there was
+/// no memory.
 const RETRY_MS: u32 = 20;
+/// The longest such delay, in milliseconds. Each one is twice as long as the one before.
 const RETRY_MAX_MS: u32 = 1000;
 
 impl kthread::ThreadFn for Engine {
@@ -27,7 +30,7 @@ impl kthread::ThreadFn for Engine {
             if self.is_offlining() {
                 continue;
             }
-            // When to try the deferred_work again.
+            // The delay before deferred work is retried.
             backoff = next_backoff(backoff, unfinished);
             let shortest = self.pass_millisecs.load(Relaxed);
             if self.should_scan() {
@@ -49,9 +52,10 @@ impl kthread::ThreadFn for Engine {
             if self.should_scan() {
                 self.rest(current, backoff);
             } else {
-                // The last batch may have left some.
+                // The last batch may have left deferred work.
                 let retry = self.has_leftovers(&self.state.lock()).then_some(backoff);
-                // Who was missed is looked for again in a while, or as soon as somebody is.
+                // If an address space was missed, retry after `backoff`. Otherwise wake as soon as one is
+                // missed.
                 current.sleep(retry, || {
                     self.should_scan()
                         || self.has_deferred()
@@ -63,22 +67,25 @@ impl kthread::ThreadFn for Engine {
 }
 
 impl Engine {
-    /// Whether there is anything to scan.
+    /// Whether there is anything to scan: `run` is 1, and an address space is registered.
     fn should_scan(&self) -> bool {
         self.run() == run::MERGE && !self.registry.lock().is_empty()
     }
 
-    /// Whether something has to be done at once even when nothing is to be scanned.
+    /// Whether there is deferred work to do at once, even if there is nothing to scan.
     pub(super) fn has_deferred(&self) -> bool {
-        self.left_chores.load(Relaxed) || self.registry.lock().has_dead()
+        self.has_new_work.load(Relaxed) || self.registry.lock().has_dead()
     }
 
-    /// Forgets who is gone, finds who was missed, frees what can be freed. Returns whether something is left
-    /// to be done a little later: nodes whose pages are about to be freed, items whose pages are locked by
-    /// other tasks, processes for which there was no memory. Takes `state` again and again, never for long.
+    /// Runs deferred work: forgets address spaces that have exited, registers those that were missed, and frees
+    /// stale nodes.
+    ///
+    /// Returns whether something is left to be retried a little later: nodes whose pages are about to be freed,
+    /// rmap items whose pages are locked by other tasks, or processes for which there was no memory. Takes
+    /// `state` repeatedly, each time for a bounded amount of work.
     fn run_deferred(&self) -> bool {
         if self.registry.lock().has_missed() {
-            // If that fails, the next round tries again.
+            // If this fails, the next call tries again.
             let _ = self.enter_registered();
         }
         loop {
@@ -86,30 +93,30 @@ impl Engine {
             if self.is_offlining() {
                 return false;
             }
-            let more = self.do_some_chores(&mut state);
+            let has_more = self.run_some_deferred(&mut state);
             let left = self.has_leftovers(&state);
             drop(state);
-            if !more {
+            if !has_more {
                 return left;
             }
             crate::mm::cond_resched();
         }
     }
 
-    /// Does some of that. Returns whether there is more to be done at once.
-    fn do_some_chores(&self, state: &mut State) -> bool {
-        self.left_chores.store(false, Relaxed);
+    /// Runs a bounded amount of deferred work. Returns whether there is more to be done at once.
+    fn run_some_deferred(&self, state: &mut State) -> bool {
+        self.has_new_work.store(false, Relaxed);
         self.reap(state);
-        let mut more = state.forget_dying();
+        let mut has_more = state.forget_dying();
         if let Some(at) = state.core.releasing {
             state.core.releasing = state.core.release_some_stale(at);
-            more = true;
+            has_more = true;
         }
         if state.core.pages == 0 && !self.should_scan() {
             state.core.filter = Filter::new();
         }
-        // An address space that came since all were unmerged may have merged pages: the other half of a fork
-        // that was not registered before.
+        // After run=2, nodes whose pages are still mapped may go, but not if an address space was registered
+        // since: it may be the other half of a fork, and map merged pages.
         let force = self.run() == run::UNMERGE
             && !self.unmerging.load(Relaxed)
             && self.registry.lock().newest() == state.unmerged_to;
@@ -120,10 +127,10 @@ impl Engine {
         }
         state.core.unpin_if_empty();
         self.update_stats(state);
-        more
+        has_more
     }
 
-    /// Whether there are deferred_work to try again in a while.
+    /// Whether there is deferred work that has to be retried after a while.
     pub(super) fn has_leftovers(&self, state: &State) -> bool {
         state.core.index.orphans_len() != 0
             || state.core.releasing.is_some()
@@ -131,15 +138,17 @@ impl Engine {
             || self.registry.lock().has_missed()
     }
 
-    /// Sleeps `sleep_millisecs` between batches. Chores that turn up meanwhile are done at once, those that
-    /// are left over after `backoff` milliseconds at first. Neither shortens the sleep, or processes that come
-    /// and go would keep the thread from resting.
+    /// Sleeps for `sleep_millisecs` between batches.
+    ///
+    /// Deferred work that comes up meanwhile runs at once. Unfinished work is retried after `backoff`
+    /// milliseconds, and then after longer delays. Neither shortens the sleep, or processes that come and go
+    /// would keep the thread from sleeping.
     fn rest(&self, current: &kthread::KthreadContext, mut backoff: u32) {
         let sleep = self.sleep_millisecs.load(Relaxed);
         let is_over = || self.sleep_millisecs.load(Relaxed) != sleep || self.run() != run::MERGE;
         let began = Instant::<Monotonic>::now();
         let mut left = sleep;
-        // The batch may have left some, to which the main loop comes at once if there is no rest.
+        // The batch may have left deferred work. If there is no sleep, the main loop gets to it at once.
         let mut unfinished = sleep != 0 && self.has_leftovers(&self.state.lock());
         loop {
             let nap = if unfinished { left.min(backoff) } else { left };
@@ -151,7 +160,7 @@ impl Engine {
             }
             unfinished = self.run_deferred();
             if !self.should_scan() || self.is_offlining() {
-                // Nobody is left, and there is nothing to rest from.
+                // There is nothing left to scan for now, so the main loop decides how to sleep.
                 return;
             }
             backoff = next_backoff(backoff, unfinished);
@@ -159,7 +168,7 @@ impl Engine {
     }
 }
 
-/// In how many milliseconds to try deferred_work again after `backoff`, if there are any.
+/// Returns the delay before deferred work is retried, in milliseconds, if the delay before was `backoff`.
 fn next_backoff(backoff: u32, unfinished: bool) -> u32 {
     match unfinished {
         true => backoff.saturating_mul(2).min(RETRY_MAX_MS),
@@ -167,30 +176,30 @@ fn next_backoff(backoff: u32, unfinished: bool) -> u32 {
     }
 }
 
-/// Keeps passes apart, so that a page which has not changed between two of them has held still for a
-/// while: a pass over a small set takes no time to speak of.
+/// Keeps passes apart. A pass over a small set takes next to no time, and a page that is the same in two such
+/// passes has hardly been shown to be steady.
 ///
-/// Who sets `sleep_millisecs` to 0 asks for passes without a pause, and may wait for a few of them to find out
-/// what comes of pages that hardly anything else is registered beside. So a few passes that small follow each other
-/// at once before the next one is kept apart.
+/// With `sleep_millisecs` 0, user space asks for passes without a pause. It may have registered only a few
+/// pages, and wait for a few passes to see the effect. So after a pass as small as that, some quick passes
+/// follow at once before the next pass is kept apart.
 pub(super) struct Pace {
     /// When the last pass that was kept apart began; `None` before the first.
     began: Option<Instant<Monotonic>>,
-    /// Whether a pass is still under way.
+    /// Whether a pass is under way.
     under_way: bool,
-    /// How many more may follow it at once.
+    /// How many more quick passes may follow.
     quick: u8,
 }
 
-/// How many quick passes follow one that was kept apart: so many that most of them skip what does not change, see
-/// [`Age`](super::page_map). In-tree KSM would do thousands meanwhile.
+/// How many quick passes may follow one that was kept apart. The number is high enough that most of them skip
+/// what does not change, see [`page_map`](super::page_map). In-tree KSM would do thousands in that time.
 const QUICK_PASSES: u8 = 32;
 
-/// How many pages a quick pass has, at most.
+/// The most pages that a quick pass may have.
 const QUICK_PAGES: usize = 64;
 
 impl Pace {
-    /// No pass has begun.
+    /// Creates a pace for a thread that has not begun a pass.
     pub(super) fn new() -> Self {
         Self {
             began: None,
@@ -199,8 +208,8 @@ impl Pace {
         }
     }
 
-    /// How many milliseconds are left until a pass may begin or go on, if passes begin `shortest`
-    /// milliseconds apart at least.
+    /// Returns how many milliseconds are left until a pass may begin or continue, if passes begin at least
+    /// `shortest` milliseconds apart.
     pub(super) fn rest(&self, shortest: u32) -> u32 {
         match self.began {
             Some(began) if !self.under_way && self.quick == 0 => {
@@ -211,7 +220,7 @@ impl Pace {
         }
     }
 
-    /// Notes that a pass begins, if none is under way.
+    /// Notes that a pass begins, unless one is under way.
     pub(super) fn go_on(&mut self) {
         if self.under_way {
             return;
@@ -226,7 +235,7 @@ impl Pace {
         }
     }
 
-    /// Notes that the pass, which had so many pages, is complete. `unpaused`: nobody wants a pause between batches.
+    /// Notes that the pass is complete, and had `pages` pages. `unpaused`: `sleep_millisecs` is 0.
     pub(super) fn end_pass(&mut self, pages: usize, unpaused: bool) {
         self.under_way = false;
         if pages > QUICK_PAGES || !unpaused {

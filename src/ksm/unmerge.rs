@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Giving every process back pages of its own: `run=2`.
+//! Unmerging all pages of all processes: run=2.
 
-/// How often, and after how long each time, to try again to lock the pages of nodes that are left when
-/// everything was unmerged.
 use super::{
     index::MmId,
     page::Forget,
@@ -28,29 +26,39 @@ use kernel::{
     time::{delay::fsleep, Delta},
 };
 
+/// How often to retry what another task has locked: pages of nodes that are left at the end, and `mmap_lock`.
 const SETTLE_ATTEMPTS: u32 = 100;
+/// The time between two attempts, in milliseconds.
 const SETTLE_MS: i64 = 10;
 
 impl Engine {
-    /// Gives every process back pages of its own, and forgets all that is known of pages.
+    /// Unshares all merged pages in all registered processes, and forgets all pages.
     ///
-    /// A process that cannot be served does not keep others from being: the first error is returned when
-    /// all were tried. `EBUSY`: a page cannot be unshared, because of a userfaultfd monitor. `ERESTARTSYS` ends
-    /// it at once. What stays merged stays known and counted.
+    /// A failure in one process does not stop the others from being unmerged: the first error is returned at
+    /// the end. Pages that stay merged stay listed and counted.
     ///
-    /// Memory that goes offline meanwhile does not stop it: the merged pages of children that no pass has seen yet are
-    /// found by what is listed of their parent, which may have been served already, so that the kernel could
-    /// not move them for as long as we waited for it.
+    /// The caller holds no lock and has set `unmerging`, which keeps the scan and other writers away. Waits for
+    /// `mmap_lock`, and for memory for the copies.
+    ///
+    /// Memory that goes offline meanwhile does not stop this. Merged pages of children that no pass has visited
+    /// are found by the rmap items of their parent. If the parent was unmerged already, the kernel could not
+    /// migrate these pages for as long as this function waited for it.
+    ///
+    /// # Errors
+    ///
+    /// * `EBUSY`: a page cannot be unshared, because of a userfaultfd monitor.
+    /// * `ENOMEM`: there was no memory for a copy, or to register an address space.
+    /// * `ERESTARTSYS`: a signal arrived. This one ends the function at once.
     pub(super) fn unmerge_all(&self) -> Result {
-        // From here on the swap-in path hands out copies of merged pages, not the pages.
+        // From here on, a swap-in maps copies of merged pages instead of the pages themselves.
         let _copying = intree::UnmergeMode::new();
-        // Who was not entered is not served, so nothing may be taken from its pages.
+        // A process that could not be registered is not unmerged, so no node may be taken off its pages below.
         let entered = self.enter_registered();
         let mut result = entered.and(self.unmerge_each(Which::Mergeable));
         if self.release_idle(false) && result.is_ok() {
-            // Merged pages are left that are not listed: in VMAs that lost VM_MERGEABLE, or swapped in by a task
-            // that had locked the page before copies were asked for. That one is over when the page was
-            // unlocked once.
+            // Merged pages without an rmap item are left. They are in VMAs that lost VM_MERGEABLE, or a task
+            // swapped them in that had locked the page before `UnmergeMode` began. Such a task is done when the
+            // page has been unlocked once.
             let unlocked = self.see_all_unlocked();
             let again = self.unmerge_each(Which::MayBeMerged);
             result = entered.and(again);
@@ -67,8 +75,8 @@ impl Engine {
         }
         let mut state = self.state.lock();
         state.core.unpin_if_empty();
-        self.left_chores.store(self.has_leftovers(&state), Relaxed);
-        // The scan starts again; as in-tree, so does counting when all is unmerged.
+        self.has_new_work.store(self.has_leftovers(&state), Relaxed);
+        // The scan starts again, and so does `full_scans` after everything was unmerged, as in-tree.
         state.batched.clear();
         state.cursor = Cursor::new();
         if result.is_ok() {
@@ -78,37 +86,38 @@ impl Engine {
         result
     }
 
-    /// Gives every process back pages of its own in these VMAs.
+    /// Unmerges the pages of all registered processes in VMAs of this kind. Returns the first error, see
+    /// [`Self::unmerge_all`].
     fn unmerge_each(&self, which: Which) -> Result {
         let mut result = Ok(());
         let mut mm_id = 0;
         loop {
-            // Children that are forked meanwhile come later, so they are not missed.
+            // Children that are forked meanwhile get higher numbers, so none is missed.
             let next = self.registry.lock().next(mm_id);
             let Some((id, mm)) = next else {
                 return result;
             };
             mm_id = id;
-            let served = self.unmerge_mm(id, &mm, which);
+            let unmerged = self.unmerge_mm(id, &mm, which);
             self.state.lock().report(id);
-            if served == Err(ERESTARTSYS) {
-                return served;
+            if unmerged == Err(ERESTARTSYS) {
+                return unmerged;
             }
-            result = result.and(served);
+            result = result.and(unmerged);
         }
     }
 
-    /// Gives one process back pages of its own in these VMAs, and forgets what is known of its pages, but for
-    /// those that stay merged.
+    /// Unmerges the pages of one process in VMAs of this kind, and forgets its pages except those that stay
+    /// merged.
     ///
-    /// `mmap_lock` is given up again and again: rksmd merges nothing meanwhile, and the kernel unmerges what it
-    /// moves to another address, so nothing is missed. It is waited for without any lock of the engine.
+    /// `mmap_lock` is waited for without any lock of the engine, and released after each step. Nothing is
+    /// missed thereby: rksmd merges nothing meanwhile, and the kernel unmerges pages that `mremap()` moves.
     fn unmerge_mm(&self, mm_id: MmId, mm: &Mm, which: Which) -> Result {
         let mut result = Ok(());
         let mut addr = 0;
         let mut attempts = SETTLE_ATTEMPTS;
         loop {
-            // Held for one step: the last reference to be dropped tears the address space down.
+            // Hold the user reference for one step only: dropping the last one tears the address space down.
             let Some(user) = use_mm(mm).filter(|user| !has_no_other_users(user)) else {
                 break;
             };
@@ -134,8 +143,9 @@ impl Engine {
         result
     }
 
-    /// Forgets what is known of the pages from `addr` on that were unmerged. What is busy is tried again after a
-    /// while, as often as there are `attempts` left.
+    /// Forgets the pages from `addr` on that `step` has unmerged.
+    ///
+    /// If a lock is contended, retries after a while, as long as there are `attempts` left.
     fn forget_unmerged(
         &self,
         mm_id: MmId,
@@ -154,24 +164,25 @@ impl Engine {
                 if addr >= step.from {
                     return unserved.binary_search(&addr).is_ok();
                 }
-                // What is in a VMA that was not looked at is left for the next round.
+                // `step` has not visited the VMA of this page. If it is still merged, keep it for the second
+                // round.
                 is_merged(mm, addr, entry).unwrap_or_else(|| {
                     contended = true;
                     true
                 })
             };
-            let more = memcg::charge(mm, || {
+            let next = memcg::charge(mm, || {
                 state.forget_range(mm_id, from, step.reached, &mut budget, keep)
             });
             self.update_stats(&state);
             drop(state);
-            // Who waited for our hold of `mmap_lock` to end to change the address space may not be done yet.
+            // A writer that waited for our `mmap_lock` may still hold it, to change the address space.
             if (budget.was_busy() || contended) && *attempts != 0 {
                 *attempts = attempts.saturating_sub(1);
                 fsleep(Delta::from_millis(SETTLE_MS));
                 continue;
             }
-            match more {
+            match next {
                 Some(next) => from = next,
                 None => return,
             }
@@ -179,29 +190,30 @@ impl Engine {
         }
     }
 
-    /// Forgets who is gone, and frees nodes whose pages are gone, all of them; with `force`, also nodes
-    /// whose pages are left in the swap cache, or mapped by processes that are not registered (a fork's other
-    /// half). Returns whether nodes are left.
+    /// Forgets address spaces that have exited, and frees all stale nodes. Returns whether nodes are left.
+    ///
+    /// With `force`, frees orphans whose pages are in the swap cache or mapped as well. The latter are mapped
+    /// by unregistered processes, the other half of a fork.
     fn release_idle(&self, force: bool) -> bool {
         let mut stale = Some(Released::nothing());
         let mut attempts = SETTLE_ATTEMPTS;
         loop {
             let mut state = self.state.lock();
             self.reap(&mut state);
-            let mut more = state.forget_dying();
+            let mut has_more = state.forget_dying();
             let core = &mut state.core;
             stale = stale.and_then(|at| core.release_some_stale(at));
-            more |= stale.is_some();
+            has_more |= stale.is_some();
             core.sweep_orphans(ORPHANS_SWEEP, force);
-            more |= core.swept.is_some();
+            has_more |= core.swept.is_some();
             let left = !core.index.has_no_nodes();
             self.update_stats(&state);
             drop(state);
-            if more {
+            if has_more {
                 crate::mm::cond_resched();
                 continue;
             }
-            // Those that are left may be locked, but not for long.
+            // Nodes that are left may have a page that is locked. That does not last long.
             attempts = attempts.saturating_sub(1);
             if !left || !force || attempts == 0 {
                 return left;
@@ -210,8 +222,8 @@ impl Engine {
         }
     }
 
-    /// Waits until the pages of all nodes without known mappings have been unlocked at least once. Returns
-    /// whether that came about in time.
+    /// Waits until the page of each orphan has been unlocked at least once. Returns `false` after
+    /// [`SETTLE_ATTEMPTS`] attempts.
     fn see_all_unlocked(&self) -> bool {
         let mut after = None;
         for _ in 0..SETTLE_ATTEMPTS {
@@ -232,7 +244,8 @@ impl Engine {
     }
 }
 
-/// Whether the page at `addr`, of which `entry` is remembered, is still merged; `None` if that cannot be known now.
+/// Whether the page at `addr` with this entry is still merged; `None` if `mmap_lock` is contended, so that it
+/// cannot be known now.
 fn is_merged(mm: &Mm, addr: usize, entry: &PageEntry) -> Option<bool> {
     let PageState::Merged(Some(node)) = entry.state() else {
         return Some(false);
