@@ -41,7 +41,7 @@ pub(super) enum Outcome {
     /// Not searched yet. The page is on probation, so its full checksum must have held.
     OnProbation,
     /// Not searched yet. The page is queued under this checksum, which may be outdated.
-    Waiting(Checksum),
+    Queued(Checksum),
     /// The page is merged.
     Yes,
     /// No merged page is equal. This is the page's checksum, or [`Checksum::unknown`].

@@ -118,7 +118,7 @@ impl State {
     ///
     /// Stores the [`Outcome`] in each candidate. Holds `mmap_lock` for the whole call, so `candidates` should
     /// be few.
-    pub(super) fn join_all(
+    pub(super) fn stable_tree_search_all(
         &mut self,
         hasher: &Hasher,
         mm: &Mm,
@@ -137,8 +137,10 @@ impl State {
                 .or_else(|| MergeableVma::at(lock.as_ref().ok()?, addr));
             let place = PageAddr { mm_id, addr };
             *outcome = match (&vma, *outcome) {
-                (Some(vma), Outcome::OnProbation) => self.check(hasher, vma, place, *sample),
-                (Some(vma), Outcome::Waiting(sum)) => self.check_waiting(hasher, vma, place, sum),
+                (Some(vma), Outcome::OnProbation) => {
+                    self.check_probation(hasher, vma, place, *sample)
+                }
+                (Some(vma), Outcome::Queued(sum)) => self.check_queued(hasher, vma, place, sum),
                 (Some(vma), _) => self.stable_tree_search(hasher, vma, place, *sample),
                 (None, _) => Outcome::Skip,
             };
@@ -152,9 +154,9 @@ impl State {
         self.core.lately = 0;
     }
 
-    /// Merges a page for which [`Self::join_all`] found no merged page with the page queued under its checksum,
+    /// Merges a page for which [`Self::stable_tree_search_all`] found no merged page with the page queued under its checksum,
     /// or queues it.
-    pub(super) fn merge_or_wait(
+    pub(super) fn merge_or_queue(
         &mut self,
         hasher: &Hasher,
         mm: &Mm,
@@ -180,7 +182,7 @@ impl State {
         };
         match self.core.index.unstable_lookup(sum) {
             Some(other) if other == place => {}
-            Some(other) => self.merge_with_waiting(hasher, mm, place, other, sum),
+            Some(other) => self.merge_with_queued(hasher, mm, place, other, sum),
             None => self.unstable_insert(place, sum),
         }
     }
@@ -203,7 +205,7 @@ impl State {
 
     /// Compares the full checksum of a page on probation with the earlier one. If it has held, continues as
     /// [`Self::stable_tree_search`].
-    fn check(
+    fn check_probation(
         &mut self,
         hasher: &Hasher,
         vma: &MergeableVma<'_>,
@@ -252,14 +254,14 @@ impl State {
     /// page by now.
     ///
     /// If its checksum has changed, the page leaves the unstable tree and is on probation from now on.
-    fn check_waiting(
+    fn check_queued(
         &mut self,
         hasher: &Hasher,
         vma: &MergeableVma<'_>,
         place: PageAddr,
         sum: Checksum,
     ) -> Outcome {
-        if !self.waits(place, sum) {
+        if !self.is_queued(place, sum) {
             // Another candidate of the batch was merged with it, or has replaced it in the unstable tree.
             return Outcome::NotYet;
         }
@@ -269,7 +271,7 @@ impl State {
         if page.checksum(hasher) != sum {
             drop(page);
             self.leave_unstable(place, sum);
-            return self.check(hasher, vma, place, sum.sample());
+            return self.check_probation(hasher, vma, place, sum.sample());
         }
         drop(page);
         // An equal KSM page may have had no room when this page was queued, and no checksum when it got room
@@ -309,7 +311,7 @@ impl State {
             .zeroes
             .is_some_and(|zeroes| zeroes.contains(sample))
         {
-            match self.join_zero(vma, place) {
+            match self.merge_with_zero_page(vma, place) {
                 Ok(()) => return Outcome::Yes,
                 Err(err) if err != EAGAIN => return Outcome::failed(err),
                 // The page is not all zeroes.
@@ -327,8 +329,8 @@ impl State {
                 }
             }
             NodesLike::None => {
-                let waiting = self.core.index.unstable_lookup_sample(sample);
-                if waiting.is_none_or(Checksum::is_unknown) {
+                let queued = self.core.index.unstable_lookup_sample(sample);
+                if queued.is_none_or(Checksum::is_unknown) {
                     return Outcome::NoMatch(unknown);
                 }
             }
@@ -360,7 +362,7 @@ impl State {
     ///
     /// `EAGAIN` if the page is not all zeroes, and those of
     /// [`replace_with_zero_page`](MergeableVma::replace_with_zero_page).
-    fn join_zero(&mut self, vma: &MergeableVma<'_>, place: PageAddr) -> Result {
+    fn merge_with_zero_page(&mut self, vma: &MergeableVma<'_>, place: PageAddr) -> Result {
         let page = vma
             .page_at(place.addr)
             .filter(PageRef::is_plain_anon)
@@ -386,7 +388,7 @@ impl State {
         };
         if let Some(vma) = MergeableVma::at(&lock, place.addr) {
             // If this fails, the next pass tries again.
-            let _ = self.join_zero(&vma, place);
+            let _ = self.merge_with_zero_page(&vma, place);
         }
     }
 
@@ -435,7 +437,7 @@ impl State {
     }
 
     /// Merges the page at `place` with the one queued at `other`, or queues it in place of that one.
-    fn merge_with_waiting(
+    fn merge_with_queued(
         &mut self,
         hasher: &Hasher,
         mm: &Mm,

@@ -171,7 +171,7 @@ impl State {
         {
             return self.retry(place);
         }
-        if let Some(other) = before.filter(|&other| self.waits(other, sum)) {
+        if let Some(other) = before.filter(|&other| self.is_queued(other, sum)) {
             if let (Some(entry), core) = self.entry(other) {
                 core.make_steady(entry, sum);
             }
@@ -186,7 +186,7 @@ impl State {
     }
 
     /// Whether the page at `place` is queued under `sum`, according to its entry.
-    pub(super) fn waits(&mut self, place: PageAddr, sum: Checksum) -> bool {
+    pub(super) fn is_queued(&mut self, place: PageAddr, sum: Checksum) -> bool {
         let (entry, _) = self.entry(place);
         entry.is_some_and(
             |entry| matches!(entry.state(), PageState::Unstable(found) if found == sum),
@@ -196,7 +196,7 @@ impl State {
     /// Removes the page at `place` from the unstable tree if it is queued under `sum`. The page is steady
     /// afterwards.
     pub(super) fn leave_unstable(&mut self, place: PageAddr, sum: Checksum) {
-        if !self.waits(place, sum) {
+        if !self.is_queued(place, sum) {
             return;
         }
         self.core.index.unstable_remove(sum, place);
@@ -482,7 +482,7 @@ impl Core {
                 if !sum.is_unknown() {
                     // The page stays queued if its checksum has not changed. That is no reason to retry other
                     // pages.
-                    return Some(CandidateKind::Steady(new, Outcome::Waiting(sum)));
+                    return Some(CandidateKind::Steady(new, Outcome::Queued(sum)));
                 }
                 // Queue the page again, under the checksum that it has now. This is not a change of the leaf.
                 let changes = self.changes;

@@ -97,7 +97,7 @@ enum Step {
 const LOCKED_MS: u32 = 20;
 
 /// How many pages are merged under one hold of `mmap_lock`.
-const JOIN_PAGES: usize = 16;
+const MERGE_PAGES: usize = 16;
 
 /// Decides whether a merged page that the walk did not visit keeps its rmap item.
 ///
@@ -310,7 +310,7 @@ impl Engine {
         Step::PassDone(pages)
     }
 
-    /// Retries up to [`JOIN_PAGES`] pages of one address space that a per-CPU LRU batch may have held.
+    /// Retries up to [`MERGE_PAGES`] pages of one address space that a per-CPU LRU batch may have held.
     fn retry_batched(&self, state: &mut State) {
         let State {
             mms,
@@ -327,7 +327,7 @@ impl Engine {
         };
         taken.len = 0;
         let mut known = mms.get_mut(&mm_id);
-        for _ in 0..JOIN_PAGES {
+        for _ in 0..MERGE_PAGES {
             let Some(place) = batched.pop() else {
                 break;
             };
@@ -424,8 +424,8 @@ impl Engine {
         let hasher = self.hasher(&state.core);
         let count = scratch.len;
         let candidates = scratch.candidates.get_mut(..count).unwrap_or(&mut []);
-        for chunk in candidates.chunks_mut(JOIN_PAGES) {
-            state.join_all(hasher, mm, mm_id, chunk);
+        for chunk in candidates.chunks_mut(MERGE_PAGES) {
+            state.stable_tree_search_all(hasher, mm, mm_id, chunk);
             // The others need the `mmap_lock` of two address spaces, so they are merged one by one.
             for candidate in chunk.iter().flatten() {
                 let is_starved = state.core.starved.get();
@@ -438,7 +438,7 @@ impl Engine {
                         state.retry(place)
                     }
                     CandidateKind::Steady(_, Outcome::NoMatch(sum)) => {
-                        state.merge_or_wait(hasher, mm, place, sum)
+                        state.merge_or_queue(hasher, mm, place, sum)
                     }
                     CandidateKind::Steady(..) => {}
                     CandidateKind::Unlisted(node) => state.stable_tree_append(mm, place, node),
