@@ -69,6 +69,68 @@ impl Nodes {
 pub(crate) const MAX_COMPARES: usize = 8;
 
 /// The trees for one set of pages that may merge with each other. `N` is a stable node.
+///
+/// # Examples
+///
+/// A page without an equal waits in the unstable tree:
+///
+/// ```
+/// use crate::{
+///     hash::{Checksum, Sample},
+///     ksm::index::{Index, PageAddr},
+/// };
+/// use kernel::prelude::*;
+///
+/// let mut index = Index::<()>::new();
+/// let sum = Checksum::unknown(Sample::from_raw(1));
+/// let first = PageAddr { mm_id: 1, addr: 0x1000 };
+///
+/// // Neither tree has a page with this checksum, so the first one waits for an equal.
+/// assert_eq!(index.nodes_with(sum), None);
+/// assert_eq!(index.unstable_lookup(sum), None);
+/// index.unstable_insert(sum, first, GFP_KERNEL)?;
+///
+/// // The second page finds it there. When both are merged, it waits no longer.
+/// assert_eq!(index.unstable_lookup(sum), Some(first));
+/// index.unstable_remove(sum, first);
+/// assert_eq!(index.unstable_len(), 0);
+/// # Ok::<(), Error>(())
+/// ```
+///
+/// A merged page has a node in the stable tree:
+///
+/// ```
+/// use crate::{
+///     hash::{Checksum, Sample},
+///     ksm::index::{Index, Nodes},
+/// };
+/// use kernel::prelude::*;
+///
+/// let mut index = Index::new();
+/// let sum = Checksum::unknown(Sample::from_raw(1));
+///
+/// // A new node is an orphan. Lookups find it as soon as a mapping of its page is listed.
+/// let key = index.new_key(sum);
+/// index.insert(key, "node", GFP_KERNEL)?;
+/// assert_eq!(index.nodes_with(sum), None);
+/// index.move_to_stable(key);
+/// assert_eq!(index.nodes_with(sum), Some(Nodes::One(key)));
+///
+/// // Its page has `max_page_sharing` mappings: the next page with this content needs another node.
+/// index.set_full(key);
+/// assert_eq!(index.nodes_with(sum), None);
+/// let dup = index.new_key(sum);
+/// index.insert(dup, "dup", GFP_KERNEL)?;
+/// index.move_to_stable(dup);
+/// assert_eq!(index.nodes_with(sum), Some(Nodes::One(dup)));
+/// assert_eq!((index.chains(), index.dups()), (1, 2));
+///
+/// // The last listed mapping of the first page is gone.
+/// index.move_to_orphans(key);
+/// assert_eq!((index.stable_len(), index.orphans_len()), (1, 1));
+/// assert_eq!(index.remove(key), Some("node"));
+/// # Ok::<(), Error>(())
+/// ```
 pub(crate) struct Index<N> {
     /// Nodes that have a listed mapping, and room for another one.
     stable: RBTree<StableKey, N>,

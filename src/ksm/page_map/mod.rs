@@ -39,6 +39,37 @@ const THRASH_LIMIT: u8 = 64;
 ///
 /// A leaf whose huge pages were split is kept for a while after it has lost its last entry. Most often the
 /// pages come back as part of a huge page, which is not to be split again at once.
+///
+/// # Examples
+///
+/// The scan brings a leaf up to date with the pages that it comes by, in ascending order:
+///
+/// ```
+/// use crate::ksm::page_map::{Found, PageMap};
+/// use kernel::{page::PAGE_SIZE, prelude::*};
+///
+/// let mut map = PageMap::new();
+/// let addr = 0x7f00_0000_1000;
+/// let next = addr + PAGE_SIZE;
+///
+/// // Pass 1 comes by a page that has no entry yet.
+/// let mut cursor = map.leaf_from(addr, 1, GFP_KERNEL)?;
+/// assert!(matches!(cursor.seek(addr), Found::Nothing));
+/// cursor.insert('a', 1, GFP_KERNEL).map_err(|_| ENOMEM)?;
+/// assert_eq!(map.get_mut(addr), Some(&mut 'a'));
+///
+/// // Pass 2 only comes by the page behind it. The first one is not mapped any more.
+/// let mut cursor = map.leaf_from(addr, 2, GFP_KERNEL)?;
+/// assert!(matches!(cursor.seek(next), Found::Passed(passed, 'a') if passed == addr));
+/// assert_eq!(cursor.remove_passed(), Some('a'));
+/// assert!(matches!(cursor.seek(next), Found::Nothing));
+/// cursor.insert('b', 1, GFP_KERNEL).map_err(|_| ENOMEM)?;
+///
+/// // With its last entry, the leaf goes.
+/// assert_eq!(map.remove(next, 0), Some('b'));
+/// assert!(map.is_empty());
+/// # Ok::<(), Error>(())
+/// ```
 pub(crate) struct PageMap<W> {
     leaves: RBTree<usize, Leaf<W>>,
     /// The size of the map, see [`Self::bytes`].
