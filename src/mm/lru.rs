@@ -3,10 +3,14 @@
 //! References that the per-CPU batches of the LRU lists hold.
 //!
 //! A page that was just faulted in waits in such a batch, with a reference, for its CPU to put it on an LRU
-//! list. To the merge protocol that is a reference like any other: the page is left alone. So the batches are
-//! emptied, but only when one was in the way; never on isolated CPUs, which are to be left in peace; and
-//! without waiting for a CPU whose tasks do not let the work run. Pages that were left alone for that are tried
-//! once more at the end of the same pass.
+//! list. To the merge protocol that is a reference like any other: the page is left alone. So the scan has the
+//! batches emptied, within these limits:
+//!
+//! * It does so only when a batch was in the way.
+//! * It leaves isolated CPUs in peace.
+//! * It does not wait for a CPU whose tasks keep the work from running.
+//!
+//! Pages that were left alone for a batch are tried once more at the end of the same pass.
 
 use super::ffi;
 use kernel::sync::atomic::{Atomic, Relaxed};

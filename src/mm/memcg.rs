@@ -3,8 +3,8 @@
 //! Charging memory to memory cgroups.
 //!
 //! The scan runs in a kernel thread, so its allocations would be charged to the root group. What it remembers
-//! of a process is charged to the group of that process instead: a group cannot make the rest of the system
-//! pay for metadata of its own pages.
+//! of a process is charged to the group of that process instead. So a group cannot make the rest of the system
+//! pay for the metadata of its pages.
 
 use super::ffi;
 use kernel::{

@@ -193,8 +193,8 @@ impl<'a> PteLock<'a> {
 
     /// Marks the copy that an unshare fault left here as dirty.
     ///
-    /// The fault leaves copy and entry clean. If such a page is then shared over a fork and one process gives
-    /// it up (MADV_FREE), reclaim takes it from both: it looks for other users of dirty pages only.
+    /// The fault leaves copy and entry clean. Such a page may then be shared over a fork, and one process may
+    /// give it up (MADV_FREE). Reclaim would take it from both, as it looks for other users of dirty pages only.
     pub(super) fn keep_copy(&mut self) {
         if let Some(page) = self.anon_page().filter(PageRef::is_plain_anon) {
             // SAFETY: The reference keeps the folio. Of an anonymous folio this only sets bits, which needs no

@@ -2,8 +2,8 @@
 
 //! Processes that share a page over a fork.
 //!
-//! A page that becomes a KSM page stays mapped in every process that has it by a fork, but only the process
-//! that the scan is at gets an rmap item. `rmap_walk_ksm()` goes through all VMAs of the item's `anon_vma`
+//! A page that becomes a KSM page stays mapped in every process that has it by a fork. At first only the
+//! process that the scan is at gets an rmap item. `rmap_walk_ksm()` goes through all VMAs of the item's `anon_vma`
 //! and looks at the item's address. So it finds the mappings of fork-shared mappers as well, as long as these
 //! have the page at the same address.
 //!
@@ -22,7 +22,7 @@ impl LockedPage {
     /// Checks that all mappings of the page can be found after it became a KSM page.
     ///
     /// `vma` maps the page at `addr`. Returns whether other processes share it over a fork. If not, and `vma`
-    /// still maps it, no other process maps it as long as `mmap_lock` is held: a process that gave the page up
+    /// still maps it, no other process maps it as long as `mmap_lock` is held. A process that gave the page up
     /// cannot get it back.
     ///
     /// If the page is part of a large folio, processes that map any part of that count: a split would take
@@ -40,8 +40,8 @@ impl LockedPage {
     pub(super) fn check_fork_sharing(&self, vma: &MergeableVma<'_>, addr: usize) -> Result<bool> {
         let (folio, mm) = (self.folio(), vma.mm().as_raw());
         // SAFETY: By the type invariants the folio is locked and kept, which is all that the tests and
-        // `rksm_folio_leave_swap` need. For the walk, it is an anonymous folio that `vma` mapped under this
-        // hold of `mmap_lock`, so its anon_vma is one of those of `vma`, which the lock keeps.
+        // `rksm_folio_leave_swap` need. The walk needs its anon_vma, too. That is one of those of `vma`, which
+        // mapped this anonymous folio under this hold of `mmap_lock`, and the lock keeps them.
         unsafe {
             if self.is_large() {
                 if self.is_swapcache() {

@@ -2,8 +2,8 @@
 
 //! Rmap items, in the layout that the core kernel walks: see [`super::stable_node`].
 //!
-//! An rmap item stands for one mapping of a KSM page. It belongs to the engine's entry of that page, which has its
-//! address in place of a sample ([`ItemBox::into_word`]), and it is on the list of the stable node.
+//! An rmap item stands for one mapping of a KSM page, and is on the list of that page's stable node. The engine's
+//! entry of the page owns it, and has its address in place of a sample ([`ItemBox::into_word`]).
 
 use super::folio::NodeId;
 use crate::{

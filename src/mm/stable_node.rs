@@ -45,8 +45,8 @@ use kernel::{alloc::Flags, bindings, prelude::*};
 /// The size of `struct ksm_stable_node`, in words.
 const NODE_WORDS: usize = KSM_STABLE_NODE_SIZE.div_ceil(WORD);
 
-// The generated offsets must make sense for the types that are accessed through them, and the low
-// bits of a node's address must be free for the flags in `folio->mapping`.
+// The generated offsets must make sense for the types that are accessed through them. The low bits of a node's
+// address must be free for the flags in `folio->mapping`.
 const _: () = {
     assert!(KSM_STABLE_NODE_HLIST + size_of::<bindings::hlist_head>() <= KSM_STABLE_NODE_SIZE);
     assert!(KSM_STABLE_NODE_KPFN + size_of::<usize>() <= KSM_STABLE_NODE_SIZE);
@@ -152,10 +152,10 @@ impl StableNode {
         }
         loop {
             let kpfn = self.kpfn();
-            // SAFETY: The call returns null for a pfn that is not in an online section. The section stays in
-            // the memory map meanwhile, without the lock of memory hotplug: the kernel tells
-            // `crate::sys::memory_notifier` before it takes a section away, and then waits for the engine to free
-            // the nodes there, under the mutex that our caller holds.
+            // SAFETY: The call returns null for a pfn that is not in an online section. The lock of memory
+            // hotplug is not needed to keep the section: before the kernel takes one away, it calls
+            // `crate::sys::memory_notifier`. That waits for the engine to free the nodes there, under the mutex
+            // that our caller holds.
             let folio = unsafe { ffi::rksm_pfn_folio(kpfn) };
             if let Some(folio) = NonNull::new(folio) {
                 // SAFETY: The folio of an online pfn is in the memory map, and stays there as said above.
@@ -492,9 +492,9 @@ impl NodeBox {
         // `vma`, which `mmap_lock` keeps, and a reference can be taken on either. No folio points at the node
         // yet, so no rmap walk looks at its list, and the lock of the folio that will is held.
         unsafe {
-            // A page that is shared over a fork needs its own anon_vma: the VMAs of all its mappers are in that
-            // tree, and until they are listed, rmap finds them by this item. Otherwise take that of the VMA,
-            // whose tree has fewer of them.
+            // A page that is shared over a fork needs its own anon_vma, whose tree has the VMAs of all its
+            // mappers. Until these are listed, rmap finds them by this item. Otherwise take the anon_vma of the
+            // VMA, whose tree has fewer VMAs.
             let anon_vma = if shared {
                 ffi::rksm_folio_get_anon_vma(page.folio())
             } else {

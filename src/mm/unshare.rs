@@ -152,8 +152,8 @@ impl MergeableVma<'_> {
                 pte.keep_copy();
             }
             if ret & HOPELESS != 0 {
-                // The backing file was truncated and its private pages went with it; or the fault was for a
-                // userfaultfd monitor, or the memory of the page is broken, and the page is still there.
+                // The backing file may have been truncated, and its private pages went with it. Otherwise the
+                // page is still there: a userfaultfd monitor is to serve the fault, or its memory is broken.
                 if let Search::Found(_) = walk::next_ksm_page(self, addr, behind) {
                     done.push_unserved(addr);
                 }

@@ -75,8 +75,8 @@ pub(crate) enum Next<'a> {
 
 /// Whether the caller is the last user of an address space.
 ///
-/// It is torn down as soon as the caller drops its reference, so there is no point in working on it, least of
-/// all in allocating memory for it.
+/// It is torn down as soon as the caller drops its reference. So there is no point in working on it, least of all
+/// in allocating memory for it.
 pub(crate) fn has_no_other_users(mm: &MmWithUser) -> bool {
     // SAFETY: The reference keeps the mm.
     unsafe { ffi::rksm_mm_users(mm.as_raw()) <= 1 }

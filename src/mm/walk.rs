@@ -60,8 +60,9 @@ const LOCK_ENTRIES: usize = 64;
 /// The most page tables, and VMAs, that are gone through for one batch, as they may all be next to empty.
 const WALK_TABLES: usize = 64;
 
-/// The most tables one level above (of 512 page tables, or huge pages, each) that are gone through under one
-/// hold of `mmap_lock`: these may be empty, too.
+/// The most tables one level above page tables that are gone through under one hold of `mmap_lock`.
+///
+/// Each has 512 entries for page tables or huge pages, which may all be empty, too.
 const WALK_DIRECTORIES: usize = 16;
 
 /// The longest range that is gone through under one hold of `mmap_lock`, in bytes: it has 8192 entries for such
@@ -116,8 +117,10 @@ impl SeenPage {
         self.addr
     }
 
-    /// Whether it was an anonymous page, and `word` says that it was steady, with the same sample; or
-    /// whether it was a KSM page, and `word` says that it is listed with the same node.
+    /// Whether the page is as `word` says.
+    ///
+    /// An anonymous page is, if it was steady with the same sample. A KSM page is, if it is listed with the same
+    /// node.
     #[inline(always)]
     pub(crate) fn is_unchanged(self, word: &PageEntry) -> bool {
         if self.what & 1 != 0 {
