@@ -162,22 +162,84 @@ enum Injected {
     WarningAndTrace,
 }
 
-/// A report that is held back until its end, or until a line shows its subject.
+/// Which report is held back.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Held {
-    /// A report of the OOM killer.
+enum ReportKind {
+    /// Of the OOM killer. It is no trouble if a test has run that group out of memory (rksm-oom), or if all memory
+    /// is gone and the victim is of the group that is there for it (rksm-oom-all).
     Oom,
-    /// A report of the kernel's own checks about a wrong page-table entry.
+    /// Of a page-table entry that the kernel's own checks find wrong ([`BAD_ENTRY`]). It is no trouble if the
+    /// innermost function of its trace is that of [`BAD_ENTRY_OF`].
     BadEntry,
 }
 
-impl Held {
-    /// Return the report that begins with this line.
+impl ReportKind {
+    /// Which report begins with this line.
     fn beginning_with(text: &[u8]) -> Option<Self> {
         if contains(text, b"invoked oom-killer: ") {
             return Some(Self::Oom);
         }
         text.starts_with(BAD_ENTRY).then_some(Self::BadEntry)
+    }
+
+    /// How many lines are held back at most.
+    fn lines_max(self) -> usize {
+        match self {
+            Self::Oom => HELD_MAX,
+            Self::BadEntry => TRACE_MAX,
+        }
+    }
+}
+
+/// A report that is held back until a line says what it is about.
+struct Held {
+    kind: ReportKind,
+    lines: Vec<Vec<u8>>,
+    /// Whether the report names the group rksm-oom.
+    of_group: bool,
+}
+
+impl Held {
+    fn new(kind: ReportKind) -> Self {
+        Self {
+            kind,
+            lines: Vec::new(),
+            of_group: false,
+        }
+    }
+
+    /// Hold one more line. Returns whether to pardon the report, as soon as that is certain.
+    fn push(&mut self, line: &[u8]) -> Option<bool> {
+        let text = without_stamp(line);
+        let pardoned = match self.kind {
+            ReportKind::Oom => self.pardon_oom(text),
+            ReportKind::BadEntry => self.pardon_bad_entry(text),
+        };
+        self.lines.push(line.to_vec());
+        pardoned.or_else(|| (self.lines.len() > self.kind.lines_max()).then_some(false))
+    }
+
+    fn pardon_oom(&mut self, text: &[u8]) -> Option<bool> {
+        if text.starts_with(b"Memory cgroup stats for ") {
+            self.of_group = contains(text, b"for /rksm-oom:");
+        }
+        if text.starts_with(b"oom-kill:constraint=") {
+            // Another message may have come in the middle of this line.
+            let pardoned = self.of_group && matches("constraint=CONSTRAINT_MEMCG,", text)
+                || matches("constraint=CONSTRAINT_MEMCG,*oom_memcg=/rksm-oom,", text)
+                || matches(
+                    "constraint=CONSTRAINT_NONE,*task_memcg=/rksm-oom-all,",
+                    text,
+                );
+            return Some(pardoned);
+        }
+        text.starts_with(b"Out of memory and no killable processes")
+            .then_some(self.of_group)
+    }
+
+    fn pardon_bad_entry(&self, text: &[u8]) -> Option<bool> {
+        let before = self.lines.last()?;
+        (without_stamp(before) == b" <TASK>").then(|| text.starts_with(BAD_ENTRY_OF))
     }
 }
 
@@ -199,69 +261,27 @@ struct Checker<'a, W> {
     /// The last lines with their numbers.
     before: VecDeque<(u64, Vec<u8>)>,
     injected: Injected,
-    /// The lines of a report that has not ended yet.
-    held: Vec<Vec<u8>>,
-    /// The line of that report that names the group.
-    group: Vec<u8>,
+    held: Option<Held>,
 }
 
 impl<W: Write> Checker<'_, W> {
     fn line(&mut self, line: &[u8]) -> io::Result<()> {
-        let text = without_stamp(line);
-        let first = self.held.first().map_or(text, |first| without_stamp(first));
-        match Held::beginning_with(first) {
-            None => self.check(line),
-            Some(Held::Oom) => self.oom_line(line),
-            Some(Held::BadEntry) => self.bad_entry_line(line),
+        if self.held.is_none() {
+            self.held = ReportKind::beginning_with(without_stamp(line)).map(Held::new);
         }
-    }
-
-    /// A report is no trouble if a test has made the group (rksm-oom) run out of memory, or has made it the
-    /// source of victims when all memory is used (rksm-oom-all). The report is held back until its end shows
-    /// whether it is about such a group.
-    fn oom_line(&mut self, line: &[u8]) -> io::Result<()> {
-        let text = without_stamp(line);
-        self.held.push(line.to_vec());
-        if text.starts_with(b"Memory cgroup stats for ") {
-            self.group = text.to_vec();
-        }
-        let of_group = contains(&self.group, b"for /rksm-oom:");
-        if text.starts_with(b"oom-kill:constraint=") {
-            // Another message may have interrupted this line.
-            let pardoned = of_group && matches("constraint=CONSTRAINT_MEMCG,", text)
-                || matches("constraint=CONSTRAINT_MEMCG,*oom_memcg=/rksm-oom,", text)
-                || matches(
-                    "constraint=CONSTRAINT_NONE,*task_memcg=/rksm-oom-all,",
-                    text,
-                );
-            self.release(pardoned)
-        } else if text.starts_with(b"Out of memory and no killable processes") {
-            self.release(of_group)
-        } else if self.held.len() > HELD_MAX {
-            self.release(false)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Accept the report of [`BAD_ENTRY`] if the innermost function of its trace is that of [`BAD_ENTRY_OF`].
-    fn bad_entry_line(&mut self, line: &[u8]) -> io::Result<()> {
-        let before = self.held.last().map(|line| without_stamp(line).to_vec());
-        self.held.push(line.to_vec());
-        if before.is_some_and(|before| before == b" <TASK>") {
-            let text = without_stamp(line);
-            self.release(text.starts_with(BAD_ENTRY_OF))
-        } else if self.held.len() > TRACE_MAX {
-            self.release(false)
-        } else {
-            Ok(())
+        let Some(held) = &mut self.held else {
+            return self.check(line);
+        };
+        match held.push(line) {
+            Some(pardoned) => self.release(pardoned),
+            None => Ok(()),
         }
     }
 
     /// Check the lines that are held back. An accepted report may have its call trace.
     fn release(&mut self, pardoned: bool) -> io::Result<()> {
-        self.group.clear();
-        for (at, line) in std::mem::take(&mut self.held).iter().enumerate() {
+        let lines = self.held.take().map_or(Vec::new(), |held| held.lines);
+        for (at, line) in lines.iter().enumerate() {
             let text = without_stamp(line);
             let expected =
                 text.starts_with(b"Call Trace:") || at == 0 && text.starts_with(BAD_ENTRY);
@@ -347,8 +367,7 @@ pub fn is_clean(log: impl BufRead, out: &mut impl Write) -> io::Result<bool> {
         found: false,
         before: VecDeque::new(),
         injected: Injected::Nothing,
-        held: Vec::new(),
-        group: Vec::new(),
+        held: None,
     };
     for_each_line(log, |line| checker.line(strip_cr(line)))?;
     checker.release(false)?;
@@ -412,7 +431,8 @@ mod tests {
     }
 
     const USAGE: &str = "memory: usage 10240kB, limit 10240kB, failcnt 26";
-    const VICTIMS: &str = "CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/rksm-oom,task_memcg=/rksm-oom";
+    const VICTIMS: &str = "CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,\
+        oom_memcg=/rksm-oom,task_memcg=/rksm-oom";
     const EVERYTHING: &str =
         "CONSTRAINT_NONE,nodemask=(null),cpuset=/,mems_allowed=0,global_oom,task_memcg=/";
     const CUT: &str = "CONSTRAINT_MEMCG,nodemask=(null),cpuset=";
