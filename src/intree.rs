@@ -60,7 +60,7 @@ pub(crate) fn for_each_registered<F: Fn(&Mm)>(enter: F) {
     }
     // SAFETY: `call` expects a pointer to an `F`, and `enter` lives until the function returns.
     unsafe {
-        ffi::rksm_intree_for_each_mm(Some(call::<F>), (&raw const enter).cast_mut().cast());
+        ffi::rksm_intree_each_mm(Some(call::<F>), (&raw const enter).cast_mut().cast());
     }
 }
 

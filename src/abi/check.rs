@@ -59,7 +59,8 @@ pub(crate) fn check_build() -> Result {
     }
     let (wanted, running) = (Id(wanted), Id(running));
     pr_err!(
-        "built for the kernel with build id {wanted}, but build id {running} is running: build rksm again, for the running kernel\n"
+        "built for the kernel with build id {wanted}, but build id {running} is running: \
+         build rksm again, for the running kernel\n"
     );
     Err(ENOEXEC)
 }

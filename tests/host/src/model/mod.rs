@@ -9,12 +9,12 @@
 //! an agent is atomic to all others. A sequence under a lock that excludes only some of them is several
 //! steps.
 //!
-//! | step | in the module |
+//! | step | in `src/mm/` |
 //! | --- | --- |
-//! | `Scan::Relatives` | `LockedPage::check_fork_sharing` (src/mm/rmap.rs) |
-//! | `Scan::Get` … `Scan::Publish` | `MergeableVma::make_ksm_page` (src/mm/replace.rs), `NodeBox::set_page` (src/mm/stable_node.rs) |
+//! | `Scan::Relatives` | `LockedPage::check_fork_sharing` (rmap.rs) |
+//! | `Scan::Get` … `Scan::Publish` | `MergeableVma::make_ksm_page` (replace.rs), `NodeBox::set_page` |
 //! | `Scan::Find`, `Scan::LockMerged` | `NodeBox::page`, `PageRef::try_lock` |
-//! | `Scan::Join…` | `MergeableVma::replace_page`, `PteLock::clear_unless` (src/mm/pte.rs), `NodeBox::add_rmap_item` |
+//! | `Scan::Join…` | `MergeableVma::replace_page`, `PteLock::clear_unless` (pte.rs), `NodeBox::add_rmap_item` |
 //! | `Scan::Prune` | freeing a node that no folio points at |
 //!
 //! The scan only tries locks. Where it holds nothing, retrying later is the same as waiting, so the model

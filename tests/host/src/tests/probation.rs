@@ -210,7 +210,12 @@ proptest! {
     /// A page is never delayed for longer than the longest hold, whenever it is scanned, nor does it merge
     /// before its own hold is over.
     #[test]
-    fn is_due_in_time(count in 0u64..16, content: u64, now: u32, looks in prop::collection::vec(0u32..2000, 1..20)) {
+    fn is_due_in_time(
+        count in 0u64..16,
+        content: u64,
+        now: u32,
+        looks in prop::collection::vec(0u32..2000, 1..20),
+    ) {
         let probation = Probation::new(strikes(count), Print::of(sum(content)), now);
         let hold = hold(strikes(count)).unwrap();
         for past in looks {
