@@ -275,8 +275,8 @@ impl LockedPage {
     /// This needs the folio lock: without it, the node could be freed before it is read.
     pub(crate) fn node_key(&self) -> Option<StableKey> {
         let id = self.node_id()?;
-        // SAFETY: The folio is locked and points at the node, so the node is not freed. It is one of this module: no
-        // in-tree node exists while the module is loaded, see [`crate::intree`].
+        // SAFETY: The folio is locked and points at the node, so the node is not freed. It is one of this module:
+        // no in-tree node exists while the module is loaded, see [`crate::intree`].
         let node = unsafe { &*(id.get() as *const StableNode) };
         Some(node.key.get())
     }
@@ -286,8 +286,8 @@ impl RmapItem {
     /// Returns the node that the item is listed with.
     fn node(&self) -> Option<&StableNode> {
         let id = self.node_id()?;
-        // SAFETY: `link` and `unlink` note the node while the item is on its list, and a node is not freed before it
-        // took off all its items.
+        // SAFETY: `link` and `unlink` note the node while the item is on its list, and a node is not freed before
+        // it took off all its items.
         Some(unsafe { &*(id.get() as *const StableNode) })
     }
 }
