@@ -40,7 +40,7 @@ ROOT_PACKAGES=(
 	busybox-static file iproute2 numactl procps qemu-system-x86
 	util-linux-extra virtme-ng
 	# checking
-	shellcheck git
+	git shellcheck sparse
 	# building the kernel's selftests
 	libnuma-dev liburing-dev
 	# building the debug kernel: CONFIG_KASAN with CONFIG_RUST wants clang

@@ -96,7 +96,7 @@ void rksm_mm_set_rmap_items(struct mm_struct *mm, unsigned long n)
 
 int rksm_unshare(struct vm_area_struct *vma, unsigned long addr)
 {
-	return handle_mm_fault(vma, addr, FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE, NULL);
+	return (__force int)handle_mm_fault(vma, addr, FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE, NULL);
 }
 
 /* Memory cgroups. */
