@@ -132,17 +132,10 @@ impl Worker {
         let mem = Mem::new(SHARED_PAGES)?;
         mem.advise(0, SHARED_PAGES, libc::MADV_MERGEABLE)?;
         let number = self.id as usize;
-<<<<<<< HEAD:tests/torture/src/worker.rs
         for page in &self.arena.shared_pages[number] {
             // A writer may be about to find that the process before this one is gone. Or it was killed while
             // it had the claim, and its parent, which stands still, has not reaped it.
             while !page.claim(self.id) {
-=======
-        for mail in &self.arena.mail[number] {
-            // Somebody may be about to find that the one before us is gone; or was killed while at it, and is
-            // reaped by a parent that stands still meanwhile.
-            while !mail.claim(self.id) {
->>>>>>> b128ac8 (rksm: wrap comments at 115 columns):tests/torture/src/player.rs
                 self.stand_still()?;
                 std::thread::sleep(Duration::from_millis(1));
             }
