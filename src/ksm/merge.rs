@@ -154,8 +154,8 @@ impl State {
         self.core.lately = 0;
     }
 
-    /// Merges a page for which [`Self::stable_tree_search_all`] found no merged page with the page queued under its checksum,
-    /// or queues it.
+    /// Merges a page with the one that is queued under its checksum, or queues it. It is one for which
+    /// [`Self::stable_tree_search_all`] found no merged page.
     pub(super) fn merge_or_queue(
         &mut self,
         hasher: &Hasher,

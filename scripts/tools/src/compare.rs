@@ -101,7 +101,7 @@ impl<'a> Image<'a> {
     }
 }
 
-/// Compare the types that a module was compiled with with those of the image. Differences of listed types are
+/// Compare the types of a module's debug information to those of the image. Differences of listed types are
 /// reported first.
 pub fn compare(btf: &Btf<'_>, known: &[Known], listed: &[Interface]) -> Result<Compared> {
     let image = Image::read(btf)?;
