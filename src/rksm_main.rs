@@ -87,3 +87,12 @@ impl kernel::Module for Rksm {
         })
     }
 }
+
+/// Logs why unloading is refused, see [`module_pin::log_refusal`].
+///
+/// The probe in helpers/module.c calls this at the start of `delete_module(2)`, with preemption disabled. `name` is
+/// what that was given.
+#[no_mangle]
+extern "C" fn rksm_unload_attempt(name: usize) {
+    module_pin::log_refusal(kernel::module::this_module::<LocalModule>(), name);
+}

@@ -2,7 +2,6 @@
 
 //! Pages that may be merged: what classification hands over to the merge, and what came of it.
 
-use super::{probation::Probation, Core};
 use crate::{
     hash::{Checksum, Sample},
     mm::{
@@ -109,28 +108,5 @@ impl ScanBuffer {
                 });
             }
         }
-    }
-}
-
-impl Core {
-    /// Returns the candidate for a steady page with this sample, if the filter says that two pages have it.
-    #[inline]
-    pub(super) fn candidate(&self, sample: Sample) -> Option<CandidateKind> {
-        self.filter
-            .has_two(sample)
-            .then_some(CandidateKind::Steady(sample, Outcome::Unknown))
-    }
-
-    /// Like [`Self::candidate`], for a page that may be on probation.
-    #[inline]
-    pub(super) fn candidate_on(
-        &self,
-        probation: Option<Probation>,
-        sample: Sample,
-    ) -> Option<CandidateKind> {
-        self.filter.has_two(sample).then_some(match probation {
-            None => CandidateKind::Steady(sample, Outcome::Unknown),
-            Some(_) => CandidateKind::Steady(sample, Outcome::OnProbation),
-        })
     }
 }

@@ -2,7 +2,8 @@
 
 //! The position of a pass: an address space, and an address in it.
 
-use super::index::MmId;
+use super::{deferred::Deferred, index::MmId};
+use kernel::time::{Instant, Monotonic};
 
 /// The position of a pass. It goes through the address spaces in the order of their registration.
 pub(crate) struct Position {
@@ -103,5 +104,49 @@ impl Position {
     fn go_to(&mut self, mm_id: MmId) {
         self.mm_id = mm_id;
         self.addr = 0;
+    }
+}
+
+/// The progress of the current pass.
+pub(crate) struct Cursor {
+    /// Where the pass is.
+    pub(crate) at: Position,
+    /// The address spaces to come back to, because they were locked.
+    pub(crate) deferred: Deferred<(MmId, usize)>,
+    /// Whether the pass is coming back to these.
+    pub(crate) coming_back: bool,
+    /// Whether to retry steady pages: since the previous pass began, something has happened that may have given
+    /// one of them an equal. See [`Core::bump_retry_seq`](super::Core::bump_retry_seq).
+    pub(crate) retry_steady: bool,
+    /// The value of [`Core::retry_seq`](super::Core::retry_seq) when this pass began.
+    pub(crate) retry_seq: u64,
+    /// Whether this pass skips leaves in which nothing has changed for some passes (`smart_scan`).
+    pub(crate) skipping: bool,
+    /// Whether all pages were scanned, and the eager phase is under way: pages that were seen once and have an
+    /// equal merge.
+    pub(crate) gathering: bool,
+    /// Whether only pages that a per-CPU LRU batch may have held are left to retry.
+    pub(crate) retrying: bool,
+    /// When the pass began; `None` between passes.
+    pub(crate) began: Option<Instant<Monotonic>>,
+    /// How many pages the pass has scanned or skipped.
+    pub(crate) pages: usize,
+}
+
+impl Cursor {
+    /// Creates a cursor between passes.
+    pub(crate) fn new() -> Self {
+        Self {
+            at: Position::new(),
+            deferred: Deferred::new(),
+            coming_back: false,
+            retry_steady: true,
+            retry_seq: 0,
+            skipping: false,
+            gathering: false,
+            retrying: false,
+            began: None,
+            pages: 0,
+        }
     }
 }

@@ -553,3 +553,28 @@ fn next_key<N>(tree: &RBTree<StableKey, N>, after: Option<StableKey>) -> Option<
     };
     cursor.map(|at| *at.current().0)
 }
+
+/// How far a search of all nodes for stale ones has come: the tree, and the last node that was checked.
+#[derive(Clone, Copy)]
+pub(super) struct Released {
+    pub(super) full: bool,
+    pub(super) after: Option<StableKey>,
+}
+
+impl Released {
+    /// The start of the stable tree.
+    pub(super) const fn nothing() -> Self {
+        Self {
+            full: false,
+            after: None,
+        }
+    }
+
+    /// The start of the full tree.
+    pub(super) const fn full() -> Self {
+        Self {
+            full: true,
+            after: None,
+        }
+    }
+}

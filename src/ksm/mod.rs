@@ -10,18 +10,19 @@
 //! | module | contents |
 //! | --- | --- |
 //! | `thread`, `scan`, `cursor`, [`deferred`] | the main loop of rksmd, passes, batches |
-//! | `page`, `page_map`, [`probation`], `unlisted` | what is remembered of each page |
+//! | `page`, `forget`, `page_map`, [`probation`], `unlisted` | what is remembered of each page |
 //! | `filter`, [`index`], `stable_tree` | how equal pages are found |
 //! | `candidate`, `merge`, `numa`, `metadata` | merging |
 //! | `unmerge`, `offline`, `limits` | run=2, memory hotplug, settings that need all pages unmerged |
 //! | `mms` | registered address spaces |
-//! | `sysfs`, `stats`, `advisor` | the interface to user space |
+//! | `sysfs`, `settings`, `stats`, `advisor` | the interface to user space |
 
 mod advisor;
 mod candidate;
 mod cursor;
 pub(crate) mod deferred;
 mod filter;
+mod forget;
 pub(crate) mod index;
 mod limits;
 mod merge;
@@ -33,6 +34,7 @@ mod page;
 mod page_map;
 pub(crate) mod probation;
 mod scan;
+mod settings;
 mod stable_tree;
 mod stats;
 mod sysfs;
@@ -52,7 +54,8 @@ use crate::{
 use advisor::Advisor;
 use core::cell::Cell;
 use filter::Filter;
-use index::{Index, MmId, PageAddr};
+use forget::Forget;
+use index::{Index, MmId, PageAddr, Released};
 use kernel::{
     alloc::{flags, Flags},
     mm::{Mm, MmWithUser, MmWithUserAsync},
@@ -68,10 +71,8 @@ use kernel::{
     time::{Instant, Monotonic},
 };
 use mms::{Registry, Reservation};
-use page::Forget;
 use page_map::PageMap;
 use probation::Clock;
-use stable_tree::Released;
 use stats::Stats;
 use unlisted::Unlisted;
 
@@ -170,7 +171,7 @@ pub(crate) struct State {
     mms: RBTree<MmId, MmState>,
     core: Core,
     scratch: Option<KBox<candidate::ScanBuffer>>,
-    cursor: scan::Cursor,
+    cursor: cursor::Cursor,
     /// The number of anonymous pages of all registered processes when the pass began.
     mapped_pages: usize,
     /// The size of the page maps of all address spaces, in bytes, as last reported for each.
@@ -216,7 +217,7 @@ struct Core {
     /// [`LeafCursor::is_refreshing`](page_map::LeafCursor::is_refreshing).
     refreshing: bool,
     /// Incremented by [`Core::bump_retry_seq`]. It starts at 1, so it differs from that of a new
-    /// [`scan::Cursor`].
+    /// [`cursor::Cursor`].
     retry_seq: u64,
     /// The number of the current pass.
     pass: u32,
@@ -267,13 +268,13 @@ impl Engine {
                 has_new_work: Atomic::new(false),
                 run: Atomic::new(run::STOP),
                 pages_to_scan: Atomic::new(advisor::DEFAULT_PAGES_TO_SCAN),
-                sleep_millisecs: Atomic::new(sysfs::DEFAULT_SLEEP_MILLISECS),
+                sleep_millisecs: Atomic::new(settings::DEFAULT_SLEEP_MILLISECS),
                 smart_scan: Atomic::new(1),
                 merge_eagerly: Atomic::new(0),
-                pass_millisecs: Atomic::new(sysfs::DEFAULT_PASS_MILLISECS),
+                pass_millisecs: Atomic::new(settings::DEFAULT_PASS_MILLISECS),
                 use_zero_pages: Atomic::new(0),
-                max_page_sharing: Atomic::new(sysfs::DEFAULT_MAX_PAGE_SHARING),
-                stable_node_chains_prune_millisecs: Atomic::new(sysfs::DEFAULT_PRUNE_MILLISECS),
+                max_page_sharing: Atomic::new(settings::DEFAULT_MAX_PAGE_SHARING),
+                stable_node_chains_prune_millisecs: Atomic::new(settings::DEFAULT_PRUNE_MILLISECS),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
                 hashers: {
@@ -373,7 +374,25 @@ impl Engine {
 
     /// Publishes the counters of `state` to the readers of sysfs.
     fn update_stats(&self, state: &State) {
-        self.stats.update(&state.core, state.map_bytes);
+        let (core, stats, map_bytes) = (&state.core, &self.stats, state.map_bytes);
+        let shared = core.index.stable_len();
+        let unshared = core.index.unstable_len().saturating_add(core.steady);
+        // If a node was released, the entries of its pages say "merged" until the next scan. They count as
+        // volatile.
+        let volatile = core
+            .pages
+            .saturating_sub(core.items)
+            .saturating_sub(unshared);
+        stats.shared.store(shared as u64, Relaxed);
+        stats
+            .sharing
+            .store(core.items.saturating_sub(shared) as u64, Relaxed);
+        stats.chains.store(core.index.chains() as u64, Relaxed);
+        stats.dups.store(core.index.dups() as u64, Relaxed);
+        stats.unshared.store(unshared as u64, Relaxed);
+        stats.volatile.store(volatile as u64, Relaxed);
+        let metadata = core.bytes().saturating_add(map_bytes);
+        stats.metadata.store(metadata as u64, Relaxed);
     }
 }
 
@@ -417,7 +436,7 @@ impl State {
                 filter_failed: None,
                 zeroes: None,
                 per_nid: false,
-                max_sharing: sysfs::DEFAULT_MAX_PAGE_SHARING as usize,
+                max_sharing: settings::DEFAULT_MAX_PAGE_SHARING as usize,
                 items: 0,
                 pages: 0,
                 steady: 0,
@@ -441,7 +460,7 @@ impl State {
                 pin: module_pin::Pin::new(module),
             },
             scratch: Some(KBox::init(candidate::ScanBuffer::init(), GFP_KERNEL)?),
-            cursor: scan::Cursor::new(),
+            cursor: cursor::Cursor::new(),
             mapped_pages: 0,
             map_bytes: 0,
             dying: 0,

@@ -8,6 +8,7 @@
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
+    forget::Forget,
     index::{MmId, NodesLike, PageAddr},
     metadata::gfp_inherited,
     page_map::Found,
@@ -26,38 +27,6 @@ use crate::{
     },
 };
 use kernel::{mm::Mm, prelude::*};
-
-/// How many leaves are forgotten under one hold of `state`.
-const FORGET_LEAVES: usize = 16;
-
-/// The budget for forgetting pages under one hold of `state`, and whether a page could not be forgotten.
-pub(super) struct Forget {
-    leaves: usize,
-    busy: bool,
-}
-
-impl Forget {
-    /// Allows to forget the pages of [`FORGET_LEAVES`] leaves.
-    pub(super) fn new() -> Self {
-        Self {
-            leaves: FORGET_LEAVES,
-            busy: false,
-        }
-    }
-
-    /// Allows to forget any number of pages.
-    pub(super) fn everything() -> Self {
-        Self {
-            leaves: usize::MAX,
-            busy: false,
-        }
-    }
-
-    /// Whether a page could not be forgotten, because another task has its merged page locked.
-    pub(super) fn was_busy(&self) -> bool {
-        self.busy
-    }
-}
 
 impl State {
     /// Returns the entry of the page at `place`, together with the state of all other pages.
@@ -252,6 +221,27 @@ impl State {
 }
 
 impl Core {
+    /// Returns the candidate for a steady page with this sample, if the filter says that two pages have it.
+    #[inline]
+    pub(super) fn candidate(&self, sample: Sample) -> Option<CandidateKind> {
+        self.filter
+            .has_two(sample)
+            .then_some(CandidateKind::Steady(sample, Outcome::Unknown))
+    }
+
+    /// Like [`Self::candidate`], for a page that may be on probation.
+    #[inline]
+    pub(super) fn candidate_on(
+        &self,
+        probation: Option<Probation>,
+        sample: Sample,
+    ) -> Option<CandidateKind> {
+        self.filter.has_two(sample).then_some(match probation {
+            None => CandidateKind::Steady(sample, Outcome::Unknown),
+            Some(_) => CandidateKind::Steady(sample, Outcome::OnProbation),
+        })
+    }
+
     /// Starts to track a page with this sample.
     pub(super) fn track_page(&mut self, sample: Sample) {
         self.changes = self.changes.wrapping_add(1);
@@ -392,7 +382,7 @@ impl Core {
     /// Calls [`Self::classify_page`] for consecutive pages of the batch, from index `first` on, with these
     /// `entries`.
     ///
-    /// Adds the candidates to `scratch`. `retry_steady`: see [`Cursor`](super::scan::Cursor).
+    /// Adds the candidates to `scratch`. `retry_steady`: see [`Cursor`](super::cursor::Cursor).
     pub(super) fn classify_range(
         &mut self,
         mm_id: MmId,
@@ -428,7 +418,7 @@ impl Core {
 
     /// Compares a page with its entry, updates the entry, and returns whether the page is a candidate.
     ///
-    /// `retry_steady`: whether a page that was steady before may be one, see [`Cursor`](super::scan::Cursor).
+    /// `retry_steady`: whether a page that was steady before may be one, see [`Cursor`](super::cursor::Cursor).
     #[inline]
     pub(super) fn classify_page(
         &mut self,

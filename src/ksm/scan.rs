@@ -8,11 +8,10 @@
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
-    cursor::Position,
-    deferred::Deferred,
+    cursor::{Cursor, Position},
+    forget::Forget,
     index::{MmId, PageAddr},
     metadata::gfp_mapping,
-    page::Forget,
     page_map::{Found, PageMap, Pass},
     run, Core, Engine, MmState, State, GFP_SCAN,
 };
@@ -36,50 +35,6 @@ use kernel::{
     sync::atomic::Relaxed,
     time::{Delta, Instant, Monotonic},
 };
-
-/// The progress of the current pass.
-pub(super) struct Cursor {
-    /// Where the pass is.
-    pub(super) at: Position,
-    /// The address spaces to come back to, because they were locked.
-    deferred: Deferred<(MmId, usize)>,
-    /// Whether the pass is coming back to these.
-    coming_back: bool,
-    /// Whether to retry steady pages: since the previous pass began, something has happened that may have given
-    /// one of them an equal. See [`Core::bump_retry_seq`].
-    retry_steady: bool,
-    /// The value of [`Core::retry_seq`] when this pass began.
-    retry_seq: u64,
-    /// Whether this pass skips leaves in which nothing has changed for some passes (`smart_scan`).
-    skipping: bool,
-    /// Whether all pages were scanned, and the eager phase is under way: pages that were seen once and have an
-    /// equal merge.
-    gathering: bool,
-    /// Whether only pages that a per-CPU LRU batch may have held are left to retry.
-    retrying: bool,
-    /// When the pass began; `None` between passes.
-    began: Option<Instant<Monotonic>>,
-    /// How many pages the pass has scanned or skipped.
-    pages: usize,
-}
-
-impl Cursor {
-    /// Creates a cursor between passes.
-    pub(super) fn new() -> Self {
-        Self {
-            at: Position::new(),
-            deferred: Deferred::new(),
-            coming_back: false,
-            retry_steady: true,
-            retry_seq: 0,
-            skipping: false,
-            gathering: false,
-            retrying: false,
-            began: None,
-            pages: 0,
-        }
-    }
-}
 
 /// The result of one step of a scan.
 enum Step {

@@ -5,7 +5,10 @@
 //! A node holds no reference on its page. It is stale when the page is gone or belongs to another user. Then it
 //! can be freed. All functions run with `state` locked.
 
-use super::{index::MAX_COMPARES, Core, GFP_SCAN};
+use super::{
+    index::{Released, MAX_COMPARES},
+    Core, GFP_SCAN,
+};
 use crate::{
     hash::{Checksum, Hasher, Sample},
     mm::{stable_key::StableKey, stable_node::NodePage},
@@ -14,31 +17,6 @@ use kernel::{
     prelude::*,
     time::{Instant, Monotonic},
 };
-
-/// How far a search of all nodes for stale ones has come: the tree, and the last node that was checked.
-#[derive(Clone, Copy)]
-pub(super) struct Released {
-    full: bool,
-    after: Option<StableKey>,
-}
-
-impl Released {
-    /// The start of the stable tree.
-    pub(super) const fn nothing() -> Self {
-        Self {
-            full: false,
-            after: None,
-        }
-    }
-
-    /// The start of the full tree.
-    const fn full() -> Self {
-        Self {
-            full: true,
-            after: None,
-        }
-    }
-}
 
 /// How many nodes are checked in one call.
 pub(super) const ORPHANS_SWEEP: usize = 1024;

@@ -2,7 +2,6 @@
 
 //! The counters that sysfs shows. Readers take no lock.
 
-use super::Core;
 use kernel::{
     page::PAGE_SIZE,
     sync::atomic::{Atomic, Relaxed},
@@ -46,27 +45,6 @@ impl Stats {
             skipped: Atomic::new(0),
             full_scans: Atomic::new(0),
         }
-    }
-
-    /// Publishes the state of `core`, and the size of all page maps, `map_bytes`. `state` is locked.
-    pub(super) fn update(&self, core: &Core, map_bytes: usize) {
-        let shared = core.index.stable_len();
-        let unshared = core.index.unstable_len().saturating_add(core.steady);
-        // If a node was released, the entries of its pages say "merged" until the next scan. They count as
-        // volatile.
-        let volatile = core
-            .pages
-            .saturating_sub(core.items)
-            .saturating_sub(unshared);
-        self.shared.store(shared as u64, Relaxed);
-        self.sharing
-            .store(core.items.saturating_sub(shared) as u64, Relaxed);
-        self.chains.store(core.index.chains() as u64, Relaxed);
-        self.dups.store(core.index.dups() as u64, Relaxed);
-        self.unshared.store(unshared as u64, Relaxed);
-        self.volatile.store(volatile as u64, Relaxed);
-        let metadata = core.bytes().saturating_add(map_bytes);
-        self.metadata.store(metadata as u64, Relaxed);
     }
 
     /// Returns the bytes saved by merging, less those that the metadata take. May be negative.

@@ -3,10 +3,7 @@
 //! Unmerging all pages of all processes: run=2.
 
 use super::{
-    index::MmId,
-    page::Forget,
-    scan::Cursor,
-    stable_tree::{Released, ORPHANS_SWEEP},
+    cursor::Cursor, forget::Forget, index::MmId, index::Released, stable_tree::ORPHANS_SWEEP,
     use_mm, Engine,
 };
 use crate::{

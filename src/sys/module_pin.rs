@@ -94,12 +94,11 @@ impl Drop for DeleteModuleProbe {
 /// The name of the module, as user space passes it.
 const NAME: &[u8; 5] = b"rksm\0";
 
-/// Logs why unloading is refused, if `name` is the user-space address of this module's name.
+/// Logs why unloading `module`, which is this one, is refused, if `name` is the user-space address of its name.
 ///
-/// The probe in helpers/module.c calls this at the start of `delete_module(2)`, with preemption disabled.
-#[no_mangle]
-extern "C" fn rksm_unload_attempt(name: usize) {
-    let module = kernel::module::this_module::<crate::LocalModule>();
+/// May be called with preemption disabled.
+#[inline]
+pub(crate) fn log_refusal(module: &ThisModule, name: usize) {
     // SAFETY: This is the module that runs, so it exists.
     if !unsafe { ffi::rksm_module_pinned(module.as_ptr()) } {
         return;

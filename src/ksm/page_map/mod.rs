@@ -80,7 +80,7 @@ pub(crate) struct PageMap<W> {
 pub(crate) struct Pass<'a> {
     /// The number of the pass.
     pub(crate) number: u32,
-    /// Whether the pass retries steady pages, see [`Cursor`](super::scan::Cursor).
+    /// Whether the pass retries steady pages, see [`Cursor`](super::cursor::Cursor).
     pub(crate) retry_steady: bool,
     /// Leaves that must not be skipped, because merged pages may have to be listed there.
     pub(crate) unlisted: &'a Unlisted,

@@ -15,3 +15,4 @@ pub mod prelude;
 pub mod rbtree;
 pub mod sync;
 pub mod testing;
+pub mod time;
