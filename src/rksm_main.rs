@@ -90,8 +90,8 @@ impl kernel::Module for Rksm {
 
 /// Logs why unloading is refused, see [`module_pin::log_refusal`].
 ///
-/// The probe in helpers/module.c calls this at the start of `delete_module(2)`, with preemption disabled. `name` is
-/// what that was given.
+/// The probe in helpers/module.c calls this at the start of `delete_module(2)`, with preemption disabled.
+/// `name` is the argument of that call.
 #[no_mangle]
 extern "C" fn rksm_unload_attempt(name: usize) {
     module_pin::log_refusal(kernel::module::this_module::<LocalModule>(), name);
