@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 #
-# What the scripts share: where things are, what the cache holds, and how a
-# step reports. Sourced, never run.
+# Shared by the scripts: the places of things, the contents of the cache, and the
+# reports of a step. Sourced, never run.
 
 # The scripts call each other by name: links and $PWD must not matter.
 RKSM_TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -23,9 +23,9 @@ debug) RKSM_OUT=$RKSM_TOP/build/debug ;;
 esac
 export RKSM_KERNEL RKSM_OUT
 
-# The Debian root: everything that its content depends on stands here, and
-# the hash of it is a part of the directory's name. ROOT_RECIPE is to be
-# raised whenever the way of building it changes in scripts/setup.
+# The Debian root. Its content depends only on these variables, and their hash is
+# part of the directory's name. Raise ROOT_RECIPE when scripts/setup builds it in
+# another way.
 ROOT_RECIPE=3
 ROOT_SUITE=trixie
 KERNEL_SUITE=trixie-backports
@@ -58,7 +58,7 @@ hash_of() { printf '%s\n' "$@" | sha256sum | cut -c1-12; }
 # True inside the Debian root (scripts/enter) and in the guest.
 inside_root() { [[ -e /etc/rksm-root ]]; }
 
-# Kernel version: what the caller asked for, else what setup last found.
+# The kernel version that the caller asked for, or that setup found last.
 kernel_version()
 {
 	if [[ ${KERNEL:-} ]]; then
@@ -70,7 +70,7 @@ kernel_version()
 	fi
 }
 
-# Names of everything in the cache that belongs to one kernel version:
+# Set the names of everything in the cache that belongs to one kernel version:
 # KVER, RKSM_ROOT, RKSM_TREE, RKSM_VMLINUX, RKSM_INITRD, RKSM_DEBUG_TREE.
 cache_paths()
 {
@@ -101,14 +101,14 @@ cache_paths()
 	export KVER RKSM_ROOT RKSM_TREE RKSM_VMLINUX RKSM_INITRD RKSM_DEBUG_TREE
 }
 
-# For every script that needs the set-up to be there already.
+# Fail unless everything is set up.
 need_setup()
 {
 	local v
 
 	if inside_root; then
-		# scripts/enter has exported the names; in the guest they are
-		# not wanted.
+		# scripts/enter has exported the names. The guest does not need
+		# them.
 		return
 	fi
 	v=$(kernel_version) || die "nothing is set up yet: run scripts/setup first"
@@ -120,10 +120,9 @@ need_setup()
 
 # --- rksm-tools ------------------------------------------------------------
 
-# Linked statically, as it runs in the Debian root, in guests and on the host,
-# whose C library may be older than the root's. With a target named, the flag is
-# not for build scripts, and the result has a place of its own: what plain cargo
-# builds is another file.
+# Link it statically: it runs in the Debian root, in guests and on the host, whose
+# C library may be older than the root's. With --target, the flag does not apply to
+# build scripts, and the result does not replace that of plain cargo.
 TOOLS_TARGET=x86_64-unknown-linux-gnu
 RKSM_TOOLS=$RKSM_TOP/build/target/$TOOLS_TARGET/release/rksm-tools
 
@@ -138,8 +137,8 @@ build_tools()
 	touch -d "$began" "$RKSM_TOOLS.built"
 }
 
-# Builds rksm-tools if it is not there, or if what it is made of has changed since.
-# cargo is not asked each time: its lock may be taken for minutes.
+# Build rksm-tools if it is missing or older than its sources. Do not ask cargo each
+# time: another cargo may hold its lock for minutes.
 need_tools()
 {
 	local newer
@@ -152,7 +151,7 @@ need_tools()
 	build_tools
 }
 
-# Not through cargo: a command that ktap-sum runs may want cargo's lock.
+# Do not run it through cargo: a command that ktap-sum runs may need cargo's lock.
 tools() # COMMAND ARGUMENT…
 {
 	need_tools
@@ -176,7 +175,7 @@ stage() # TALLY NAME COMMAND…
 {
 	local began log=$RKSM_TOP/build/log/$2
 
-	# Here, where a failure ends the script, and before the clock starts.
+	# Build it here, where a failure ends the script, and before the clock starts.
 	need_tools
 	began=$SECONDS
 	mkdir -p "$RKSM_TOP/build/log"
@@ -200,9 +199,9 @@ lanes() # FUNCTION…
 {
 	local in_lane=1 lane pid pids=()
 
-	# Once for all of them.
+	# Build it once for all lanes.
 	need_tools
-	# A shell ignores the interrupt in what it runs in the background.
+	# A shell lets its background jobs ignore the interrupt.
 	trap 'trap - INT TERM; kill -TERM 0' INT TERM
 	for lane; do
 		"$lane" &
@@ -214,8 +213,8 @@ lanes() # FUNCTION…
 	trap - INT TERM
 }
 
-# The sum of each stage, the twenty tests that took longest, and the sum of all.
-# Fails when a test has.
+# Print the sum of each stage, the slowest twenty tests, and the sum of all. Fail if
+# a test has failed.
 stages_done() # TALLY
 {
 	local name
