@@ -14,7 +14,7 @@ const SOON_BEATS: u32 = 4;
 
 /// With up to this many strikes, the full checksum need only hold from one scan of the page to the next. So
 /// content that is replaced a few times merges as quickly as it did the first time.
-const FREE: u8 = 4;
+const FREE: u8 = 5;
 
 /// The most strikes that a page gets for changes while it is not merged. More are given only for merges in
 /// vain.
