@@ -87,7 +87,7 @@ fn code_of(line: &str) -> &str {
 }
 
 /// Adds the Rust files in `dir` and in the directories below it.
-fn add_files(dir: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+pub fn add_files(dir: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         if path.is_dir() {

@@ -2,19 +2,12 @@
 
 //! The tables that say which function of the module a step of a model stands for name functions that exist.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+#[path = "../build.rs"]
+#[allow(dead_code)]
+mod build;
 
-fn rust_files(dir: &Path, files: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            rust_files(&path, files);
-        } else if path.extension().is_some_and(|ext| ext == "rs") {
-            files.push(path);
-        }
-    }
-}
+use std::fs;
+use std::path::Path;
 
 /// `fn name` of each `Type::name` in the last column of a table row in a module's documentation.
 fn named(text: &str) -> Vec<String> {
@@ -40,7 +33,7 @@ fn missing(table: &str, source: &str) -> Vec<String> {
 fn steps_stand_for_functions_of_the_module() {
     let host = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    rust_files(&host.join("../../src"), &mut files);
+    build::add_files(&host.join("../../src"), &mut files).unwrap();
     let source: String = files
         .iter()
         .map(|file| fs::read_to_string(file).unwrap())
