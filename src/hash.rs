@@ -58,8 +58,7 @@ impl Sample {
 /// Equal pages have equal checksums. Pages with equal checksums are most likely equal, but only a comparison of
 /// all bytes decides that.
 ///
-/// The other seven bits of a word belong to [`PageEntry`](crate::mm::entry::PageEntry), for its tag and the
-/// page's strikes.
+/// The other seven bits of a word belong to the engine's entry of a page, for its tag and the page's strikes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Checksum(u64);
 

@@ -9,6 +9,7 @@
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome},
+    entry::{PageEntry, PageState},
     index::{MmId, Nodes, NodesLike, PageAddr},
     metadata::gfp_inherited,
     page_map::{Moment, PageMap},
@@ -19,7 +20,6 @@ use super::{
 use crate::{
     hash::{Checksum, Hasher, Sample},
     mm::{
-        entry::{PageEntry, PageState},
         folio::{LockedPage, NodeId, PageRef},
         lru,
         mmap_lock::{MmapLock, NotLocked},
@@ -738,7 +738,7 @@ impl State {
         }
         let key = page.node_key().ok_or(EBUSY)?;
         let sample = key.sum.sample();
-        let mut item = ItemBox::new(sample, self.core.clock.beat(), gfp_inherited())?;
+        let mut item = self.core.try_new_item(sample, gfp_inherited())?;
         self.remember(mm, place, sample)?;
         let node = self.core.index.node(key).ok_or(EBUSY)?;
         let result = node.add_rmap_item(&page, &mut item, &vma, place.addr);

@@ -9,7 +9,7 @@
 //! the process that it was made for, and serves all groups that map its page. It takes a bounded number of
 //! bytes for each page frame, and page frames are charged.
 
-use super::{Core, GFP_SCAN};
+use super::{probation::MergeInfo, Core, GFP_SCAN};
 use crate::hash::Sample;
 use crate::mm::{
     memcg::{accounted, charge},
@@ -45,15 +45,18 @@ impl Core {
         if self.starved.get() {
             return Err(ENOMEM);
         }
-        let item = ItemBox::new(sample, self.clock.beat(), gfp_mapping());
+        let item = self.try_new_item(sample, gfp_mapping());
         self.starved.set(item.is_err());
         item
     }
 
     /// Allocates an rmap item for `mm`, which need not be the address space that this step scans.
     pub(super) fn item_for(&self, mm: &Mm, sample: Sample) -> Result<ItemBox> {
-        charge(mm, || {
-            ItemBox::new(sample, self.clock.beat(), gfp_mapping())
-        })
+        charge(mm, || self.try_new_item(sample, gfp_mapping()))
+    }
+
+    /// Allocates an rmap item for a page without strikes that is merged now.
+    pub(super) fn try_new_item(&self, sample: Sample, flags: Flags) -> Result<ItemBox> {
+        ItemBox::new(sample, MergeInfo::now(&self.clock).get(), flags)
     }
 }

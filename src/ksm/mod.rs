@@ -10,7 +10,7 @@
 //! | module | contents |
 //! | --- | --- |
 //! | `thread`, `scan`, `cursor`, [`deferred`] | the main loop of rksmd, passes, batches |
-//! | `page`, `forget`, `page_map`, [`probation`], `unlisted` | what is remembered of each page |
+//! | `page`, [`entry`], `forget`, `page_map`, [`probation`], `unlisted` | what is remembered of each page |
 //! | `filter`, [`index`], `stable_tree` | how equal pages are found |
 //! | `candidate`, `merge`, `numa`, `metadata` | merging |
 //! | `unmerge`, `offline`, `limits` | run=2, memory hotplug, settings that need all pages unmerged |
@@ -21,6 +21,7 @@ mod advisor;
 mod candidate;
 mod cursor;
 pub(crate) mod deferred;
+pub(crate) mod entry;
 mod filter;
 mod forget;
 pub(crate) mod index;
@@ -45,14 +46,12 @@ mod unmerge;
 use crate::{
     hash::{Hasher, Zeroes},
     intree,
-    mm::{
-        entry::PageEntry, folio::NodeId, rmap_item::ItemBox, stable_key::StableKey,
-        stable_node::NodeBox,
-    },
+    mm::{folio::NodeId, rmap_item::ItemBox, stable_key::StableKey, stable_node::NodeBox},
     sys::module_pin,
 };
 use advisor::Advisor;
 use core::cell::Cell;
+use entry::PageEntry;
 use filter::Filter;
 use forget::Forget;
 use index::{Index, MmId, PageAddr, Released};

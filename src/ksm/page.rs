@@ -8,23 +8,18 @@
 
 use super::{
     candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
+    entry::{PageEntry, PageState},
     forget::Forget,
     index::{MmId, NodesLike, PageAddr},
     metadata::gfp_inherited,
     page_map::Found,
-    probation::{self, Print, Probation, Strikes},
+    probation::{self, MergeInfo, Print, Probation, Strikes},
     scan::known_mm,
     Core, State, GFP_SCAN,
 };
 use crate::{
     hash::{Checksum, Sample},
-    mm::{
-        entry::{PageEntry, PageState},
-        rmap_item::ItemBox,
-        stable_key::StableKey,
-        stable_node::Unlinked,
-        walk::Seen,
-    },
+    mm::{rmap_item::ItemBox, stable_key::StableKey, stable_node::Unlinked, walk::Seen},
 };
 use kernel::{mm::Mm, prelude::*};
 
@@ -193,7 +188,8 @@ impl State {
             Some(entry) if !matches!(entry.state(), PageState::Merged(_)) => {
                 let strikes = entry.strikes();
                 if !strikes.is_none() {
-                    item.set_strikes(strikes);
+                    let info = MergeInfo::from_raw(item.note()).with_strikes(strikes);
+                    item.set_note(info.get());
                 }
                 let old = core::mem::replace(entry, PageEntry::merged(item));
                 core.remove_from_tree(place, old.state());
@@ -395,7 +391,7 @@ impl Core {
             let Some(&page) = scratch.batch.pages().get(first.wrapping_add(i)) else {
                 break;
             };
-            let kind = if page.is_unchanged(entry) {
+            let kind = if entry.matches(page) {
                 match page.sample() {
                     Some(sample) if retry_steady => self.candidate(sample),
                     _ => continue,

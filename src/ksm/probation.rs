@@ -113,7 +113,7 @@ impl Print {
 
 /// What is remembered of a page that has strikes, or whose checksum is to be compared with an earlier one.
 ///
-/// It fits beside the sample in a [`PageEntry`](crate::mm::entry::PageEntry).
+/// It fits beside the sample in a [`PageEntry`](super::entry::PageEntry).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Probation {
     strikes: Strikes,
@@ -272,3 +272,39 @@ impl Clock {
 
 /// How many bits of the number of a beat are kept with a merged page.
 pub(crate) const BEAT_BITS: u32 = u32::BITS - Strikes::BITS;
+
+/// What is remembered of a merged page in its rmap item: when it was merged, and its strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MergeInfo(u32);
+
+impl MergeInfo {
+    /// A page without strikes that is merged now.
+    pub(crate) fn now(clock: &Clock) -> Self {
+        Self(clock.beat() << Strikes::BITS)
+    }
+
+    /// The same with these strikes.
+    pub(crate) fn with_strikes(self, strikes: Strikes) -> Self {
+        Self(self.beat() << Strikes::BITS | u32::from(strikes.0))
+    }
+
+    /// Makes it of what [`Self::get`] returned.
+    pub(crate) const fn from_raw(raw: u32) -> Self {
+        Self(raw)
+    }
+
+    /// Returns it as 32 bits.
+    pub(crate) const fn get(self) -> u32 {
+        self.0
+    }
+
+    /// Returns the beat in which the page was merged.
+    pub(crate) const fn beat(self) -> u32 {
+        self.0 >> Strikes::BITS
+    }
+
+    /// Returns the strikes that the page had when it was merged.
+    pub(crate) fn strikes(self) -> Strikes {
+        Strikes::from_raw(self.0.into())
+    }
+}

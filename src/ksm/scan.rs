@@ -9,6 +9,7 @@
 use super::{
     candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
     cursor::{Cursor, Position},
+    entry::{PageEntry, PageState},
     forget::Forget,
     index::{MmId, PageAddr},
     metadata::gfp_mapping,
@@ -18,7 +19,6 @@ use super::{
 use crate::{
     hash::Sample,
     mm::{
-        entry::{PageEntry, PageState},
         lru, memcg,
         mmap_lock::{MmapLock, NotLocked},
         trace,

@@ -3,13 +3,16 @@
 //! Unmerging all pages of all processes: run=2.
 
 use super::{
-    cursor::Cursor, forget::Forget, index::MmId, index::Released, stable_tree::ORPHANS_SWEEP,
+    cursor::Cursor,
+    entry::{PageEntry, PageState},
+    forget::Forget,
+    index::{MmId, Released},
+    stable_tree::ORPHANS_SWEEP,
     use_mm, Engine,
 };
 use crate::{
     intree,
     mm::{
-        entry::{PageEntry, PageState},
         memcg,
         mmap_lock::{MmapLock, NotLocked},
         unshare::Unmerged,

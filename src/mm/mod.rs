@@ -13,7 +13,6 @@
 //! | [`replace`] | merging: a KSM page takes the place of an equal page |
 //! | [`unshare`] | unmerging: a process gets back pages of its own |
 //! | [`stable_node`], [`rmap_item`] | what the kernel's rmap walk reads to find the mappings of a KSM page |
-//! | [`entry`] | what the engine remembers of one page, in one word |
 //! | [`lru`], [`memcg`], [`trace`] | LRU batches, memory cgroups, trace events |
 //!
 //! # Locks
@@ -42,7 +41,6 @@
 //! `abi/symbols.klp` lists what the module uses of the kernel that is not exported. The layout of structures that
 //! are private to mm/ksm.c comes from the target kernel's BTF ([`crate::abi::layout`]).
 
-pub(crate) mod entry;
 pub(crate) mod ffi;
 pub(crate) mod folio;
 pub(crate) mod lru;

@@ -2,19 +2,16 @@
 
 //! Rmap items, in the layout that the core kernel walks: see [`super::stable_node`].
 //!
-//! An rmap item stands for one mapping of a KSM page, and is on the list of that page's stable node. The engine's
-//! entry of the page owns it, and has its address in place of a sample ([`ItemBox::into_word`]).
+//! An rmap item stands for one mapping of a KSM page, and is on the list of that page's stable node. The engine
+//! remembers the page by it, and keeps it in one word ([`ItemWord`]).
 
 use super::folio::NodeId;
-use crate::{
-    abi::layout::*,
-    hash::Sample,
-    ksm::probation::{Strikes, BEAT_BITS},
-};
+use crate::{abi::layout::*, hash::Sample};
 use core::{
     cell::UnsafeCell,
     ffi::c_void,
-    mem::{size_of, ManuallyDrop},
+    marker::PhantomData,
+    mem::{align_of, forget, replace, size_of, ManuallyDrop},
     ptr::NonNull,
 };
 use kernel::{alloc::Flags, bindings, prelude::*};
@@ -42,9 +39,9 @@ const _: () = {
 /// | member | here |
 /// | --- | --- |
 /// | `head` | the stable node on whose list the item is, or null |
-/// | `rmap_list` | 64 bits: beat and strikes in the high half, sample in the low half |
+/// | `rmap_list` | 64 bits: the engine's note in the high half, the sample of the page in the low half |
 #[repr(C, align(8))]
-pub(super) struct RmapItem {
+pub(crate) struct RmapItem {
     abi: UnsafeCell<[u64; ITEM_WORDS]>,
 }
 
@@ -77,7 +74,8 @@ impl RmapItem {
 
     /// Returns the identity of the node on whose list this item is. The node is not freed before it took the item
     /// off.
-    pub(super) fn node_id(&self) -> Option<NodeId> {
+    #[inline]
+    pub(crate) fn node_id(&self) -> Option<NodeId> {
         // SAFETY: The member is a word of its own (checked above), which is null or was written by `set_node`.
         // Both run under the engine's mutex.
         NodeId::new(unsafe { self.member::<*const c_void>(KSM_RMAP_ITEM_HEAD).read() } as usize)
@@ -89,37 +87,37 @@ impl RmapItem {
         unsafe { self.member::<*const c_void>(KSM_RMAP_ITEM_HEAD).write(node) };
     }
 
-    /// What `set_merge_info` was given: beat, strikes and sample, from the highest bit down.
-    fn merge_info(&self) -> u64 {
+    /// Returns note and sample, from the highest bit down.
+    fn info(&self) -> u64 {
         // SAFETY: The member is a word of its own (checked above), which `ItemBox::new` initialises.
         unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).read() }
     }
 
-    pub(super) fn set_merge_info(&self, beat: u32, strikes: Strikes, sample: Sample) {
-        const { assert!(BEAT_BITS + Strikes::BITS + u32::BITS == u64::BITS) };
-        let merge_info = u64::from(beat) << (u32::BITS + Strikes::BITS)
-            | strikes.get() << u32::BITS
-            | u64::from(sample.get());
+    /// Sets note and sample.
+    fn set_info(&self, note: u32, sample: Sample) {
+        let info = u64::from(note) << u32::BITS | u64::from(sample.get());
         // SAFETY: The member is a word of its own (checked above), which is only used under the engine's mutex.
-        unsafe {
-            self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST)
-                .write(merge_info)
-        };
+        unsafe { self.member::<u64>(KSM_RMAP_ITEM_RMAP_LIST).write(info) };
     }
 
-    /// Returns the sample of the page, which outlives the node.
-    pub(super) fn sample(&self) -> Sample {
-        Sample::from_raw(self.merge_info() as u32)
+    /// Returns the sample of the page. It is kept here because the item outlives the node.
+    pub(crate) fn sample(&self) -> Sample {
+        Sample::from_raw(self.info() as u32)
     }
 
-    /// Returns the strikes that the page had when it was merged.
-    pub(super) fn strikes(&self) -> Strikes {
-        Strikes::from_raw(self.merge_info() >> u32::BITS)
+    /// Sets the sample of the page.
+    pub(super) fn set_sample(&self, sample: Sample) {
+        self.set_info(self.note(), sample);
     }
 
-    /// Returns the beat in which the page was merged.
-    pub(super) fn beat(&self) -> u32 {
-        (self.merge_info() >> (u32::BITS + Strikes::BITS)) as u32
+    /// Returns what the engine has noted on this mapping. It means nothing here.
+    pub(crate) fn note(&self) -> u32 {
+        (self.info() >> u32::BITS) as u32
+    }
+
+    /// Replaces the note of the engine.
+    pub(crate) fn set_note(&self, note: u32) {
+        self.set_info(note, self.sample());
     }
 
     /// Returns the link in the list of the node.
@@ -164,91 +162,31 @@ impl ItemBox {
     /// The memory that an item takes, in bytes.
     pub(crate) const SIZE: usize = size_of::<RmapItem>();
 
-    /// Makes an item that is on no list, for a page with this sample that is merged in this beat (see
-    /// [`Clock`](crate::ksm::probation::Clock)).
+    /// Makes an item that is on no list, for a page with this sample, with this note of the engine.
     ///
     /// # Errors
     ///
     /// `ENOMEM` if there is no memory, or `flags` charge a memory cgroup that is at its limit.
-    pub(crate) fn new(sample: Sample, beat: u32, flags: Flags) -> Result<Self> {
+    pub(crate) fn new(sample: Sample, note: u32, flags: Flags) -> Result<Self> {
         let item = RmapItem {
             abi: UnsafeCell::new([0; ITEM_WORDS]),
         };
-        item.set_merge_info(beat, Strikes::NONE, sample);
+        item.set_info(note, sample);
         Ok(Self(ManuallyDrop::new(KBox::new(item, flags)?)))
-    }
-
-    /// Notes the strikes of the page.
-    pub(crate) fn set_strikes(&self, strikes: Strikes) {
-        self.0
-            .set_merge_info(self.0.beat(), strikes, self.0.sample());
     }
 
     /// Returns the address of the item, for trace events.
     pub(super) fn as_ptr(&self) -> *const c_void {
         (&raw const **self.0).cast()
     }
+}
 
-    /// Turns the box into one word, which [`ItemBox::from_word`] turns back. Its low three bits are zero.
-    pub(super) fn into_word(self) -> NonNull<u8> {
-        let mut this = ManuallyDrop::new(self);
-        // SAFETY: `this` is neither used nor dropped afterwards.
-        let item = KBox::into_raw(unsafe { ManuallyDrop::take(&mut this.0) });
-        // SAFETY: The pointer of a box is not null.
-        unsafe { NonNull::new_unchecked(item.cast()) }
-    }
+impl core::ops::Deref for ItemBox {
+    type Target = RmapItem;
 
-    /// Turns a word back into the box.
-    ///
-    /// # Safety
-    ///
-    /// `word` came from [`ItemBox::into_word`] and is used once.
-    pub(super) unsafe fn from_word(word: NonNull<u8>) -> Self {
-        // SAFETY: By the caller's promise `into_word` made the pointer of a box, and no other box owns it.
-        Self(ManuallyDrop::new(unsafe {
-            KBox::from_raw(word.as_ptr().cast())
-        }))
-    }
-
-    /// Returns the identity of the node that the item in `word` is listed with.
-    ///
-    /// # Safety
-    ///
-    /// `word` came from [`ItemBox::into_word`] and was not given back yet.
-    pub(super) unsafe fn node_id_in(word: NonNull<u8>) -> Option<NodeId> {
-        // SAFETY: By the caller's promise the item is alive.
-        let item = unsafe { word.cast::<RmapItem>().as_ref() };
-        item.node_id()
-    }
-
-    /// Returns the sample of the page of the item in `word`.
-    ///
-    /// # Safety
-    ///
-    /// As for [`ItemBox::node_id_in`].
-    pub(super) unsafe fn sample_in(word: NonNull<u8>) -> Sample {
-        // SAFETY: By the caller's promise the item is alive.
-        unsafe { word.cast::<RmapItem>().as_ref() }.sample()
-    }
-
-    /// Returns the beat in which the page of the item in `word` was merged.
-    ///
-    /// # Safety
-    ///
-    /// As for [`ItemBox::node_id_in`].
-    pub(super) unsafe fn beat_in(word: NonNull<u8>) -> u32 {
-        // SAFETY: By the caller's promise the item is alive.
-        unsafe { word.cast::<RmapItem>().as_ref() }.beat()
-    }
-
-    /// Returns the strikes of the page of the item in `word`.
-    ///
-    /// # Safety
-    ///
-    /// As for [`ItemBox::node_id_in`].
-    pub(super) unsafe fn strikes_in(word: NonNull<u8>) -> Strikes {
-        // SAFETY: By the caller's promise the item is alive.
-        unsafe { word.cast::<RmapItem>().as_ref() }.strikes()
+    #[inline]
+    fn deref(&self) -> &RmapItem {
+        &self.0
     }
 }
 
@@ -261,5 +199,84 @@ impl Drop for ItemBox {
         }
         // SAFETY: The box is dropped here only, once, and the item is on no list.
         unsafe { ManuallyDrop::drop(&mut self.0) };
+    }
+}
+
+/// One word that either owns an rmap item or has other content.
+///
+/// The engine has such a word for each page, and hosts have hundreds of millions of them. The low three bits are
+/// the tag: [`Self::ITEM`] for an item, whose address is the rest of the word. For other content, the caller
+/// chooses the tag and the other bits.
+///
+/// # Invariants
+///
+/// If the tag is [`Self::ITEM`], the other bits are an address that `KBox::into_raw` returned, and this word owns
+/// that box.
+pub(crate) struct ItemWord(u64, PhantomData<ItemBox>);
+
+impl ItemWord {
+    /// The bits of the tag. The address of an item has none of them.
+    pub(crate) const TAG_MASK: u64 = 7;
+    /// The tag of a word that owns an item.
+    pub(crate) const ITEM: u64 = 4;
+
+    /// Makes a word without an item, which has this tag. The bits of the tag in `bits` are ignored.
+    #[inline(always)]
+    pub(crate) const fn new<const TAG: u64>(bits: u64) -> Self {
+        const { assert!(TAG <= Self::TAG_MASK && TAG != Self::ITEM) };
+        Self(bits & !Self::TAG_MASK | TAG, PhantomData)
+    }
+
+    /// Makes a word that owns `item`.
+    pub(crate) fn of_item(item: ItemBox) -> Self {
+        let mut item = ManuallyDrop::new(item);
+        // SAFETY: `item` is neither used nor dropped afterwards.
+        let item = KBox::into_raw(unsafe { ManuallyDrop::take(&mut item.0) });
+        const { assert!(align_of::<RmapItem>() > Self::TAG_MASK as usize) };
+        // INVARIANT: The alignment leaves the bits of the tag free. The box was given up above.
+        Self(item as u64 | Self::ITEM, PhantomData)
+    }
+
+    /// Returns the whole word.
+    #[inline(always)]
+    pub(crate) const fn get(&self) -> u64 {
+        self.0
+    }
+
+    /// Returns the address of the item, if there is one.
+    #[inline(always)]
+    fn address(&self) -> Option<NonNull<RmapItem>> {
+        if self.0 & Self::TAG_MASK != Self::ITEM {
+            return None;
+        }
+        NonNull::new((self.0 & !Self::TAG_MASK) as *mut RmapItem)
+    }
+
+    /// Returns the item, if there is one.
+    #[inline(always)]
+    pub(crate) fn item(&self) -> Option<&RmapItem> {
+        // SAFETY: By the type invariant this word owns the item, so it lives as long as the word is borrowed.
+        self.address().map(|item| unsafe { item.as_ref() })
+    }
+
+    /// Replaces the word by `new`, and returns the item that it had.
+    ///
+    /// The item may still be on the list of its node: see [`ItemBox::detach`].
+    pub(crate) fn replace(&mut self, new: Self) -> Option<ItemBox> {
+        let old = replace(self, new);
+        let item = old.address()?;
+        forget(old);
+        // SAFETY: By the type invariant the address is that of a box, which `old` owned. `old` is gone without
+        // having been dropped.
+        let item = unsafe { KBox::from_raw(item.as_ptr()) };
+        Some(ItemBox(ManuallyDrop::new(item)))
+    }
+}
+
+impl Drop for ItemWord {
+    fn drop(&mut self) {
+        if self.address().is_some() {
+            drop(self.replace(Self::new::<0>(0)));
+        }
     }
 }

@@ -283,6 +283,12 @@ impl LockedPage {
 }
 
 impl RmapItem {
+    /// Returns the key of `node`, and how many mappings are listed with it, if the item is one of them.
+    pub(crate) fn listed_with(&self, node: NodeId) -> Option<(StableKey, usize)> {
+        let node = self.node().filter(|_| self.node_id() == Some(node))?;
+        Some((node.key.get(), node.items.get()))
+    }
+
     /// Returns the node that the item is listed with.
     fn node(&self) -> Option<&StableNode> {
         let id = self.node_id()?;
@@ -328,17 +334,6 @@ impl ItemBox {
                 Unlinked::Done(key, node.items.get())
             }
         }
-    }
-
-    /// Returns the key of the node that the item in `word` is listed with, and how many items that node has.
-    ///
-    /// # Safety
-    ///
-    /// As for [`ItemBox::node_id_in`].
-    pub(super) unsafe fn node_in(word: NonNull<u8>) -> Option<(StableKey, usize)> {
-        // SAFETY: By the caller's promise the item is alive.
-        let node = unsafe { word.cast::<RmapItem>().as_ref() }.node()?;
-        Some((node.key.get(), node.items.get()))
     }
 }
 
@@ -447,7 +442,7 @@ impl NodeBox {
             let item = unsafe { &*item };
             if item.sample() != sample {
                 changed(item.sample());
-                item.set_merge_info(item.beat(), item.strikes(), sample);
+                item.set_sample(sample);
             }
             // SAFETY: `next` is the list entry of an item on the list, which is not freed.
             next = unsafe { (*next).next };

@@ -34,7 +34,6 @@
 //! ```
 
 use super::{
-    entry::PageEntry,
     ffi,
     folio::{is_ksm_mapping, node_id_of, Content, NodeId, PageRef},
     pte::{PteLock, PMD_SIZE},
@@ -84,22 +83,27 @@ pub(crate) enum Seen {
 
 /// One page that a walk came by, in two words.
 ///
-/// What the page was is packed, so that [`Self::is_unchanged`] is a single comparison: most pages that a scan
-/// comes by are as they were remembered.
+/// What the page was is packed, so that it takes a single comparison to find that the page has not changed. That
+/// is so for most pages that a scan comes by.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct SeenPage {
     addr: usize,
-    /// A sample in the high half and a set low bit, or the address of a node.
+    /// See [`Self::packed`].
     what: u64,
 }
 
 impl SeenPage {
+    /// The position of the sample in [`Self::packed`].
+    pub(crate) const SAMPLE_SHIFT: u32 = 32;
+    /// The bit of [`Self::packed`] that is set for an anonymous page, and never for a KSM page.
+    pub(crate) const ANON: u64 = 1;
+
     /// An anonymous page at `addr` with this sample.
     #[inline(always)]
     fn anon(addr: usize, sample: Sample) -> Self {
         Self {
             addr,
-            what: u64::from(sample.get()) << 32 | 1,
+            what: u64::from(sample.get()) << Self::SAMPLE_SHIFT | Self::ANON,
         }
     }
 
@@ -117,32 +121,43 @@ impl SeenPage {
         self.addr
     }
 
-    /// Whether the page is as `word` says.
+    /// Returns what the page was in one word, to compare it at once.
     ///
-    /// An anonymous page is, if it was steady with the same sample. A KSM page is, if it is listed with the same
-    /// node.
+    /// For an anonymous page, this is its sample from bit [`Self::SAMPLE_SHIFT`] on, and [`Self::ANON`]. For a KSM
+    /// page it is the address of the node, or 0.
     #[inline(always)]
-    pub(crate) fn is_unchanged(self, word: &PageEntry) -> bool {
-        if self.what & 1 != 0 {
-            word.is_steady_with(self.what)
-        } else {
-            word.is_listed_with(self.what)
-        }
+    pub(crate) fn packed(self) -> u64 {
+        self.what
+    }
+
+    /// Whether the page was an anonymous page that is not a KSM page.
+    #[inline(always)]
+    pub(crate) fn is_anon(self) -> bool {
+        self.what & Self::ANON != 0
     }
 
     /// Returns the sample of the page, if it was an anonymous page.
     #[inline(always)]
     pub(crate) fn sample(self) -> Option<Sample> {
-        (self.what & 1 != 0).then(|| Sample::from_raw((self.what >> 32) as u32))
+        self.is_anon()
+            .then(|| Sample::from_raw((self.what >> Self::SAMPLE_SHIFT) as u32))
+    }
+
+    /// Returns the node of the page, if it was a KSM page that a node has.
+    #[inline(always)]
+    pub(crate) fn node(self) -> Option<NodeId> {
+        match self.is_anon() {
+            true => None,
+            false => NodeId::new(self.what as usize),
+        }
     }
 
     /// Returns what the page was.
     #[inline(always)]
     pub(crate) fn seen(self) -> Seen {
-        if self.what & 1 != 0 {
-            Seen::Anon(Sample::from_raw((self.what >> 32) as u32))
-        } else {
-            Seen::Ksm(NodeId::new(self.what as usize))
+        match self.sample() {
+            Some(sample) => Seen::Anon(sample),
+            None => Seen::Ksm(self.node()),
         }
     }
 }

@@ -35,12 +35,6 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// The known imports of a layer above. None may be added.
-const KNOWN_UPWARD: &[&str] = &[
-    "mm/entry.rs imports ksm/probation.rs",
-    "mm/rmap_item.rs imports ksm/probation.rs",
-];
-
 /// The path of a module, from the crate's root.
 type ModPath = Vec<String>;
 
@@ -302,9 +296,9 @@ fn no_files_of_the_module_import_each_other() {
 }
 
 #[test]
-fn no_layer_of_the_module_newly_imports_one_above_it() {
+fn no_layer_of_the_module_imports_one_above_it() {
     let upward = upward(&imports(&module_files(), "rksm_main.rs"));
-    assert_eq!(upward, KNOWN_UPWARD, "against the order of layers (left)");
+    assert!(upward.is_empty(), "against the order of layers: {upward:?}");
 }
 
 #[test]
