@@ -53,12 +53,51 @@ pub(super) enum Outcome {
     LeftWhole,
 }
 
-impl Outcome {
-    /// Returns the outcome for an error that does not mean "the content differs".
-    pub(super) fn failed(err: Error) -> Self {
-        match err {
-            err if err == E2BIG => Self::LeftWhole,
-            _ => Self::Skip,
+/// The result of an attempt to merge a page with one KSM page, or with one of several.
+pub(super) enum Attempt<T = ()> {
+    /// The page is merged.
+    Merged(T),
+    /// The contents differ, or the page has changed.
+    Differs,
+    /// None of the KSM pages takes another mapping, or all are gone.
+    NoRoom,
+    /// The page is part of a huge page that is not to be split yet.
+    LeftWhole,
+    /// The page cannot be merged with any page now: it is in use or locked, or there is no memory.
+    Failed,
+}
+
+impl<T> Attempt<T> {
+    /// Calls `f` with what came of a merge.
+    pub(super) fn map<U>(self, f: impl FnOnce(T) -> U) -> Attempt<U> {
+        match self {
+            Self::Merged(value) => Attempt::Merged(f(value)),
+            Self::Differs => Attempt::Differs,
+            Self::NoRoom => Attempt::NoRoom,
+            Self::LeftWhole => Attempt::LeftWhole,
+            Self::Failed => Attempt::Failed,
+        }
+    }
+
+    /// Returns the outcome of the search, if this ends it: no other KSM page need be tried.
+    pub(super) fn outcome(self) -> Option<Outcome> {
+        match self {
+            Self::Merged(_) => Some(Outcome::Yes),
+            Self::LeftWhole => Some(Outcome::LeftWhole),
+            Self::Failed => Some(Outcome::Skip),
+            Self::Differs | Self::NoRoom => None,
+        }
+    }
+}
+
+impl<T> From<Result<T>> for Attempt<T> {
+    /// Takes the result of an operation of [`crate::mm::replace`].
+    fn from(result: Result<T>) -> Self {
+        match result {
+            Ok(value) => Self::Merged(value),
+            Err(err) if err == EAGAIN => Self::Differs,
+            Err(err) if err == E2BIG => Self::LeftWhole,
+            Err(_) => Self::Failed,
         }
     }
 }

@@ -8,7 +8,7 @@
 //! All functions of [`State`] and [`Core`] run with `state` locked. They only try `mmap_lock` and folio locks.
 
 use super::{
-    candidate::{Candidate, CandidateKind, Outcome},
+    candidate::{Attempt, Candidate, CandidateKind, Outcome},
     entry::{PageEntry, PageState},
     index::{MmId, Nodes, NodesLike, PageAddr},
     metadata::gfp_inherited,
@@ -111,6 +111,18 @@ impl SplitPolicy for Splits<'_> {
             known.pages.note_split(self.place.addr, now);
         }
     }
+}
+
+/// The result of [`State::merge_into_first`].
+enum FirstMerge {
+    /// The first page is a KSM page now; or it is queued.
+    Done,
+    /// Other processes map the page in a way that rules it out as a KSM page. The other page may do.
+    RuledOut,
+    /// There is no memory.
+    NoMemory,
+    /// The page has changed, or is in use or locked.
+    Failed,
 }
 
 impl State {
@@ -277,18 +289,14 @@ impl State {
         // An equal KSM page may have had no room when this page was queued, and no checksum when it got room
         // again.
         self.core.find_sums(hasher, sum.sample());
-        let result = match self.core.index.nodes_with(sum) {
-            Some(nodes) => self.merge_with_any(vma, place, nodes, None),
-            None => None,
-        };
-        match result {
-            Some(Ok(())) => Outcome::Yes,
-            Some(Err(err)) if err != EAGAIN => {
+        match self.merge_with_sum(vma, place, sum) {
+            Some(Outcome::Yes) => Outcome::Yes,
+            Some(outcome) => {
                 // A queued page is not a candidate until the next refresh. A steady one is retried before.
                 self.leave_unstable(place, sum);
-                Outcome::failed(err)
+                outcome
             }
-            _ => Outcome::NotYet,
+            None => Outcome::NotYet,
         }
     }
 
@@ -311,21 +319,22 @@ impl State {
             .zeroes
             .is_some_and(|zeroes| zeroes.contains(sample))
         {
-            match self.merge_with_zero_page(vma, place) {
-                Ok(()) => return Outcome::Yes,
-                Err(err) if err != EAGAIN => return Outcome::failed(err),
-                // The page is not all zeroes.
-                _ => {}
+            if let Some(outcome) = self.merge_with_zero_page(vma, place).outcome() {
+                return outcome;
             }
         }
         let unknown = Checksum::unknown(sample);
         match self.core.index.nodes_like(sample) {
             NodesLike::Unique(nodes) => {
                 match self.merge_with_any(vma, place, nodes, Some(hasher)) {
-                    Some(Ok(())) => return Outcome::Yes,
-                    Some(Err(err)) if err != EAGAIN => return Outcome::failed(err),
-                    None if nodes.sum().is_unknown() => return Outcome::NoMatch(unknown),
-                    _ => {}
+                    Attempt::NoRoom if nodes.sum().is_unknown() => {
+                        return Outcome::NoMatch(unknown)
+                    }
+                    attempt => {
+                        if let Some(outcome) = attempt.outcome() {
+                            return outcome;
+                        }
+                    }
                 }
             }
             NodesLike::None => {
@@ -345,39 +354,39 @@ impl State {
         if sum.sample() != sample {
             return self.changed(place, sum.sample());
         }
-        let result = match self.core.index.nodes_with(sum) {
-            Some(nodes) => self.merge_with_any(vma, place, nodes, None),
-            None => None,
-        };
-        match result {
-            Some(Ok(())) => Outcome::Yes,
-            Some(Err(err)) if err != EAGAIN => Outcome::failed(err),
-            _ => Outcome::NoMatch(sum),
-        }
+        let outcome = self.merge_with_sum(vma, place, sum);
+        outcome.unwrap_or(Outcome::NoMatch(sum))
+    }
+
+    /// Merges a page into a merged page with checksum `sum`, which is that of the page. `None`: there is no
+    /// equal one with room.
+    fn merge_with_sum(
+        &mut self,
+        vma: &MergeableVma<'_>,
+        place: PageAddr,
+        sum: Checksum,
+    ) -> Option<Outcome> {
+        let nodes = self.core.index.nodes_with(sum)?;
+        self.merge_with_any(vma, place, nodes, None).outcome()
     }
 
     /// Replaces a page of zeroes by the kernel's zero page. The page is not tracked afterwards.
-    ///
-    /// # Errors
-    ///
-    /// `EAGAIN` if the page is not all zeroes, and those of
-    /// [`replace_with_zero_page`](MergeableVma::replace_with_zero_page).
-    fn merge_with_zero_page(&mut self, vma: &MergeableVma<'_>, place: PageAddr) -> Result {
-        let page = vma
-            .page_at(place.addr)
-            .filter(PageRef::is_plain_anon)
-            .ok_or(EBUSY)?;
+    fn merge_with_zero_page(&mut self, vma: &MergeableVma<'_>, place: PageAddr) -> Attempt {
+        let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
+            return Attempt::Failed;
+        };
         // Check without the folio lock first, so as not to unmap the page for nothing.
         if !page.is_zero() {
-            return Err(EAGAIN);
+            return Attempt::Differs;
         }
         let (mut splits, _) = Splits::of(self, place);
         if splits.keep_whole(&page) {
-            return Err(E2BIG);
+            return Attempt::LeftWhole;
         }
-        vma.replace_with_zero_page(place.addr, page, &mut splits)?;
-        self.forget(place);
-        Ok(())
+        let result = vma.replace_with_zero_page(place.addr, page, &mut splits);
+        Attempt::from(result).map(|()| {
+            self.forget(place);
+        })
     }
 
     /// Replaces a queued page whose sample is that of a page of zeroes by the kernel's zero page, if it is all
@@ -395,27 +404,27 @@ impl State {
     /// Merges a page into one of `nodes`, the first of [`MAX_COMPARES`](super::index::MAX_COMPARES) that is
     /// equal.
     ///
-    /// `None`: none of them takes another page. If `guessing` is given, the checksum of the page was not
-    /// computed. Nodes that are known to share their sample with other content are not tried then, and the
-    /// hasher tells whether the page still has that sample.
+    /// If `guessing` is given, the checksum of the page was not computed. Nodes that are known to share their
+    /// sample with other content are not tried then, and the hasher tells whether the page still has that
+    /// sample.
     fn merge_with_any(
         &mut self,
         vma: &MergeableVma<'_>,
         place: PageAddr,
         nodes: Nodes,
         guessing: Option<&Hasher>,
-    ) -> Option<Result> {
+    ) -> Attempt {
         let sum = match nodes {
             Nodes::One(key) => return self.merge_with_node(vma, place, key, guessing),
             Nodes::Several(sum) => sum,
         };
-        let mut result = None;
+        let mut result = Attempt::NoRoom;
         let keys = self.core.index.by_mappings(sum, NodeBox::items);
         for key in keys.into_iter().flatten() {
             match self.merge_with_node(vma, place, key, guessing) {
-                // The content differs, or the page has changed. Another node may still be equal.
-                Some(Err(err)) if err == EAGAIN => result = Some(Err(err)),
-                None => {}
+                // Another node may still be equal.
+                Attempt::Differs => result = Attempt::Differs,
+                Attempt::NoRoom => {}
                 // Merged; or the page is in use or locked, which would stop a merge with another node as well.
                 done => return done,
             }
@@ -423,17 +432,17 @@ impl State {
         result
     }
 
-    /// Merges a page into the page of the node `key`. `None`: that node takes no other page, or is gone.
+    /// Merges a page into the page of the node `key`.
     fn merge_with_node(
         &mut self,
         vma: &MergeableVma<'_>,
         place: PageAddr,
         key: StableKey,
         guessing: Option<&Hasher>,
-    ) -> Option<Result> {
+    ) -> Attempt {
         let (mut splits, core) = Splits::of(self, place);
-        let result = core.try_merge_with_node(vma, key, guessing, &mut splits)?;
-        Some(result.map(|item| self.merged(place, item, key)))
+        let attempt = core.try_merge_with_node(vma, key, guessing, &mut splits);
+        attempt.map(|item| self.merged(place, item, key))
     }
 
     /// Merges the page at `place` with the one queued at `other`, or queues it in place of that one.
@@ -531,18 +540,18 @@ impl State {
         drop(page);
         drop(other_page);
         let (this, other) = ((&vma, place), (&other_vma, other));
-        let result = match self.merge_into_first(hasher, this, other, sum) {
-            Err(ENOMEM) => {
+        let first = match self.merge_into_first(hasher, this, other, sum) {
+            FirstMerge::RuledOut => self.merge_into_first(hasher, other, this, sum),
+            FirstMerge::NoMemory => {
                 self.core.starved.set(true);
-                Err(ENOMEM)
+                FirstMerge::NoMemory
             }
-            // Other processes map this page in a way that rules it out as a KSM page. Try the other page.
-            Err(EMLINK) => self.merge_into_first(hasher, other, this, sum),
-            result => result,
+            first => first,
         };
-        // If both pages are ruled out, that is likely to last. Do not retry before the next refresh.
-        if result.is_err_and(|err| err != EMLINK) {
-            self.retry(place);
+        match first {
+            // If both pages are ruled out, that is likely to last. Do not retry before the next refresh.
+            FirstMerge::Done | FirstMerge::RuledOut => {}
+            FirstMerge::NoMemory | FirstMerge::Failed => self.retry(place),
         }
     }
 
@@ -551,30 +560,29 @@ impl State {
     /// If the second step fails, the first page is unshared later and queued again, unless other pages have
     /// been merged into it by then. The second page leaves the unstable tree and is retried. Huge pages that
     /// either is part of are split without asking: that was decided before.
-    ///
-    /// # Errors
-    ///
-    /// `ENOMEM` if there is no memory for the rmap item of the first page, and the errors of
-    /// [`Self::make_ksm_page`].
     fn merge_into_first(
         &mut self,
         hasher: &Hasher,
         (vma, place): (&MergeableVma<'_>, PageAddr),
         (other_vma, other): (&MergeableVma<'_>, PageAddr),
         sum: Checksum,
-    ) -> Result {
-        let item = self.core.item_for(vma.mm(), sum.sample())?;
+    ) -> FirstMerge {
+        let Ok(item) = self.core.item_for(vma.mm(), sum.sample()) else {
+            return FirstMerge::NoMemory;
+        };
         let Ok(other_item) = self.core.item_for(other_vma.mm(), sum.sample()) else {
             // The other page's group is at its limit. Queue this page instead of it, so that equal pages of
             // other groups still find a partner.
             self.unstable_insert(place, sum);
-            return Ok(());
+            return FirstMerge::Done;
         };
-        let key = self.make_ksm_page(hasher, vma, place, item, sum)?;
-        if self
-            .merge_with_ksm_page(other_vma, other, other_item, key)
-            .is_err()
-        {
+        let key = match self.make_ksm_page(hasher, vma, place, item, sum) {
+            Ok(key) => key,
+            Err(ENOMEM) => return FirstMerge::NoMemory,
+            Err(EMLINK) => return FirstMerge::RuledOut,
+            Err(_) => return FirstMerge::Failed,
+        };
+        if !self.merge_with_ksm_page(other_vma, other, other_item, key) {
             // Do not let the next equal page try it in vain.
             self.leave_unstable(other, sum);
             self.retry(other);
@@ -585,7 +593,7 @@ impl State {
             let id = self.core.index.node(key).and_then(NodeBox::id);
             self.break_cow_later(place, id);
         }
-        Ok(())
+        FirstMerge::Done
     }
 
     /// Queues two pages with the same sample but other content under their checksums. `other` was queued under
@@ -618,24 +626,29 @@ impl State {
 
     /// Merges the page at `place` into the page of the node `key`, with `item` as its rmap item.
     ///
-    /// `EBUSY` if the node is stale or its page is locked by another task, and the errors of [`replace_page`].
+    /// Returns whether it is merged. If not, the node may be stale, or its page locked by another task.
     fn merge_with_ksm_page(
         &mut self,
         vma: &MergeableVma<'_>,
         place: PageAddr,
         item: ItemBox,
         key: StableKey,
-    ) -> Result {
-        let item = {
-            let (mut splits, core) = Splits::decided(self, place);
-            let node = core.index.node(key).ok_or(EBUSY)?;
-            let NodePage::Locked(kpage) = node.locked_page() else {
-                return Err(EBUSY);
-            };
-            replace_page(vma, &kpage, node, item, core, &mut splits)?
+    ) -> bool {
+        let (mut splits, core) = Splits::decided(self, place);
+        let Some(node) = core.index.node(key) else {
+            return false;
+        };
+        let NodePage::Locked(kpage) = node.locked_page() else {
+            return false;
+        };
+        let attempt = replace_page(vma, &kpage, node, item, core, &mut splits);
+        // Unlock the page first.
+        drop(kpage);
+        let Attempt::Merged(item) = attempt else {
+            return false;
         };
         self.merged(place, item, key);
-        Ok(())
+        true
     }
 
     /// Makes the page at `place` a KSM page, with a node of its own. Returns the key of the node.
@@ -757,8 +770,7 @@ impl State {
 }
 
 impl Core {
-    /// Merges the page of `splits`, which is in `vma`, into the page of the node `key`. `None`: that node takes
-    /// no other page, or is gone.
+    /// Merges the page of `splits`, which is in `vma`, into the page of the node `key`. Returns the listed item.
     ///
     /// `guessing`: see [`State::merge_with_any`].
     fn try_merge_with_node(
@@ -767,49 +779,50 @@ impl Core {
         key: StableKey,
         guessing: Option<&Hasher>,
         splits: &mut Splits<'_>,
-    ) -> Option<Result<ItemBox>> {
+    ) -> Attempt<ItemBox> {
         let place = splits.place;
-        let node = self.index.node(key)?;
+        let Some(node) = self.index.node(key) else {
+            return Attempt::NoRoom;
+        };
         if node.items() >= self.max_sharing {
-            return None;
+            return Attempt::NoRoom;
         }
         if guessing.is_some() && node.is_ambiguous() {
             // The sample is known to be ambiguous, so the checksum has to decide.
-            return Some(Err(EAGAIN));
+            return Attempt::Differs;
         }
         let kpage = match node.locked_page() {
             NodePage::Locked(kpage) => kpage,
-            NodePage::Busy => return Some(Err(EBUSY)),
+            NodePage::Busy => return Attempt::Failed,
             NodePage::Gone => {
                 self.release(key);
-                return None;
+                return Attempt::NoRoom;
             }
         };
         if kpage.is_poisoned() {
             // The node is not stale. It goes when no process maps the page any more.
-            return None;
+            return Attempt::NoRoom;
         }
         if self.per_nid {
             let nid = kpage.nid();
             let page = vma.page_at(place.addr);
             if page.is_some_and(|page| page.nid() != nid) {
                 node.set_nid_changed();
-                return None;
+                return Attempt::NoRoom;
             }
         }
-        let item = match self.new_item(key.sum.sample()) {
-            Ok(item) => item,
-            Err(err) => return Some(Err(err)),
+        let Ok(item) = self.new_item(key.sum.sample()) else {
+            return Attempt::Failed;
         };
-        let result = replace_page(vma, &kpage, node, item, self, splits);
-        if let (Some(hasher), Err(EAGAIN)) = (guessing, result.as_ref().map_err(|err| *err)) {
+        let attempt = replace_page(vma, &kpage, node, item, self, splits);
+        if let (Some(hasher), Attempt::Differs) = (guessing, &attempt) {
             // The contents differ, unless the page was written to just now.
             let sample = vma.page_at(place.addr).map(|page| page.sample(hasher));
             if sample == Some(key.sum.sample()) {
                 node.set_ambiguous();
             }
         }
-        Some(result)
+        attempt
     }
 
     /// Makes the page of `splits`, which is in `vma`, the page of the node `key`, if it still has the checksum
@@ -881,13 +894,7 @@ fn unshare(mm: &MmWithUser, addr: usize) -> bool {
 }
 
 /// Replaces the page of `splits`, which is in `vma`, by `kpage`, the page of `node`, and lists the mapping with
-/// `item`.
-///
-/// # Errors
-///
-/// `EBUSY` if `kpage` is poisoned, the page is gone, or the pages are on different NUMA nodes that are not to
-/// be merged; `E2BIG` if the page is part of a huge page that is not to be split yet; and the errors of
-/// [`MergeableVma::replace_page`], such as `EAGAIN` if the contents differ.
+/// `item`. Returns the item if the page is merged.
 fn replace_page(
     vma: &MergeableVma<'_>,
     kpage: &LockedPage,
@@ -895,23 +902,25 @@ fn replace_page(
     mut item: ItemBox,
     core: &Core,
     splits: &mut Splits<'_>,
-) -> Result<ItemBox> {
+) -> Attempt<ItemBox> {
     let addr = splits.place.addr;
     // Recheck under the lock: memory_failure() may have poisoned the page while we waited.
     if kpage.is_poisoned() {
-        return Err(EBUSY);
+        return Attempt::Failed;
     }
-    let page = vma.page_at(addr).ok_or(EBUSY)?;
+    let Some(page) = vma.page_at(addr) else {
+        return Attempt::Failed;
+    };
     // Neither page can migrate now: we hold a reference on one, and the lock of the other. The next pass gives
     // the node another key.
     if core.per_nid && page.nid() != kpage.nid() {
         node.set_nid_changed();
-        return Err(EBUSY);
+        return Attempt::Failed;
     }
     // `replace_page` asks the policy again. Check here first, so as not to compare the pages for nothing.
     if splits.keep_whole(&page) {
-        return Err(E2BIG);
+        return Attempt::LeftWhole;
     }
-    vma.replace_page(addr, page, kpage, node, &mut item, splits)?;
-    Ok(item)
+    let result = vma.replace_page(addr, page, kpage, node, &mut item, splits);
+    Attempt::from(result).map(|()| item)
 }
