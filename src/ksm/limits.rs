@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Settings that can only change while no page is merged.
+//! Settings that change what may be merged. Most can only change while no page is merged.
 
 use super::{Core, Engine, State};
 use kernel::{
     prelude::*,
-    sync::{
-        atomic::Relaxed,
-        lock::{mutex::MutexBackend, Guard},
-    },
+    sync::lock::{mutex::MutexBackend, Guard},
     time::{delay::fsleep, Delta},
 };
 
@@ -28,7 +25,6 @@ impl Engine {
         let sharing = max as usize;
         let mut state = self.lock_without_nodes(|core| core.max_sharing != sharing)?;
         state.core.max_sharing = sharing;
-        self.max_page_sharing.store(max, Relaxed);
         Ok(())
     }
 
@@ -42,13 +38,22 @@ impl Engine {
         if state.core.per_nid != across {
             return Ok(());
         }
-        // The next step turns the zero page on again, with the samples of the other hasher. Pages whose samples
-        // differ with it are classified as changed when they are scanned.
+        // The other hasher has other samples for pages of zeroes. Pages whose samples differ with it are
+        // classified as changed when they are scanned.
+        let on = state.core.zeroes.is_some();
         let hasher = self.hasher(&state.core);
         state.use_zero_page(hasher, false);
         state.core.per_nid = !across;
-        self.merge_across_nodes.store(across.into(), Relaxed);
+        let hasher = self.hasher(&state.core);
+        state.use_zero_page(hasher, on);
         Ok(())
+    }
+
+    /// Sets `use_zero_pages`: whether pages of zeroes are merged with the kernel's zero page. May sleep.
+    pub(super) fn set_use_zero_pages(&self, on: bool) {
+        let mut state = self.state.lock();
+        let hasher = self.hasher(&state.core);
+        state.use_zero_page(hasher, on);
     }
 }
 

@@ -140,18 +140,12 @@ pub(crate) struct Engine {
     merge_eagerly: Atomic<u32>,
     /// The shortest time from the beginning of one pass to that of the next, in milliseconds.
     pass_millisecs: Atomic<u32>,
-    /// Whether pages of zeroes are merged with the kernel's zero page.
-    use_zero_pages: Atomic<u32>,
-    /// A copy of [`Core::max_sharing`] for readers without the lock.
-    max_page_sharing: Atomic<u32>,
     /// The time between two searches of the full tree for stale nodes, in milliseconds.
     stable_node_chains_prune_millisecs: Atomic<u32>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
     /// The hasher for all NUMA nodes together, and the one whose samples depend on the NUMA node.
     hashers: [Hasher; 2],
-    /// The opposite of [`Core::per_nid`], for readers without the lock.
-    merge_across_nodes: Atomic<u32>,
 }
 
 /// An address space, and what is remembered of its pages.
@@ -200,9 +194,11 @@ struct Core {
     ///
     /// If `Some`, the filter counts each of them twice more, so that a single such page is a candidate.
     zeroes: Option<Zeroes>,
-    /// Whether only pages on the same NUMA node are merged. It does not change while there are nodes.
+    /// Whether only pages on the same NUMA node are merged: `merge_across_nodes` is 0. It does not change while
+    /// there are nodes.
     per_nid: bool,
-    /// The most mappings that one merged page may have. It does not change while there are nodes.
+    /// `max_page_sharing`: the most mappings that one merged page may have. It does not change while there are
+    /// nodes.
     max_sharing: usize,
     /// The number of listed mappings of merged pages: rmap items on stable nodes.
     items: usize,
@@ -271,8 +267,6 @@ impl Engine {
                 smart_scan: Atomic::new(1),
                 merge_eagerly: Atomic::new(0),
                 pass_millisecs: Atomic::new(settings::DEFAULT_PASS_MILLISECS),
-                use_zero_pages: Atomic::new(0),
-                max_page_sharing: Atomic::new(settings::DEFAULT_MAX_PAGE_SHARING),
                 stable_node_chains_prune_millisecs: Atomic::new(settings::DEFAULT_PRUNE_MILLISECS),
                 stats: Stats::new(),
                 waker: SetOnce::new(),
@@ -281,7 +275,6 @@ impl Engine {
                     let per_nid = hasher.per_nid(crate::mm::memory_nodes());
                     [hasher, per_nid]
                 },
-                merge_across_nodes: Atomic::new(1),
             }),
             GFP_KERNEL,
         )

@@ -152,7 +152,6 @@ impl Engine {
     /// Scans the next batch, `budget` pages at most, and merges what it can. `state` is locked.
     fn step(&self, state: &mut State, budget: usize, current: &KthreadContext) -> Step {
         let hasher = self.hasher(&state.core);
-        state.use_zero_page(hasher, self.use_zero_pages.load(Relaxed) != 0);
         if state.cursor.at.is_between_passes() {
             if state.core.per_nid && !state.core.rekey_migrated_nodes(hasher) {
                 return Step::Looked(0);

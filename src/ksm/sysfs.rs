@@ -51,16 +51,15 @@ impl Directory for Engine {
         // What may be merged.
         Attribute::rw(
             c"use_zero_pages",
-            |engine, out| out.line(engine.use_zero_pages.load(Relaxed)),
+            |engine, out| out.line(u32::from(engine.state.lock().core.zeroes.is_some())),
             |engine, input| {
-                let on = input.parse_bool().map_err(only_einval)?;
-                engine.use_zero_pages.store(on.into(), Relaxed);
+                engine.set_use_zero_pages(input.parse_bool().map_err(only_einval)?);
                 Ok(())
             },
         ),
         Attribute::rw(
             c"max_page_sharing",
-            |engine, out| out.line(engine.max_page_sharing.load(Relaxed)),
+            |engine, out| out.line(engine.state.lock().core.max_sharing),
             |engine, input| {
                 let max = u32::try_from(input.parse_i32()?).map_err(|_| EINVAL)?;
                 engine.set_max_page_sharing(max)
@@ -73,7 +72,7 @@ impl Directory for Engine {
         ),
         Attribute::rw(
             c"merge_across_nodes",
-            |engine, out| out.line(engine.merge_across_nodes.load(Relaxed)),
+            |engine, out| out.line(u32::from(!engine.state.lock().core.per_nid)),
             |engine, input| match input.parse_u64()? {
                 across @ 0..=1 => engine.set_merge_across_nodes(across != 0),
                 _ => Err(EINVAL),
