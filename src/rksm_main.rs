@@ -22,7 +22,7 @@ mod mm;
 mod sys;
 
 use kernel::prelude::*;
-use ksm::Engine;
+use ksm::{thread::Rksmd, Engine};
 use mm::lru;
 use sys::{kthread::Kthread, memory_notifier, module_pin, sysfs::SysfsGroup};
 
@@ -41,7 +41,7 @@ module! {
 struct Rksm {
     _sysfs: SysfsGroup<Engine>,
     _probes: intree::Probes<Engine>,
-    _thread: Kthread<Engine>,
+    _thread: Kthread<Rksmd>,
     _drains: lru::Drains,
     _memory_notifier: memory_notifier::Registration<Engine>,
     _delete_module_probe: Option<module_pin::DeleteModuleProbe>,
@@ -70,7 +70,7 @@ impl kernel::Module for Rksm {
         let engine = Engine::new(module)?;
         let memory_notifier = memory_notifier::Registration::new(engine.clone())?;
         let drains = lru::Drains::new();
-        let thread = Kthread::spawn(engine.clone())?;
+        let thread = Kthread::spawn(Rksmd::new(engine.clone())?)?;
         engine.set_waker(thread.waker());
         let probes = intree::Probes::register(engine.clone())?;
         engine.enter_registered()?;

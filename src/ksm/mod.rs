@@ -39,7 +39,7 @@ mod settings;
 mod stable_tree;
 mod stats;
 mod sysfs;
-mod thread;
+pub(crate) mod thread;
 mod unlisted;
 mod unmerge;
 
@@ -163,7 +163,6 @@ pub(crate) struct MmState {
 pub(crate) struct State {
     mms: RBTree<MmId, MmState>,
     core: Core,
-    scratch: Option<KBox<candidate::ScanBuffer>>,
     cursor: cursor::Cursor,
     /// The number of anonymous pages of all registered processes when the pass began.
     mapped_pages: usize,
@@ -206,11 +205,9 @@ struct Core {
     pages: usize,
     /// The number of steady pages. Queued pages are not among them.
     steady: usize,
-    /// Incremented whenever a page is tracked, untracked, or changes its state.
+    /// Incremented whenever a page is tracked, untracked, or changes its state, see
+    /// [`Engine::rebuild_filter`].
     changes: u64,
-    /// Whether the leaf being classified is due for a refresh, see
-    /// [`LeafCursor::is_refreshing`](page_map::LeafCursor::is_refreshing).
-    refreshing: bool,
     /// Incremented by [`Core::bump_retry_seq`]. It starts at 1, so it differs from that of a new
     /// [`cursor::Cursor`].
     retry_seq: u64,
@@ -220,9 +217,6 @@ struct Core {
     clock: Clock,
     /// When the engine was created.
     born: Instant<Monotonic>,
-    /// How many pages were found to be written to soon after their merge, since [`MmState::note`] took the
-    /// number last.
-    quick_cow_breaks: usize,
     /// The [bits](crate::hash::Sample::bit) of samples for which a page was merged, or was found to differ from
     /// another page with it, since the last search of the stable tree.
     lately: u64,
@@ -433,12 +427,10 @@ impl State {
                 pages: 0,
                 steady: 0,
                 changes: 0,
-                refreshing: false,
                 retry_seq: 1,
                 pass: 0,
                 clock: Clock::new(),
                 born: Instant::now(),
-                quick_cow_breaks: 0,
                 lately: 0,
                 has_strays: false,
                 found_strays: false,
@@ -451,7 +443,6 @@ impl State {
                 prune_began: None,
                 pin: module_pin::Pin::new(module),
             },
-            scratch: Some(KBox::init(candidate::ScanBuffer::init(), GFP_KERNEL)?),
             cursor: cursor::Cursor::new(),
             mapped_pages: 0,
             map_bytes: 0,

@@ -13,7 +13,7 @@ use super::{
     index::{MmId, NodesLike, PageAddr},
     metadata::gfp_inherited,
     page_map::Found,
-    probation::{self, MergeInfo, Print, Probation, Strikes},
+    probation::{self, MergeInfo, Print, Probation},
     scan::known_mm,
     Core, State, GFP_SCAN,
 };
@@ -22,6 +22,37 @@ use crate::{
     mm::{rmap_item::ItemBox, stable_key::StableKey, stable_node::Unlinked, walk::Seen},
 };
 use kernel::{mm::Mm, prelude::*};
+
+/// What classification needs to know of a leaf, and what it has found there.
+pub(super) struct LeafPass {
+    /// Whether a page that was steady before may be a candidate, see [`Cursor`](super::cursor::Cursor).
+    pub(super) retry_steady: bool,
+    /// Whether the leaf is due for a refresh, see
+    /// [`LeafCursor::is_refreshing`](super::page_map::LeafCursor::is_refreshing).
+    pub(super) refreshing: bool,
+    /// Whether a page has changed, was tracked, or is not tracked any more.
+    pub(super) changed: bool,
+    /// How many pages were found to be written to soon after their merge.
+    pub(super) quick_cow_breaks: usize,
+}
+
+impl LeafPass {
+    /// Begins with nothing found.
+    pub(super) fn new(retry_steady: bool, refreshing: bool) -> Self {
+        Self {
+            retry_steady,
+            refreshing,
+            changed: false,
+            quick_cow_breaks: 0,
+        }
+    }
+
+    /// Notes that a page has changed. `quick`: it was merged a short time ago.
+    fn note_change(&mut self, quick: bool) {
+        self.changed = true;
+        self.quick_cow_breaks = self.quick_cow_breaks.saturating_add(quick.into());
+    }
+}
 
 impl State {
     /// Returns the entry of the page at `place`, together with the state of all other pages.
@@ -283,29 +314,13 @@ impl Core {
         if !self.release_item(entry) {
             return false;
         }
-        let strikes = self.strikes_after(merged_in, strikes, hidden);
+        // If the page was not merged, the change has cost nothing.
+        let strikes = merged_in.map_or(strikes, |beat| {
+            strikes.after_write(self.clock.beats_since(beat), hidden)
+        });
         let probation = Probation::new(strikes, Print::UNKNOWN, self.clock.secs());
         self.replace(place, entry, PageEntry::seen_on(sample, probation));
         true
-    }
-
-    /// Returns the strikes of a page that was written to: more than before if the write came soon after the
-    /// merge, so that the merge was no gain.
-    ///
-    /// `merged_in` is the beat of the merge, `strikes` are those from before. `hidden`: the sample is the same
-    /// as before.
-    fn strikes_after(&mut self, merged_in: Option<u32>, strikes: Strikes, hidden: bool) -> Strikes {
-        match merged_in {
-            Some(beat) => {
-                let age = self.clock.beats_since(beat);
-                if probation::is_soon(age) {
-                    self.quick_cow_breaks = self.quick_cow_breaks.saturating_add(1);
-                }
-                strikes.after_write(age, hidden)
-            }
-            // The page was not merged, so the change has cost nothing.
-            None => strikes,
-        }
     }
 
     /// Replaces the entry of a page that is not merged. Updates the filter, the tree and the counters that
@@ -378,22 +393,22 @@ impl Core {
     /// Calls [`Self::classify_page`] for consecutive pages of the batch, from index `first` on, with these
     /// `entries`.
     ///
-    /// Adds the candidates to `scratch`. `retry_steady`: see [`Cursor`](super::cursor::Cursor).
+    /// Adds the candidates to `buffer`.
     pub(super) fn classify_range(
         &mut self,
         mm_id: MmId,
         entries: &mut [PageEntry],
         first: usize,
-        scratch: &mut ScanBuffer,
-        retry_steady: bool,
+        buffer: &mut ScanBuffer,
+        leaf: &mut LeafPass,
     ) {
         for (i, entry) in entries.iter_mut().enumerate() {
-            let Some(&page) = scratch.batch.pages().get(first.wrapping_add(i)) else {
+            let Some(&page) = buffer.batch.pages().get(first.wrapping_add(i)) else {
                 break;
             };
             let kind = if entry.matches(page) {
                 match page.sample() {
-                    Some(sample) if retry_steady => self.candidate(sample),
+                    Some(sample) if leaf.retry_steady => self.candidate(sample),
                     _ => continue,
                 }
             } else {
@@ -401,10 +416,10 @@ impl Core {
                     mm_id,
                     addr: page.addr(),
                 };
-                self.classify_page(place, entry, page.seen(), retry_steady)
+                self.classify_page(place, entry, page.seen(), leaf)
             };
             if let Some(kind) = kind {
-                scratch.push(Candidate {
+                buffer.push(Candidate {
                     addr: page.addr(),
                     kind,
                 });
@@ -413,23 +428,21 @@ impl Core {
     }
 
     /// Compares a page with its entry, updates the entry, and returns whether the page is a candidate.
-    ///
-    /// `retry_steady`: whether a page that was steady before may be one, see [`Cursor`](super::cursor::Cursor).
     #[inline]
     pub(super) fn classify_page(
         &mut self,
         place: PageAddr,
         entry: &mut PageEntry,
         seen: Seen,
-        retry_steady: bool,
+        leaf: &mut LeafPass,
     ) -> Option<CandidateKind> {
         match (entry.state(), seen) {
             (PageState::Steady(old), Seen::Anon(new)) if old == new => {
-                if !retry_steady {
+                if !leaf.retry_steady {
                     return None;
                 }
                 let kind = self.candidate_on(entry.probation(), new);
-                if let (true, Some(probation)) = (self.refreshing, entry.probation()) {
+                if let (true, Some(probation)) = (leaf.refreshing, entry.probation()) {
                     entry.set_probation(probation.eased());
                 }
                 kind
@@ -437,6 +450,7 @@ impl Core {
             (PageState::Seen(old), Seen::Anon(new)) if old == new => {
                 let probation = match entry.probation() {
                     None => {
+                        leaf.changed = true;
                         self.set_page_state(entry, PageEntry::steady(new));
                         return self.candidate(new);
                     }
@@ -449,6 +463,7 @@ impl Core {
                 if kind.is_none() {
                     // No other page has this sample, so it does not matter for now whether the page has held
                     // still.
+                    leaf.changed = true;
                     self.set_page_state(entry, PageEntry::steady_on(new, probation));
                 }
                 kind
@@ -459,7 +474,7 @@ impl Core {
                 // the unstable tree, so retry it here.
                 let has_nowhere_to_go =
                     || sum.is_unknown() && self.index.nodes_like(new) == NodesLike::None;
-                if !self.refreshing || has_nowhere_to_go() {
+                if !leaf.refreshing || has_nowhere_to_go() {
                     // Check here whether the page is all zeroes: it may have become so, or `use_zero_pages` may
                     // have been set since. No equal page is ever queued that would find it.
                     let may_be_zero = self.zeroes.is_some_and(|zeroes| zeroes.contains(new));
@@ -471,16 +486,18 @@ impl Core {
                     return Some(CandidateKind::Steady(new, Outcome::Queued(sum)));
                 }
                 // Queue the page again, under the checksum that it has now. This is not a change of the leaf.
-                let changes = self.changes;
                 self.index.unstable_remove(sum, place);
                 self.make_steady(entry, sum);
-                self.changes = changes;
                 self.candidate_on(entry.probation(), new)
             }
             (PageState::Merged(Some(old)), Seen::Ksm(Some(new))) if old == new => None,
             (_, Seen::Anon(new)) => {
                 // The content is new, or the merged page was written to.
-                self.page_changed(place, entry, new);
+                let is_quick = |beat| probation::is_soon(self.clock.beats_since(beat));
+                let quick = entry.merged_in().is_some_and(is_quick);
+                if self.page_changed(place, entry, new) {
+                    leaf.note_change(quick);
+                }
                 // With few strikes, the page may merge in the next pass, provided that its checksum is known by
                 // then.
                 let strikes = entry.strikes();
@@ -492,6 +509,7 @@ impl Core {
                 let sample = entry.sample();
                 let probation = Probation::new(entry.strikes(), Print::UNKNOWN, self.clock.secs());
                 if self.release_item(entry) {
+                    leaf.changed = true;
                     self.replace(place, entry, PageEntry::seen_on(sample, probation));
                 }
                 Some(CandidateKind::Ownerless)

@@ -13,8 +13,9 @@ use super::{
     forget::Forget,
     index::{MmId, PageAddr},
     metadata::gfp_mapping,
+    page::LeafPass,
     page_map::{Found, PageMap, Pass},
-    run, Core, Engine, MmState, State, GFP_SCAN,
+    run, Engine, MmState, State, GFP_SCAN,
 };
 use crate::{
     hash::Sample,
@@ -100,7 +101,7 @@ impl Engine {
     /// had.
     ///
     /// The caller holds no lock. Takes `state` for one step at a time, and may sleep.
-    pub(super) fn scan(&self, current: &KthreadContext) -> Option<usize> {
+    pub(super) fn scan(&self, current: &KthreadContext, buffer: &mut ScanBuffer) -> Option<usize> {
         let mut budget = self.pages_to_scan.load(Relaxed) as usize;
         let mut mapped = None;
         while budget > 0 && !current.should_stop() && !current.is_freezing() {
@@ -125,7 +126,7 @@ impl Engine {
                     break;
                 }
             }
-            let step = self.step(&mut state, budget, current);
+            let step = self.step(&mut state, buffer, budget, current);
             self.update_stats(&state);
             let has_pending = !state.to_break.is_empty();
             drop(state);
@@ -150,7 +151,13 @@ impl Engine {
     }
 
     /// Scans the next batch, `budget` pages at most, and merges what it can. `state` is locked.
-    fn step(&self, state: &mut State, budget: usize, current: &KthreadContext) -> Step {
+    fn step(
+        &self,
+        state: &mut State,
+        buffer: &mut ScanBuffer,
+        budget: usize,
+        current: &KthreadContext,
+    ) -> Step {
         let hasher = self.hasher(&state.core);
         if state.cursor.at.is_between_passes() {
             if state.core.per_nid && !state.core.rekey_migrated_nodes(hasher) {
@@ -168,16 +175,16 @@ impl Engine {
                 state.cursor.coming_back = true;
                 return Step::Looked(0);
             }
-            return self.end_pass(state, current);
+            return self.end_pass(state, buffer, current);
         };
         state.core.starved.set(false);
         let looked = if state.cursor.gathering {
-            memcg::charge(&mm, || self.gather_mm(state, mm_id, &mm))
+            memcg::charge(&mm, || self.gather_mm(state, mm_id, &mm, buffer))
         } else {
             match MmapLock::try_new(&mm) {
                 Ok(lock) => {
                     state.cursor.deferred.note_locked();
-                    memcg::charge(&mm, || self.step_mm(state, mm_id, lock, budget))
+                    memcg::charge(&mm, || self.step_mm(state, mm_id, lock, budget, buffer))
                 }
                 // Come back to its pages later in the pass, but do not wait with `state` locked.
                 Err(NotLocked::Contended) => return state.cursor.defer(),
@@ -237,7 +244,12 @@ impl Engine {
 
     /// Ends the walk of a pass: first comes the eager phase, then the retry of pages in LRU batches, then the
     /// pass is complete.
-    fn end_pass(&self, state: &mut State, current: &KthreadContext) -> Step {
+    fn end_pass(
+        &self,
+        state: &mut State,
+        buffer: &mut ScanBuffer,
+        current: &KthreadContext,
+    ) -> Step {
         if self.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
             state.cursor.at.rewind();
             state.cursor.coming_back = false;
@@ -248,7 +260,7 @@ impl Engine {
             if !core::mem::replace(&mut state.cursor.retrying, true) {
                 return Step::Batched;
             }
-            self.retry_batched(state);
+            self.retry_batched(state, buffer);
             return Step::Looked(0);
         }
         if let Some(began) = state.cursor.began {
@@ -265,21 +277,18 @@ impl Engine {
     }
 
     /// Retries up to [`MERGE_PAGES`] pages of one address space that a per-CPU LRU batch may have held.
-    fn retry_batched(&self, state: &mut State) {
+    fn retry_batched(&self, state: &mut State, buffer: &mut ScanBuffer) {
         let State {
             mms,
             core,
             batched,
-            scratch,
             cursor,
             ..
         } = state;
-        let (Some(&PageAddr { mm_id, .. }), Some(mut taken)) = (batched.last(), scratch.take())
-        else {
-            batched.clear();
+        let Some(&PageAddr { mm_id, .. }) = batched.last() else {
             return;
         };
-        taken.len = 0;
+        buffer.len = 0;
         let mut known = mms.get_mut(&mm_id);
         for _ in 0..MERGE_PAGES {
             let Some(place) = batched.pop() else {
@@ -292,7 +301,7 @@ impl Engine {
             let entry = known
                 .as_mut()
                 .and_then(|known| known.pages.get_mut(place.addr));
-            let (Some(entry), false) = (entry, taken.has(place.addr)) else {
+            let (Some(entry), false) = (entry, buffer.has(place.addr)) else {
                 continue;
             };
             let gathering = cursor.gathering && entry.strikes().is_none();
@@ -302,7 +311,7 @@ impl Engine {
                 _ => None,
             };
             if let Some(kind) = kind {
-                taken.push(Candidate {
+                buffer.push(Candidate {
                     addr: place.addr,
                     kind,
                 });
@@ -310,9 +319,8 @@ impl Engine {
         }
         if let Some(mm) = known.map(|known| known.mm.clone()) {
             core.starved.set(false);
-            memcg::charge(&mm, || self.merge_candidates(state, mm_id, &mm, &mut taken));
+            memcg::charge(&mm, || self.merge_candidates(state, mm_id, &mm, buffer));
         }
-        state.scratch = Some(taken);
     }
 
     /// Has the advisor set `pages_to_scan`, after a pass that took `took`.
@@ -334,13 +342,12 @@ impl Engine {
         mm_id: MmId,
         lock: MmapLock<'_>,
         budget: usize,
+        buffer: &mut ScanBuffer,
     ) -> Option<usize> {
         let mm = lock.mm();
-        let mut scratch = state.scratch.take()?;
-        let has_more = self.scan_batch(state, mm_id, lock, budget, &mut scratch);
-        self.merge_candidates(state, mm_id, mm, &mut scratch);
-        let looked = scratch.batch.pages().len();
-        state.scratch = Some(scratch);
+        let has_more = self.scan_batch(state, mm_id, lock, budget, buffer);
+        self.merge_candidates(state, mm_id, mm, buffer);
+        let looked = buffer.batch.pages().len();
         has_more.then_some(looked)
     }
 
@@ -348,9 +355,14 @@ impl Engine {
     /// phase.
     ///
     /// Reads entries only, and does not walk page tables. `None`: there are no more leaves.
-    fn gather_mm(&self, state: &mut State, mm_id: MmId, mm: &Mm) -> Option<usize> {
-        let mut scratch = state.scratch.take()?;
-        scratch.len = 0;
+    fn gather_mm(
+        &self,
+        state: &mut State,
+        mm_id: MmId,
+        mm: &Mm,
+        buffer: &mut ScanBuffer,
+    ) -> Option<usize> {
+        buffer.len = 0;
         let State { mms, core, .. } = state;
         let end = mms.get_mut(&mm_id).and_then(|known| {
             known
@@ -361,23 +373,22 @@ impl Engine {
                         _ => return,
                     };
                     if let Some(kind) = core.candidate(sample) {
-                        scratch.push(Candidate { addr, kind });
+                        buffer.push(Candidate { addr, kind });
                     }
                 })
         });
-        self.merge_candidates(state, mm_id, mm, &mut scratch);
-        let count = scratch.len;
-        state.scratch = Some(scratch);
+        self.merge_candidates(state, mm_id, mm, buffer);
+        let count = buffer.len;
         let next = end.and_then(|end| end.checked_add(1))?;
         state.cursor.at.move_to(next);
         Some(count)
     }
 
     /// Merges the candidates of one address space that can be merged now.
-    fn merge_candidates(&self, state: &mut State, mm_id: MmId, mm: &Mm, scratch: &mut ScanBuffer) {
+    fn merge_candidates(&self, state: &mut State, mm_id: MmId, mm: &Mm, buffer: &mut ScanBuffer) {
         let hasher = self.hasher(&state.core);
-        let count = scratch.len;
-        let candidates = scratch.candidates.get_mut(..count).unwrap_or(&mut []);
+        let count = buffer.len;
+        let candidates = buffer.candidates.get_mut(..count).unwrap_or(&mut []);
         for chunk in candidates.chunks_mut(MERGE_PAGES) {
             state.stable_tree_search_all(hasher, mm, mm_id, chunk);
             // The others need the `mmap_lock` of two address spaces, so they are merged one by one.
@@ -406,7 +417,7 @@ impl Engine {
         }
     }
 
-    /// Walks the next pages of one address space, classifies them, and puts the candidates into `scratch`.
+    /// Walks the next pages of one address space, classifies them, and puts the candidates into `buffer`.
     ///
     /// Drops `lock` after the walk. Returns whether the address space may have more pages.
     fn scan_batch(
@@ -415,10 +426,10 @@ impl Engine {
         mm_id: MmId,
         lock: MmapLock<'_>,
         budget: usize,
-        scratch: &mut ScanBuffer,
+        buffer: &mut ScanBuffer,
     ) -> bool {
-        scratch.len = 0;
-        scratch.batch.clear();
+        buffer.len = 0;
+        buffer.batch.clear();
         let hasher = self.hasher(&state.core);
         let mm = lock.mm();
         let which = match state.core.has_strays {
@@ -431,7 +442,7 @@ impl Engine {
         // The first and the last address of the range to skip from here on, if any.
         let mut skipped = None;
         let mut newly_skipped = 0;
-        while !scratch.batch.is_full(budget) {
+        while !buffer.batch.is_full(budget) {
             let vma = match MergeableVma::next(&lock, next, which, &mut vmas) {
                 Next::Vma(vma) => vma,
                 Next::GoOn(addr) => {
@@ -452,7 +463,7 @@ impl Engine {
                 Ok((first, _)) => first,
                 Err(before) => before,
             };
-            let batch = &mut scratch.batch;
+            let batch = &mut buffer.batch;
             let before = batch.pages().len();
             next = walk::fill(&vma, start, limit, budget, hasher, batch);
             state.core.found_strays |= !vma.is_mergeable() && batch.pages().len() != before;
@@ -460,7 +471,7 @@ impl Engine {
         // The samples may be outdated from here on. The merge compares the pages themselves.
         drop(lock);
         self.stats.add_skipped(newly_skipped);
-        let looked = scratch.batch.pages().len();
+        let looked = buffer.batch.pages().len();
         state.cursor.pages = state
             .cursor
             .pages
@@ -468,7 +479,7 @@ impl Engine {
             .saturating_add(looked);
         let mut left = Forget::new();
         if next != from {
-            next = state.update_tracked(mm, mm_id, from, next, &mut left, scratch);
+            next = state.update_tracked(mm, mm_id, from, next, &mut left, buffer);
             state.cursor.at.move_to(next);
             return true;
         }
@@ -498,17 +509,13 @@ impl Cursor {
 }
 
 impl MmState {
-    /// Updates the leaf that `addr` is in after its pages were classified.
-    ///
-    /// Notes whether [`Core::changes`] has moved on from `changes`, and how many pages were written to soon
-    /// after their merge.
-    fn note(&mut self, addr: usize, changes: u64, core: &mut Core) {
-        if core.changes != changes {
+    /// Updates the leaf that `addr` is in after its pages were classified, with what was `found`.
+    fn note(&mut self, addr: usize, found: &LeafPass) {
+        if found.changed {
             self.pages.note_change(addr);
         }
-        let broken = core::mem::take(&mut core.quick_cow_breaks);
-        if broken != 0 {
-            self.pages.note_thrash(addr, broken);
+        if found.quick_cow_breaks != 0 {
+            self.pages.note_thrash(addr, found.quick_cow_breaks);
         }
     }
 }
@@ -572,11 +579,11 @@ impl State {
         from: usize,
         to: usize,
         budget: &mut Forget,
-        scratch: &mut ScanBuffer,
+        buffer: &mut ScanBuffer,
     ) -> usize {
         let mut covered = from;
         let mut done = 0;
-        while let Some(first) = scratch.batch.pages().get(done) {
+        while let Some(first) = buffer.batch.pages().get(done) {
             let addr = first.addr();
             let leaf_end = PageMap::<PageEntry>::leaf_end(addr);
             // First the gap before the page, then the page together with the others of its leaf.
@@ -585,11 +592,11 @@ impl State {
                     return left;
                 }
             }
-            let left = scratch.batch.pages().get(done..).unwrap_or(&[]);
+            let left = buffer.batch.pages().get(done..).unwrap_or(&[]);
             let count = left.partition_point(|page| page.addr() <= leaf_end).max(1);
-            self.update_leaf(mm, mm_id, done, count, scratch);
+            self.update_leaf(mm, mm_id, done, count, buffer);
             done = done.saturating_add(count);
-            covered = match scratch.batch.pages().get(done.wrapping_sub(1)) {
+            covered = match buffer.batch.pages().get(done.wrapping_sub(1)) {
                 Some(last) => last.addr().saturating_add(PAGE_SIZE),
                 None => to,
             };
@@ -600,7 +607,7 @@ impl State {
             }
         }
         if let Some(known) = self.mms.get_mut(&mm_id) {
-            for &addr in scratch.batch.away() {
+            for &addr in buffer.batch.away() {
                 known.pages.note_away(addr);
             }
         }
@@ -608,7 +615,7 @@ impl State {
     }
 
     /// Classifies `count` pages of the batch from index `first` on, all in one leaf. Adds candidates to
-    /// `scratch`.
+    /// `buffer`.
     ///
     /// Starts to track those that are new. Forgets tracked pages between them.
     fn update_leaf(
@@ -617,9 +624,9 @@ impl State {
         mm_id: MmId,
         first: usize,
         count: usize,
-        scratch: &mut ScanBuffer,
+        buffer: &mut ScanBuffer,
     ) {
-        let Some(addr) = scratch.batch.pages().get(first).map(|page| page.addr()) else {
+        let Some(addr) = buffer.batch.pages().get(first).map(|page| page.addr()) else {
             return;
         };
         // Without memory to track the pages, the next pass tries again.
@@ -627,31 +634,31 @@ impl State {
             return;
         };
         let core = &mut self.core;
-        let changes = core.changes;
         if core.starved.get() && !known.pages.has_leaf(addr) {
-            return scratch.push_unlisted(first, count);
+            return buffer.push_unlisted(first, count);
         }
         if let Ok(mut leaf) = known.pages.leaf_from(addr, core.pass, gfp_mapping()) {
-            core.refreshing = leaf.is_refreshing();
+            let refreshing = leaf.is_refreshing();
             if self.cursor.skipping {
                 leaf.decide_skips(PageEntry::any_is_watched);
             }
             let waited = leaf.end_wait(|| seconds_since(core.born));
             let retry_steady =
-                self.cursor.retry_steady || leaf.missed_retry() || core.refreshing || waited;
+                self.cursor.retry_steady || leaf.missed_retry() || refreshing || waited;
+            let mut found = LeafPass::new(retry_steady, refreshing);
             let end = first.saturating_add(count);
             // If the pages have no holes between them, usually all are tracked, or all are new.
-            let dense = scratch
+            let dense = buffer
                 .batch
                 .pages()
                 .get(end.wrapping_sub(1))
                 .is_some_and(|last| last.addr().wrapping_sub(addr) / PAGE_SIZE + 1 == count);
             if dense {
                 if let Some(entries) = leaf.known_run(count) {
-                    core.classify_range(mm_id, entries, first, scratch, retry_steady);
-                    return known.note(addr, changes, core);
+                    core.classify_range(mm_id, entries, first, buffer, &mut found);
+                    return known.note(addr, &found);
                 }
-                let pages = scratch.batch.pages().get(first..end).unwrap_or(&[]);
+                let pages = buffer.batch.pages().get(first..end).unwrap_or(&[]);
                 if leaf.is_empty_from_here() && pages.iter().all(|page| page.sample().is_some()) {
                     let filled = leaf.fill_run(count, gfp_mapping(), |i| {
                         let sample = pages.get(i).and_then(|page| page.sample());
@@ -662,39 +669,44 @@ impl State {
                     if filled {
                         core.pages = core.pages.saturating_add(count);
                         core.changes = core.changes.wrapping_add(1);
-                        return known.note(addr, changes, core);
+                        found.changed = true;
+                        return known.note(addr, &found);
                     }
                 }
             }
             let new = count.saturating_sub(leaf.len());
             let mut check = GapCheck::new(mm);
             for idx in first..end {
-                let Some(&page) = scratch.batch.pages().get(idx) else {
+                let Some(&page) = buffer.batch.pages().get(idx) else {
                     break;
                 };
                 let addr = page.addr();
-                let found = loop {
+                let entry = loop {
                     match leaf.seek(addr) {
                         Found::Passed(addr, entry) => {
                             let place = PageAddr { mm_id, addr };
                             if check.keeps(addr, entry) || !core.untrack_page(place, entry) {
                                 leaf.keep_passed();
                             } else {
+                                found.changed = true;
                                 drop(leaf.remove_passed());
                             }
                         }
                         other => break other,
                     }
                 };
-                let kind = match (found, page.seen()) {
+                let kind = match (entry, page.seen()) {
                     (Found::Entry(entry), seen) => {
-                        core.classify_page(PageAddr { mm_id, addr }, entry, seen, retry_steady)
+                        core.classify_page(PageAddr { mm_id, addr }, entry, seen, &mut found)
                     }
                     (_, Seen::Anon(_)) if core.starved.get() => None,
                     (_, Seen::Anon(sample)) => {
                         let entry = PageEntry::seen(sample);
                         match leaf.insert(entry, new, gfp_mapping()) {
-                            Ok(()) => core.track_page(sample),
+                            Ok(()) => {
+                                found.changed = true;
+                                core.track_page(sample);
+                            }
                             Err(_) => core.starved.set(true),
                         }
                         None
@@ -703,16 +715,17 @@ impl State {
                     (_, Seen::Ksm(None)) => Some(CandidateKind::Ownerless),
                 };
                 if let Some(kind) = kind {
-                    scratch.push(Candidate { addr, kind });
+                    buffer.push(Candidate { addr, kind });
                 }
             }
             core.found_strays |= check.found_stray;
+            known.pages.prune(addr, Some(core.clock.secs()));
+            known.note(addr, &found);
         } else {
             core.starved.set(true);
-            scratch.push_unlisted(first, count);
+            buffer.push_unlisted(first, count);
+            known.pages.prune(addr, Some(core.clock.secs()));
         }
-        known.pages.prune(addr, Some(core.clock.secs()));
-        known.note(addr, changes, core);
     }
 }
 

@@ -2,10 +2,13 @@
 
 //! The main loop of rksmd: when it scans, when it sleeps, and its deferred work.
 
-use super::{filter::Filter, run, stable_tree::ORPHANS_SWEEP, Engine, State};
+use super::{
+    candidate::ScanBuffer, filter::Filter, run, stable_tree::ORPHANS_SWEEP, Engine, State,
+};
 use crate::sys::kthread;
 use kernel::{
-    sync::atomic::Relaxed,
+    prelude::*,
+    sync::{atomic::Relaxed, Arc},
     time::{Instant, Monotonic},
 };
 
@@ -17,8 +20,33 @@ const RETRY_MS: u32 = 20;
 /// The longest such delay, in milliseconds. Each one is twice as long as the one before.
 const RETRY_MAX_MS: u32 = 1000;
 
-impl kthread::ThreadFn for Engine {
-    fn main(&self, current: &kthread::KthreadContext) {
+/// The scanning thread of an engine.
+pub(crate) struct Rksmd {
+    engine: Arc<Engine>,
+    buffer: KBox<ScanBuffer>,
+}
+
+impl Rksmd {
+    /// Prepares the thread, which is still to be spawned. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory.
+    pub(crate) fn new(engine: Arc<Engine>) -> Result<Self> {
+        let buffer = KBox::init(ScanBuffer::init(), GFP_KERNEL)?;
+        Ok(Self { engine, buffer })
+    }
+}
+
+impl kthread::ThreadFn for Rksmd {
+    fn main(&mut self, current: &kthread::KthreadContext) {
+        self.engine.main_loop(current, &mut self.buffer);
+    }
+}
+
+impl Engine {
+    /// Scans, and runs deferred work, until the thread is to end.
+    fn main_loop(&self, current: &kthread::KthreadContext, buffer: &mut ScanBuffer) {
         let mut backoff = RETRY_MS;
         let mut pace = Pace::new();
         while !current.should_stop() {
@@ -45,7 +73,7 @@ impl kthread::ThreadFn for Engine {
                     continue;
                 }
                 pace.go_on();
-                if let Some(pages) = self.scan(current) {
+                if let Some(pages) = self.scan(current, buffer) {
                     pace.end_pass(pages, self.sleep_millisecs.load(Relaxed) == 0);
                 }
             }
@@ -64,9 +92,7 @@ impl kthread::ThreadFn for Engine {
             }
         }
     }
-}
 
-impl Engine {
     /// Whether there is anything to scan: `run` is 1, and an address space is registered.
     fn should_scan(&self) -> bool {
         self.run() == run::MERGE && !self.registry.lock().is_empty()

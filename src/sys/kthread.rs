@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A freezable kernel thread that runs a method of a shared object.
+//! A freezable kernel thread that runs a method of an object.
 
 use crate::mm::ffi;
 use core::ptr::NonNull;
@@ -8,17 +8,17 @@ use kernel::{
     bindings,
     ffi::{c_int, c_long, c_void},
     prelude::*,
-    sync::{aref::ARef, Arc},
+    sync::aref::ARef,
     task::Task,
 };
 
 /// The timeout of a sleep that only a wake-up ends, in jiffies.
 const MAX_SCHEDULE_TIMEOUT: c_long = c_long::MAX;
 
-/// The body of a kernel thread.
-pub(crate) trait ThreadFn: Send + Sync {
+/// The body of a kernel thread, with the data that only the thread uses.
+pub(crate) trait ThreadFn: Send {
     /// Runs in the thread, and returns soon after [`KthreadContext::should_stop`] becomes true. May sleep.
-    fn main(&self, current: &KthreadContext);
+    fn main(&mut self, current: &KthreadContext);
 }
 
 /// The context of the current kernel thread.
@@ -85,14 +85,14 @@ impl KthreadContext {
 ///
 /// # Invariants
 ///
-/// `task` is a kthread that was not stopped yet, and this object owns a reference on it. The thread uses
-/// `owner` until it ends.
+/// `task` is a kthread that was not stopped yet, and this object owns a reference on it. `body` came from
+/// `KBox::into_raw`. Until the thread has ended, only the thread uses what it points at.
 pub(crate) struct Kthread<T: ThreadFn + 'static> {
     task: NonNull<bindings::task_struct>,
-    owner: Arc<T>,
+    body: NonNull<T>,
 }
 
-// SAFETY: Any task may stop a kthread.
+// SAFETY: Any task may stop a kthread, and `T` may be dropped by any task.
 unsafe impl<T: ThreadFn> Send for Kthread<T> {}
 // SAFETY: A shared reference only gives access to `waker`, which any task may call.
 unsafe impl<T: ThreadFn> Sync for Kthread<T> {}
@@ -102,13 +102,19 @@ impl<T: ThreadFn + 'static> Kthread<T> {
     ///
     /// # Errors
     ///
-    /// Returns the error of `kthread_create()`, such as `ENOMEM`.
-    pub(crate) fn spawn(owner: Arc<T>) -> Result<Self> {
-        let data = (&raw const *owner).cast_mut().cast::<c_void>();
-        // SAFETY: `run` expects a pointer to a `T`. `owner` keeps that one until `drop` has stopped the thread.
-        let task = unsafe { ffi::rksm_kthread_create(Some(run::<T>), data) };
-        let task = kernel::error::from_err_ptr(task)?;
-        let task = NonNull::new(task).ok_or(ENOMEM)?;
+    /// `ENOMEM` if there is no memory, and other errors of `kthread_create()`.
+    pub(crate) fn spawn(body: T) -> Result<Self> {
+        let body = KBox::into_raw(KBox::new(body, GFP_KERNEL)?);
+        // SAFETY: `run` expects a pointer to a `T` that no other task uses. `drop` frees that one after it has
+        // stopped the thread.
+        let task = unsafe { ffi::rksm_kthread_create(Some(run::<T>), body.cast::<c_void>()) };
+        let task =
+            kernel::error::from_err_ptr(task).and_then(|task| NonNull::new(task).ok_or(ENOMEM));
+        let (Ok(task), Some(body)) = (task, NonNull::new(body)) else {
+            // SAFETY: `body` came from `KBox::into_raw` above, and no thread was created that uses it.
+            drop(unsafe { KBox::from_raw(body) });
+            return task.and(Err(ENOMEM));
+        };
         // SAFETY: A new kthread does not end before it is woken up, so the task is valid.
         unsafe { bindings::get_task_struct(task.as_ptr()) };
         // SAFETY: The reference that was just taken keeps the task.
@@ -116,7 +122,7 @@ impl<T: ThreadFn + 'static> Kthread<T> {
         // SAFETY: The reference keeps the task.
         unsafe { bindings::wake_up_process(task.as_ptr()) };
         // INVARIANT: The thread was created above. The reference moves into the object.
-        Ok(Self { task, owner })
+        Ok(Self { task, body })
     }
 
     /// Returns the task, to wake the thread with.
@@ -131,8 +137,9 @@ impl<T: ThreadFn + 'static> Drop for Kthread<T> {
         // SAFETY: By the type invariant the thread was not stopped yet, and the object owns the reference that
         // the call gives up. A thread that never ran ends without running.
         unsafe { ffi::rksm_kthread_stop(self.task.as_ptr()) };
-        // The thread has ended, so it does not use `owner` any more.
-        let _ = &self.owner;
+        // SAFETY: By the type invariant `body` came from `KBox::into_raw`. The thread has ended, so it does not
+        // use it any more.
+        drop(unsafe { KBox::from_raw(self.body.as_ptr()) });
     }
 }
 
@@ -140,12 +147,12 @@ impl<T: ThreadFn + 'static> Drop for Kthread<T> {
 ///
 /// # Safety
 ///
-/// The current task is a new kthread. `data` points at a `T` that outlives it.
+/// The current task is a new kthread. `data` points at a `T` that outlives it and that no other task uses.
 unsafe extern "C" fn run<T: ThreadFn>(data: *mut c_void) -> c_int {
     // SAFETY: The current task is a kthread that holds no lock, and the call changes its flags only.
     unsafe { ffi::rksm_set_freezable() };
-    // SAFETY: By the caller's promise `data` points at a `T` that outlives the thread.
-    let owner = unsafe { &*data.cast::<T>() };
-    owner.main(&KthreadContext(()));
+    // SAFETY: By the caller's promise `data` points at a `T` that outlives the thread, which is its only user.
+    let body = unsafe { &mut *data.cast::<T>() };
+    body.main(&KthreadContext(()));
     0
 }
