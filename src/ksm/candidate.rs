@@ -6,7 +6,7 @@ use crate::{
     hash::{Checksum, Sample},
     mm::{
         folio::NodeId,
-        walk::{Batch, Seen, BATCH_PAGES},
+        seen::{Seen, SeenPage},
     },
 };
 use kernel::prelude::*;
@@ -102,44 +102,48 @@ impl<T> From<Result<T>> for Attempt<T> {
     }
 }
 
-/// The buffer of one scan step: the batch, and its candidates. It is too large for the stack.
-pub(super) struct ScanBuffer {
-    pub(super) batch: Batch,
-    pub(super) candidates: [Option<Candidate>; BATCH_PAGES],
+/// The candidates among the pages of one batch.
+pub(super) struct Candidates {
+    pub(super) list: [Option<Candidate>; Self::MAX],
     pub(super) len: usize,
 }
 
-impl ScanBuffer {
-    /// Returns an initialiser, so that the buffer is never on the stack.
-    pub(super) fn init() -> impl Init<Self> {
-        init!(Self {
-            batch <- Batch::init(),
-            candidates <- pin_init::init_array_from_fn(|_| None),
-            len: 0,
-        })
+impl Candidates {
+    /// There is room for all pages of a batch.
+    pub(super) const MAX: usize = 512;
+
+    /// Removes all candidates.
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// Returns the number of candidates.
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 
     /// Adds a candidate. If there is no room, the page is left to a later pass.
     pub(super) fn push(&mut self, candidate: Candidate) {
-        if let Some(place) = self.candidates.get_mut(self.len) {
+        if let Some(place) = self.list.get_mut(self.len) {
             *place = Some(candidate);
             self.len = self.len.saturating_add(1);
         }
     }
 
+    /// Returns the candidates, all of which are `Some`.
+    pub(super) fn as_mut_slice(&mut self) -> &mut [Option<Candidate>] {
+        self.list.get_mut(..self.len).unwrap_or(&mut [])
+    }
+
     /// Whether the page at `addr` is a candidate.
     pub(super) fn has(&self, addr: usize) -> bool {
-        let candidates = self.candidates.iter().take(self.len).flatten();
+        let candidates = self.list.iter().take(self.len).flatten();
         candidates.into_iter().any(|known| known.addr == addr)
     }
 
-    /// Adds those of `count` pages of the batch, from index `first` on, that are KSM pages. None of these pages
-    /// is tracked.
-    pub(super) fn push_unlisted(&mut self, first: usize, count: usize) {
-        for idx in first..first.saturating_add(count) {
-            let Some(&page) = self.batch.pages().get(idx) else {
-                break;
-            };
+    /// Adds those of `pages` that are KSM pages. None of them is tracked.
+    pub(super) fn push_unlisted(&mut self, pages: &[SeenPage]) {
+        for page in pages {
             if let Seen::Ksm(Some(node)) = page.seen() {
                 self.push(Candidate {
                     addr: page.addr(),

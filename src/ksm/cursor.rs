@@ -116,9 +116,9 @@ pub(crate) struct Cursor {
     /// Whether the pass is coming back to these.
     pub(crate) coming_back: bool,
     /// Whether to retry steady pages: since the previous pass began, something has happened that may have given
-    /// one of them an equal. See [`Core::bump_retry_seq`](super::Core::bump_retry_seq).
+    /// one of them an equal. See [`Core::bump_retry_seq`](super::state::Core::bump_retry_seq).
     pub(crate) retry_steady: bool,
-    /// The value of [`Core::retry_seq`](super::Core::retry_seq) when this pass began.
+    /// The value of [`Core::retry_seq`](super::state::Core::retry_seq) when this pass began.
     pub(crate) retry_seq: u64,
     /// Whether this pass skips leaves in which nothing has changed for some passes (`smart_scan`).
     pub(crate) skipping: bool,

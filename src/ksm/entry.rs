@@ -17,8 +17,8 @@ use crate::{
     mm::{
         folio::NodeId,
         rmap_item::{ItemBox, ItemWord},
+        seen::SeenPage,
         stable_key::StableKey,
-        walk::SeenPage,
     },
 };
 

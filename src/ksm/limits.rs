@@ -2,7 +2,10 @@
 
 //! Settings that change what may be merged. Most can only change while no page is merged.
 
-use super::{Core, Engine, State};
+use super::{
+    state::{Core, State},
+    Engine,
+};
 use kernel::{
     prelude::*,
     sync::lock::{mutex::MutexBackend, Guard},

@@ -14,8 +14,8 @@ use super::{
     metadata::gfp_inherited,
     page_map::{Moment, PageMap},
     probation::{Print, Probation, Verdict},
-    scan::seconds_since,
-    use_mm, Core, Engine, MmState, State, GFP_SCAN,
+    state::{seconds_since, Core, MmState, State, GFP_SCAN},
+    use_mm, Engine,
 };
 use crate::{
     hash::{Checksum, Hasher, Sample},

@@ -9,7 +9,10 @@
 //! the process that it was made for, and serves all groups that map its page. It takes a bounded number of
 //! bytes for each page frame, and page frames are charged.
 
-use super::{probation::MergeInfo, Core, GFP_SCAN};
+use super::{
+    probation::MergeInfo,
+    state::{Core, GFP_SCAN},
+};
 use crate::hash::Sample;
 use crate::mm::{
     memcg::{accounted, charge},

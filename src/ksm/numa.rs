@@ -5,7 +5,7 @@
 //! With `merge_across_nodes` 0, a sample depends on the NUMA node of the page. So the key of such a page's node
 //! is outdated, and equal pages on its new NUMA node do not find it.
 
-use super::{stable_tree::ORPHANS_SWEEP, Core};
+use super::{stable_tree::ORPHANS_SWEEP, state::Core};
 use crate::{
     hash::Hasher,
     mm::{stable_key::StableKey, stable_node::NodeBox},

@@ -11,7 +11,7 @@
 //! kernel does not wait for a run=2 that is under way, either. That one holds the mutex only at times, and
 //! continues to its end. Pages that it has touched are migrated in the next attempt.
 
-use super::{index::Released, Engine, State};
+use super::{index::Released, state::State, Engine};
 use crate::sys::memory_notifier::Listener;
 use core::ops::Range;
 use kernel::{

@@ -7,19 +7,23 @@
 //! page has an rmap item on its stable node. The functions here keep all of that in step with the entry.
 
 use super::{
-    candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
+    candidate::{Candidate, CandidateKind, Candidates, Outcome},
     entry::{PageEntry, PageState},
     forget::Forget,
     index::{MmId, NodesLike, PageAddr},
     metadata::gfp_inherited,
     page_map::Found,
     probation::{self, MergeInfo, Print, Probation},
-    scan::known_mm,
-    Core, State, GFP_SCAN,
+    state::{known_mm, Core, State, GFP_SCAN},
 };
 use crate::{
     hash::{Checksum, Sample},
-    mm::{rmap_item::ItemBox, stable_key::StableKey, stable_node::Unlinked, walk::Seen},
+    mm::{
+        rmap_item::ItemBox,
+        seen::{Seen, SeenPage},
+        stable_key::StableKey,
+        stable_node::Unlinked,
+    },
 };
 use kernel::{mm::Mm, prelude::*};
 
@@ -239,7 +243,7 @@ impl State {
         Outcome::NotYet
     }
 
-    /// Records a change to a page of a leaf for which [`MmState::note`](super::MmState::note) has run already.
+    /// Records a change to a page of a leaf for which `MmState::note` has run already.
     pub(super) fn note_change(&mut self, place: PageAddr) {
         if let Some(known) = self.mms.get_mut(&place.mm_id) {
             known.pages.note_change(place.addr);
@@ -390,22 +394,16 @@ impl Core {
         true
     }
 
-    /// Calls [`Self::classify_page`] for consecutive pages of the batch, from index `first` on, with these
-    /// `entries`.
-    ///
-    /// Adds the candidates to `buffer`.
+    /// Calls [`Self::classify_page`] for consecutive pages of one leaf, which have these `entries`.
     pub(super) fn classify_range(
         &mut self,
         mm_id: MmId,
         entries: &mut [PageEntry],
-        first: usize,
-        buffer: &mut ScanBuffer,
+        pages: &[SeenPage],
         leaf: &mut LeafPass,
+        candidates: &mut Candidates,
     ) {
-        for (i, entry) in entries.iter_mut().enumerate() {
-            let Some(&page) = buffer.batch.pages().get(first.wrapping_add(i)) else {
-                break;
-            };
+        for (entry, &page) in entries.iter_mut().zip(pages) {
             let kind = if entry.matches(page) {
                 match page.sample() {
                     Some(sample) if leaf.retry_steady => self.candidate(sample),
@@ -419,7 +417,7 @@ impl Core {
                 self.classify_page(place, entry, page.seen(), leaf)
             };
             if let Some(kind) = kind {
-                buffer.push(Candidate {
+                candidates.push(Candidate {
                     addr: page.addr(),
                     kind,
                 });

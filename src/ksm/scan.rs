@@ -7,7 +7,7 @@
 //! to address spaces whose lock was contended.
 
 use super::{
-    candidate::{Candidate, CandidateKind, Outcome, ScanBuffer},
+    candidate::{Candidate, CandidateKind, Outcome},
     cursor::{Cursor, Position},
     entry::{PageEntry, PageState},
     forget::Forget,
@@ -15,16 +15,20 @@ use super::{
     metadata::gfp_mapping,
     page::LeafPass,
     page_map::{Found, PageMap, Pass},
-    run, Engine, MmState, State, GFP_SCAN,
+    run,
+    scan_buffer::ScanBuffer,
+    state::{known_mm, seconds_since, MmState, State},
+    Engine,
 };
 use crate::{
     hash::Sample,
     mm::{
         lru, memcg,
         mmap_lock::{MmapLock, NotLocked},
+        seen::Seen,
         trace,
         vma::{MergeableVma, Next, Which, HOLD_VMAS},
-        walk::{self, Seen, BATCH_PAGES},
+        walk::{self, BATCH_PAGES},
     },
     sys::kthread::KthreadContext,
 };
@@ -32,9 +36,8 @@ use kernel::{
     mm::Mm,
     page::PAGE_SIZE,
     prelude::*,
-    rbtree::RBTree,
     sync::atomic::Relaxed,
-    time::{Delta, Instant, Monotonic},
+    time::{Delta, Instant},
 };
 
 /// The result of one step of a scan.
@@ -288,7 +291,7 @@ impl Engine {
         let Some(&PageAddr { mm_id, .. }) = batched.last() else {
             return;
         };
-        buffer.len = 0;
+        buffer.candidates.clear();
         let mut known = mms.get_mut(&mm_id);
         for _ in 0..MERGE_PAGES {
             let Some(place) = batched.pop() else {
@@ -301,7 +304,7 @@ impl Engine {
             let entry = known
                 .as_mut()
                 .and_then(|known| known.pages.get_mut(place.addr));
-            let (Some(entry), false) = (entry, buffer.has(place.addr)) else {
+            let (Some(entry), false) = (entry, buffer.candidates.has(place.addr)) else {
                 continue;
             };
             let gathering = cursor.gathering && entry.strikes().is_none();
@@ -311,7 +314,7 @@ impl Engine {
                 _ => None,
             };
             if let Some(kind) = kind {
-                buffer.push(Candidate {
+                buffer.candidates.push(Candidate {
                     addr: place.addr,
                     kind,
                 });
@@ -362,7 +365,7 @@ impl Engine {
         mm: &Mm,
         buffer: &mut ScanBuffer,
     ) -> Option<usize> {
-        buffer.len = 0;
+        buffer.candidates.clear();
         let State { mms, core, .. } = state;
         let end = mms.get_mut(&mm_id).and_then(|known| {
             known
@@ -373,12 +376,12 @@ impl Engine {
                         _ => return,
                     };
                     if let Some(kind) = core.candidate(sample) {
-                        buffer.push(Candidate { addr, kind });
+                        buffer.candidates.push(Candidate { addr, kind });
                     }
                 })
         });
         self.merge_candidates(state, mm_id, mm, buffer);
-        let count = buffer.len;
+        let count = buffer.candidates.len();
         let next = end.and_then(|end| end.checked_add(1))?;
         state.cursor.at.move_to(next);
         Some(count)
@@ -387,9 +390,7 @@ impl Engine {
     /// Merges the candidates of one address space that can be merged now.
     fn merge_candidates(&self, state: &mut State, mm_id: MmId, mm: &Mm, buffer: &mut ScanBuffer) {
         let hasher = self.hasher(&state.core);
-        let count = buffer.len;
-        let candidates = buffer.candidates.get_mut(..count).unwrap_or(&mut []);
-        for chunk in candidates.chunks_mut(MERGE_PAGES) {
+        for chunk in buffer.candidates.as_mut_slice().chunks_mut(MERGE_PAGES) {
             state.stable_tree_search_all(hasher, mm, mm_id, chunk);
             // The others need the `mmap_lock` of two address spaces, so they are merged one by one.
             for candidate in chunk.iter().flatten() {
@@ -428,7 +429,7 @@ impl Engine {
         budget: usize,
         buffer: &mut ScanBuffer,
     ) -> bool {
-        buffer.len = 0;
+        buffer.candidates.clear();
         buffer.batch.clear();
         let hasher = self.hasher(&state.core);
         let mm = lock.mm();
@@ -626,7 +627,13 @@ impl State {
         count: usize,
         buffer: &mut ScanBuffer,
     ) {
-        let Some(addr) = buffer.batch.pages().get(first).map(|page| page.addr()) else {
+        let ScanBuffer { batch, candidates } = buffer;
+        let end = first.saturating_add(count);
+        let pages = batch.pages().get(first..end).unwrap_or(&[]);
+        let (Some(addr), Some(last)) = (
+            pages.first().map(|page| page.addr()),
+            pages.last().map(|page| page.addr()),
+        ) else {
             return;
         };
         // Without memory to track the pages, the next pass tries again.
@@ -635,7 +642,7 @@ impl State {
         };
         let core = &mut self.core;
         if core.starved.get() && !known.pages.has_leaf(addr) {
-            return buffer.push_unlisted(first, count);
+            return candidates.push_unlisted(pages);
         }
         if let Ok(mut leaf) = known.pages.leaf_from(addr, core.pass, gfp_mapping()) {
             let refreshing = leaf.is_refreshing();
@@ -646,19 +653,13 @@ impl State {
             let retry_steady =
                 self.cursor.retry_steady || leaf.missed_retry() || refreshing || waited;
             let mut found = LeafPass::new(retry_steady, refreshing);
-            let end = first.saturating_add(count);
             // If the pages have no holes between them, usually all are tracked, or all are new.
-            let dense = buffer
-                .batch
-                .pages()
-                .get(end.wrapping_sub(1))
-                .is_some_and(|last| last.addr().wrapping_sub(addr) / PAGE_SIZE + 1 == count);
+            let dense = last.wrapping_sub(addr) / PAGE_SIZE + 1 == count;
             if dense {
                 if let Some(entries) = leaf.known_run(count) {
-                    core.classify_range(mm_id, entries, first, buffer, &mut found);
+                    core.classify_range(mm_id, entries, pages, &mut found, candidates);
                     return known.note(addr, &found);
                 }
-                let pages = buffer.batch.pages().get(first..end).unwrap_or(&[]);
                 if leaf.is_empty_from_here() && pages.iter().all(|page| page.sample().is_some()) {
                     let filled = leaf.fill_run(count, gfp_mapping(), |i| {
                         let sample = pages.get(i).and_then(|page| page.sample());
@@ -676,10 +677,7 @@ impl State {
             }
             let new = count.saturating_sub(leaf.len());
             let mut check = GapCheck::new(mm);
-            for idx in first..end {
-                let Some(&page) = buffer.batch.pages().get(idx) else {
-                    break;
-                };
+            for &page in pages {
                 let addr = page.addr();
                 let entry = loop {
                     match leaf.seek(addr) {
@@ -715,7 +713,7 @@ impl State {
                     (_, Seen::Ksm(None)) => Some(CandidateKind::Ownerless),
                 };
                 if let Some(kind) = kind {
-                    buffer.push(Candidate { addr, kind });
+                    candidates.push(Candidate { addr, kind });
                 }
             }
             core.found_strays |= check.found_stray;
@@ -723,32 +721,8 @@ impl State {
             known.note(addr, &found);
         } else {
             core.starved.set(true);
-            buffer.push_unlisted(first, count);
+            candidates.push_unlisted(pages);
             known.pages.prune(addr, Some(core.clock.secs()));
         }
     }
-}
-
-/// Returns what is remembered of the pages of `mm`. Adds the address space if it is new; `None` without memory
-/// for that.
-pub(super) fn known_mm<'a>(
-    mms: &'a mut RBTree<MmId, MmState>,
-    mm: &Mm,
-    mm_id: MmId,
-) -> Option<&'a mut MmState> {
-    if mms.get(&mm_id).is_none() {
-        let known = MmState {
-            mm: mm.into(),
-            pages: PageMap::new(),
-            reported: 0,
-            forgotten_to: None,
-        };
-        mms.try_create_and_insert(mm_id, known, GFP_SCAN).ok()?;
-    }
-    mms.get_mut(&mm_id)
-}
-
-/// Returns the number of seconds since `began`.
-pub(super) fn seconds_since(began: Instant<Monotonic>) -> u64 {
-    u64::try_from(began.elapsed().as_millis() / 1000).unwrap_or(0)
 }

@@ -7,7 +7,7 @@
 
 use super::{
     index::{Released, MAX_COMPARES},
-    Core, GFP_SCAN,
+    state::{Core, GFP_SCAN},
 };
 use crate::{
     hash::{Checksum, Hasher, Sample},

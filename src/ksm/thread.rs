@@ -3,7 +3,7 @@
 //! The main loop of rksmd: when it scans, when it sleeps, and its deferred work.
 
 use super::{
-    candidate::ScanBuffer, filter::Filter, run, stable_tree::ORPHANS_SWEEP, Engine, State,
+    filter::Filter, run, scan_buffer::ScanBuffer, stable_tree::ORPHANS_SWEEP, state::State, Engine,
 };
 use crate::sys::kthread;
 use kernel::{

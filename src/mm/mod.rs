@@ -6,7 +6,7 @@
 //! | --- | --- |
 //! | [`mmap_lock`] | the lock of an address space, taken while that has users |
 //! | [`vma`] | VMAs that may hold merged pages, under that lock |
-//! | [`walk`] | the pages of a VMA, many under one page-table lock |
+//! | [`walk`], [`seen`] | the pages of a VMA, many under one page-table lock |
 //! | `pte` | one page-table entry under its lock, and the MMU notifier around changes |
 //! | [`folio`] | references on pages, and the folio lock |
 //! | `rmap` | processes that share a page over a fork |
@@ -50,6 +50,7 @@ mod pte;
 pub(crate) mod replace;
 mod rmap;
 pub(crate) mod rmap_item;
+pub(crate) mod seen;
 pub(crate) mod stable_key;
 pub(crate) mod stable_node;
 pub(crate) mod trace;
