@@ -34,7 +34,7 @@ impl SeenPage {
 
     /// An anonymous page at `addr` with this sample.
     #[inline(always)]
-    pub(super) fn anon(addr: usize, sample: Sample) -> Self {
+    pub(crate) fn anon(addr: usize, sample: Sample) -> Self {
         Self {
             addr,
             what: u64::from(sample.get()) << Self::SAMPLE_SHIFT | Self::ANON,
@@ -42,7 +42,7 @@ impl SeenPage {
     }
 
     /// A KSM page at `addr` of this node.
-    pub(super) fn ksm(addr: usize, node: Option<NodeId>) -> Self {
+    pub(crate) fn ksm(addr: usize, node: Option<NodeId>) -> Self {
         Self {
             addr,
             what: node.map_or(0, NodeId::get) as u64,

@@ -6,6 +6,8 @@
 //! Keys are random, as checksums are, so the larger trees are not in any cache. The page map is visited in
 //! the order of addresses, as the scan does.
 
+#[path = "../src/abi.rs"]
+mod abi;
 #[path = "../../../src/hash.rs"]
 #[allow(dead_code, clippy::style, clippy::precedence)]
 mod hash;
@@ -13,6 +15,8 @@ mod hash;
 mod ksm;
 #[path = "../src/mm.rs"]
 mod mm;
+#[path = "../src/sys.rs"]
+mod sys;
 
 use criterion::{
     criterion_group, criterion_main, measurement::WallTime, BenchmarkGroup, BenchmarkId, Criterion,

@@ -12,6 +12,8 @@ mod examples {
     include!(concat!(env!("OUT_DIR"), "/examples.rs"));
 }
 #[cfg(test)]
+mod abi;
+#[cfg(test)]
 #[path = "../../../src/hash.rs"]
 #[allow(dead_code, clippy::style, clippy::precedence)]
 mod hash;
@@ -21,5 +23,7 @@ mod ksm;
 mod mm;
 #[cfg(test)]
 mod model;
+#[cfg(test)]
+mod sys;
 #[cfg(test)]
 mod tests;

@@ -16,6 +16,6 @@ mod standin;
 mod unlisted;
 
 /// Run `count` cases of a property; only two under Miri, which is a thousand times slower.
-fn cases(count: u32) -> proptest::test_runner::Config {
+pub(crate) fn cases(count: u32) -> proptest::test_runner::Config {
     proptest::test_runner::Config::with_cases(if cfg!(miri) { 2 } else { count })
 }

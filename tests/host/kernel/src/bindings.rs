@@ -36,3 +36,17 @@ pub unsafe fn mmdrop(mm: *mut mm_struct) {
     // The last reference belongs to the maker, which does not use this function.
     testing::must(before >= 2, "mmdrop() of a reference that did not exist");
 }
+
+/// What connects an anonymous page with its VMAs.
+#[allow(non_camel_case_types)]
+pub struct anon_vma(());
+
+/// An entry of a list.
+#[allow(non_camel_case_types)]
+#[repr(C)]
+pub struct hlist_node {
+    /// The next entry.
+    pub next: *mut hlist_node,
+    /// What points at this one.
+    pub pprev: *mut *mut hlist_node,
+}

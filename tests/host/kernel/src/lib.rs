@@ -16,3 +16,14 @@ pub mod rbtree;
 pub mod sync;
 pub mod testing;
 pub mod time;
+
+/// The module that is loaded.
+pub struct ThisModule;
+
+/// Log an error. [`testing::errors`] counts them.
+#[macro_export]
+macro_rules! pr_err {
+    ($($arg:tt)*) => {
+        $crate::testing::note_error(&format!($($arg)*))
+    };
+}

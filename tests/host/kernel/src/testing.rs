@@ -69,6 +69,21 @@ thread_local! {
     static LIVE: Cell<Live> = const { Cell::new(Live { allocations: 0, bytes: 0 }) };
 }
 
+thread_local! {
+    static ERRORS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Return how many errors were logged on this thread.
+pub fn errors() -> usize {
+    ERRORS.get()
+}
+
+/// Note an error that was logged.
+pub fn note_error(text: &str) {
+    eprint!("rksm: {text}");
+    ERRORS.set(ERRORS.get() + 1);
+}
+
 /// Return what is allocated now.
 pub fn live() -> Live {
     LIVE.get()
