@@ -224,14 +224,10 @@ impl State {
         place: PageAddr,
         sample: Sample,
     ) -> Outcome {
-        let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
-            return Outcome::Skip;
+        let sum = match self.checksum_of(hasher, vma, place, sample) {
+            Ok(sum) => sum,
+            Err(outcome) => return outcome,
         };
-        let sum = page.checksum(hasher);
-        drop(page);
-        if sum.sample() != sample {
-            return self.changed(place, sum.sample());
-        }
         let (Some(entry), core) = self.entry(place) else {
             return Outcome::NotYet;
         };
@@ -346,16 +342,30 @@ impl State {
             NodesLike::Ambiguous => {}
         }
         self.core.find_sums(hasher, sample);
-        let Some(page) = vma.page_at(place.addr).filter(PageRef::is_plain_anon) else {
-            return Outcome::Skip;
+        let sum = match self.checksum_of(hasher, vma, place, sample) {
+            Ok(sum) => sum,
+            Err(outcome) => return outcome,
         };
-        let sum = page.checksum(hasher);
-        drop(page);
-        if sum.sample() != sample {
-            return self.changed(place, sum.sample());
-        }
         let outcome = self.merge_with_sum(vma, place, sum);
         outcome.unwrap_or(Outcome::NoMatch(sum))
+    }
+
+    /// Returns the checksum of a page that had this sample when it was scanned.
+    ///
+    /// `Err` if it cannot merge now: the page is gone, or has changed since, which is recorded.
+    fn checksum_of(
+        &mut self,
+        hasher: &Hasher,
+        vma: &MergeableVma<'_>,
+        place: PageAddr,
+        sample: Sample,
+    ) -> Result<Checksum, Outcome> {
+        let page = vma.page_at(place.addr).filter(PageRef::is_plain_anon);
+        let sum = page.ok_or(Outcome::Skip)?.checksum(hasher);
+        if sum.sample() != sample {
+            return Err(self.changed(place, sum.sample()));
+        }
+        Ok(sum)
     }
 
     /// Merges a page into a merged page with checksum `sum`, which is that of the page. `None`: there is no
