@@ -66,7 +66,7 @@ impl Position {
     ///
     /// `next` returns the first registered address space with a number above its argument. `None`: there is
     /// none left in this pass.
-    pub(crate) fn turn<T>(
+    pub(crate) fn current_mm<T>(
         &mut self,
         next: impl FnOnce(MmId) -> Option<(MmId, T)>,
     ) -> Option<(MmId, T)> {

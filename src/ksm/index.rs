@@ -152,8 +152,8 @@ pub(crate) struct Index<N> {
     unstable: RBTree<Checksum, PageAddr>,
     /// How many pages are queued.
     unstable_len: usize,
-    /// The `nth` of the next key.
-    next_nth: u64,
+    /// The serial number of the next key.
+    next_serial: u64,
 }
 
 impl<N> Index<N> {
@@ -169,7 +169,7 @@ impl<N> Index<N> {
             orphans_len: 0,
             unstable: RBTree::new(),
             unstable_len: 0,
-            next_nth: u64::MAX,
+            next_serial: u64::MAX,
         }
     }
 
@@ -218,9 +218,9 @@ impl<N> Index<N> {
 
     /// Returns a key that no node has.
     pub(crate) fn new_key(&mut self, sum: Checksum) -> StableKey {
-        let nth = self.next_nth;
-        self.next_nth = nth.wrapping_sub(1);
-        StableKey { sum, nth }
+        let serial = self.next_serial;
+        self.next_serial = serial.wrapping_sub(1);
+        StableKey { sum, serial }
     }
 
     /// Adds a node without mappings to the orphans, under its key. The tree is unchanged on failure.
@@ -244,7 +244,9 @@ impl<N> Index<N> {
 
     /// Returns the nodes with checksum `sum` that have room.
     pub(crate) fn nodes_with(&self, sum: Checksum) -> Option<Nodes> {
-        let cursor = self.stable.cursor_lower_bound(&StableKey { sum, nth: 0 })?;
+        let cursor = self
+            .stable
+            .cursor_lower_bound(&StableKey { sum, serial: 0 })?;
         let first = *cursor.current().0;
         if first.sum != sum {
             return None;
@@ -324,7 +326,7 @@ impl<N> Index<N> {
         self.uncount(key.sum);
         let key = StableKey { sum, ..key };
         self.count(sum);
-        // No other node has this key, because `nth` is never used twice.
+        // No other node has this key, because no serial number is used twice.
         let node = reservation.into_node(key, node);
         if is_full {
             self.full.insert(node);
@@ -420,7 +422,7 @@ impl<N> Index<N> {
     /// Returns how many nodes with listed mappings have checksum `sum`, or 2 if there are more.
     fn up_to_two(&self, sum: Checksum) -> usize {
         let in_tree = |tree: &RBTree<StableKey, N>| {
-            let Some(cursor) = tree.cursor_lower_bound(&StableKey { sum, nth: 0 }) else {
+            let Some(cursor) = tree.cursor_lower_bound(&StableKey { sum, serial: 0 }) else {
                 return 0;
             };
             match (cursor.current().0, cursor.peek_next()) {
@@ -498,9 +500,9 @@ fn next_of<N>(
     let from = match after {
         Some(key) => StableKey {
             sum,
-            nth: key.nth.checked_add(1)?,
+            serial: key.serial.checked_add(1)?,
         },
-        None => StableKey { sum, nth: 0 },
+        None => StableKey { sum, serial: 0 },
     };
     let cursor = tree.cursor_lower_bound(&from)?;
     let (key, _) = cursor.current();
@@ -511,7 +513,7 @@ fn next_of<N>(
 fn like<N>(tree: &RBTree<StableKey, N>, sample: Sample) -> NodesLike {
     let from = StableKey {
         sum: Checksum::unknown(sample),
-        nth: 0,
+        serial: 0,
     };
     let is_like = |key: &StableKey| key.sum.sample() == sample;
     let Some(cursor) = tree.cursor_lower_bound(&from) else {
@@ -526,7 +528,7 @@ fn like<N>(tree: &RBTree<StableKey, N>, sample: Sample) -> NodesLike {
         Some((next, _)) if is_like(next) => {
             let is_ambiguous = next.sum != first.sum
                 || first.sum.successor().is_some_and(|sum| {
-                    tree.cursor_lower_bound(&StableKey { sum, nth: 0 })
+                    tree.cursor_lower_bound(&StableKey { sum, serial: 0 })
                         .is_some_and(|other| is_like(other.current().0))
                 });
             if is_ambiguous {
@@ -543,11 +545,11 @@ fn like<N>(tree: &RBTree<StableKey, N>, sample: Sample) -> NodesLike {
 fn next_key<N>(tree: &RBTree<StableKey, N>, after: Option<StableKey>) -> Option<StableKey> {
     let cursor = match after {
         None => tree.cursor_front(),
-        Some(key) => match key.nth.checked_add(1) {
-            Some(nth) => tree.cursor_lower_bound(&StableKey { nth, ..key }),
+        Some(key) => match key.serial.checked_add(1) {
+            Some(serial) => tree.cursor_lower_bound(&StableKey { serial, ..key }),
             None => tree.cursor_lower_bound(&StableKey {
                 sum: key.sum.successor()?,
-                nth: 0,
+                serial: 0,
             }),
         },
     };

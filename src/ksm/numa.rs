@@ -30,7 +30,7 @@ impl Core {
                 continue;
             };
             self.rekeyed_to = (full, Some(key));
-            if self.index.node(key).is_some_and(NodeBox::take_strayed) {
+            if self.index.node(key).is_some_and(NodeBox::take_nid_changed) {
                 self.rekey_migrated_node(hasher, key);
             }
             crate::mm::cond_resched();

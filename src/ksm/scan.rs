@@ -171,7 +171,7 @@ impl Engine {
         let current_mm = state
             .cursor
             .at
-            .turn(|after| self.registry.lock().next(after));
+            .current_mm(|after| self.registry.lock().next(after));
         let Some((mm_id, mm)) = current_mm else {
             if let Some((mm_id, addr)) = state.cursor.deferred.pop() {
                 state.cursor.at.come_back_to(mm_id, addr);

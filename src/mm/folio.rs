@@ -194,14 +194,14 @@ impl PageRef {
     /// If the content changes meanwhile, this is the checksum of nothing in particular.
     pub(crate) fn checksum(&self, hasher: &Hasher) -> Checksum {
         let content = self.content();
-        let sum = hasher.checksum(|nth| content.word(nth), |nth| content.line(nth));
+        let sum = hasher.checksum(|i| content.word(i), |i| content.line(i));
         sum.with_sample(hasher.on_node(sum.sample(), || self.nid()))
     }
 
     /// Returns the sample of the content as it is now.
     pub(crate) fn sample(&self, hasher: &Hasher) -> Sample {
         let content = self.content();
-        hasher.on_node(hasher.sample(|nth| content.word(nth)), || self.nid())
+        hasher.on_node(hasher.sample(|i| content.word(i)), || self.nid())
     }
 
     /// Locks the folio, unless it is locked already. Does not sleep.
@@ -261,27 +261,27 @@ impl Content<'_> {
         }
     }
 
-    /// Reads word number `nth` of the page, modulo its words.
+    /// Reads word number `i` of the page, modulo its words.
     #[inline(always)]
-    pub(super) fn word(self, nth: usize) -> u64 {
+    pub(super) fn word(self, i: usize) -> u64 {
         // SAFETY: The number is taken modulo the words of a page, so the word lies within it. By the type
         // invariant it can be read.
-        unsafe { self.words.add(nth % PAGE_WORDS).read_volatile() }
+        unsafe { self.words.add(i % PAGE_WORDS).read_volatile() }
     }
 
-    /// Reads cache line number `nth` of the page, modulo its lines, a word at a time.
+    /// Reads cache line number `i` of the page, modulo its lines, a word at a time.
     #[inline(always)]
-    fn line(self, nth: usize) -> [u64; LINE_WORDS] {
+    fn line(self, i: usize) -> [u64; LINE_WORDS] {
         // SAFETY: The number is taken modulo the lines of a page, so the line lies within it.
-        let line = unsafe { self.words.add(nth % LINES * LINE_WORDS) };
+        let line = unsafe { self.words.add(i % LINES * LINE_WORDS) };
         // SAFETY: Each word lies within the line, and by the type invariant it can be read.
-        core::array::from_fn(|nth| unsafe { line.add(nth).read_volatile() })
+        core::array::from_fn(|i| unsafe { line.add(i).read_volatile() })
     }
 
     /// Whether a word differs. Compares a cache line at a time, and stops at the first that differs.
     fn differs_from(self, other: Self) -> bool {
-        (0..LINES).any(|nth| {
-            let at = nth * LINE_WORDS;
+        (0..LINES).any(|i| {
+            let at = i * LINE_WORDS;
             // SAFETY: `at` is a word of a page, so both lines lie within their pages. By the type invariant
             // they can be read.
             unsafe { line_differs(self.words.add(at), other.words.add(at)) }

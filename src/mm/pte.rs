@@ -324,9 +324,9 @@ pub(super) fn maps_unmarked(vma: &MergeableVma<'_>, addr: usize, page: &PageRef)
         // It may have been split or moved before the lock was taken.
         if ffi::rksm_pmd_present(entry) && ffi::rksm_pmd_leaf(entry) {
             let first = ffi::rksm_normal_page_pmd(vma.as_ptr(), addr, entry);
-            let nth = (addr & (PMD_SIZE - 1)) / PAGE_SIZE;
+            let i = (addr & (PMD_SIZE - 1)) / PAGE_SIZE;
             !first.is_null()
-                && ffi::rksm_nth_page(first, nth) == page.as_ptr()
+                && ffi::rksm_nth_page(first, i) == page.as_ptr()
                 && !ffi::rksm_pmd_uffd(entry)
         } else {
             false

@@ -55,11 +55,11 @@ const _: () = {
         KSM_RMAP_ITEM_ANON_VMA,
         KSM_RMAP_ITEM_MM,
     ];
-    let mut nth = 0;
-    while nth < used.len() {
-        assert!(used[nth] % WORD == 0);
-        assert!(used[nth] != KSM_RMAP_ITEM_HEAD && used[nth] != KSM_RMAP_ITEM_RMAP_LIST);
-        nth += 1;
+    let mut i = 0;
+    while i < used.len() {
+        assert!(used[i] % WORD == 0);
+        assert!(used[i] != KSM_RMAP_ITEM_HEAD && used[i] != KSM_RMAP_ITEM_RMAP_LIST);
+        i += 1;
     }
     assert!(KSM_RMAP_ITEM_HEAD % WORD == 0 && KSM_RMAP_ITEM_RMAP_LIST % WORD == 0);
     assert!(KSM_RMAP_ITEM_HEAD != KSM_RMAP_ITEM_RMAP_LIST);

@@ -4,7 +4,7 @@
 
 use crate::hash::Checksum;
 
-/// The key of a stable node. Nodes with the same checksum differ in `nth`: their content differs, or has more
+/// The key of a stable node. Nodes with the same checksum differ in `serial`: their content differs, or has more
 /// sharers than one node can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct StableKey {
@@ -16,5 +16,5 @@ pub(crate) struct StableKey {
     pub(crate) sum: Checksum,
     /// Numbers all nodes ever made, downwards. So the newest one comes first: it is the most likely to have
     /// room.
-    pub(crate) nth: u64,
+    pub(crate) serial: u64,
 }

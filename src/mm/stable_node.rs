@@ -414,7 +414,7 @@ impl NodeBox {
 
     /// Whether the page was migrated to another NUMA node since the last call, or since
     /// [`Self::set_nid_changed`].
-    pub(crate) fn take_strayed(&self) -> bool {
+    pub(crate) fn take_nid_changed(&self) -> bool {
         // SAFETY: The call returns -1 for a pfn that is not in an online section.
         let node = unsafe { ffi::rksm_pfn_nid(self.0.kpfn()) };
         let nid_changed = self.0.nid_changed.take();

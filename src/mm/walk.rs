@@ -327,7 +327,7 @@ impl Visit<'_> {
                 } else {
                     // SAFETY: The mapping keeps the page and with it the content, under the caller's lock.
                     let content = unsafe { Content::new(ffi::rksm_page_content(page.as_ptr())) };
-                    let sample = hasher.sample(|nth| content.word(nth));
+                    let sample = hasher.sample(|i| content.word(i));
                     // SAFETY: The mapping keeps the page.
                     let node = || unsafe { ffi::rksm_page_nid(page.as_ptr()) };
                     SeenPage::anon(addr, hasher.on_node(sample, node))
@@ -431,14 +431,11 @@ impl Visit<'_> {
             }
         } else {
             let end = end.min(addr.saturating_add(LOCK_ENTRIES * PAGE_SIZE));
-            let over = (addr..end)
-                .step_by(PAGE_SIZE)
-                .enumerate()
-                .any(|(nth, addr)| {
-                    // SAFETY: `addr` lies in the range of the page table, which is mapped and locked. So the
-                    // pointer stays in the table, the entry can be read, and it stands at `addr` in `vma`.
-                    unsafe { self.entry(vma, addr, ffi::rksm_ptep_get(first.add(nth))) }
-                });
+            let over = (addr..end).step_by(PAGE_SIZE).enumerate().any(|(i, addr)| {
+                // SAFETY: `addr` lies in the range of the page table, which is mapped and locked. So the
+                // pointer stays in the table, the entry can be read, and it stands at `addr` in `vma`.
+                unsafe { self.entry(vma, addr, ffi::rksm_ptep_get(first.add(i))) }
+            });
             (over, end)
         };
         // SAFETY: Locked above, and released here only.
@@ -494,9 +491,9 @@ impl Visit<'_> {
     /// page-table lock that the caller holds.
     unsafe fn huge_pages(&mut self, page: *mut bindings::page, addr: usize, end: usize) -> bool {
         let first = (addr & (PMD_SIZE - 1)) / PAGE_SIZE;
-        for (nth, addr) in (addr..end).step_by(PAGE_SIZE).enumerate() {
+        for (i, addr) in (addr..end).step_by(PAGE_SIZE).enumerate() {
             // SAFETY: `addr` lies in the huge page, so the page with this index is part of it.
-            let Some(page) = NonNull::new(unsafe { ffi::rksm_nth_page(page, first + nth) }) else {
+            let Some(page) = NonNull::new(unsafe { ffi::rksm_nth_page(page, first + i) }) else {
                 return false;
             };
             // SAFETY: By the caller's promise the page is mapped at `addr`, and the lock is held.
@@ -527,7 +524,7 @@ unsafe fn is_empty(entry: *const bindings::pte_t) -> bool {
 #[inline(always)]
 unsafe fn are_empty(first: *const bindings::pte_t) -> bool {
     // SAFETY: By the caller's promise the entries can be read, and each is one aligned word.
-    let word = |nth| unsafe { first.cast::<u64>().add(nth).read_volatile() };
+    let word = |i| unsafe { first.cast::<u64>().add(i).read_volatile() };
     // Written out: the compiler does not combine the tests of volatile reads.
     const { assert!(FEW == 8) };
     let left = word(0) | word(1) | word(2) | word(3);
@@ -593,7 +590,7 @@ unsafe fn scan_entries<const KSM_ONLY: bool>(
             // SAFETY: `rksm_entry_anon` returned the content of the page that the entry maps. The mapping keeps
             // it, under the lock.
             let content = unsafe { Content::new(mapped.content) };
-            let sample = hasher.sample(|nth| content.word(nth));
+            let sample = hasher.sample(|i| content.word(i));
             // SAFETY: The content is that of a page, which the mapping keeps.
             let node = || unsafe { ffi::rksm_content_nid(mapped.content) };
             SeenPage::anon(addr, hasher.on_node(sample, node))

@@ -135,7 +135,7 @@ impl NodeBox {
         self.0.nid_changed.set(true);
     }
 
-    pub(crate) fn take_strayed(&self) -> bool {
+    pub(crate) fn take_nid_changed(&self) -> bool {
         self.0.nid_changed.take()
     }
 

@@ -11,8 +11,8 @@
 //!
 //! | step | in `src/mm/` |
 //! | --- | --- |
-//! | `Scan::Relatives` | `LockedPage::check_fork_sharing` (rmap.rs) |
-//! | `Scan::Get` … `Scan::Publish` | `MergeableVma::make_ksm_page` (replace.rs), `NodeBox::set_page` |
+//! | `Scan::CheckSharing` | `LockedPage::check_fork_sharing` (rmap.rs) |
+//! | `Scan::Get` … `Scan::MakeKsmPage` | `MergeableVma::make_ksm_page` (replace.rs), `NodeBox::set_page` |
 //! | `Scan::Find`, `Scan::LockMerged` | `NodeBox::page`, `PageRef::try_lock` |
 //! | `Scan::Join…` | `MergeableVma::replace_page`, `PteLock::clear_unless` (pte.rs), `NodeBox::add_rmap_item` |
 //! | `Scan::Prune` | freeing a node that no folio points at |
@@ -99,7 +99,7 @@ pub(crate) struct Node {
     pub(crate) listed: [bool; PROCESSES],
     /// Whether the first item leads to all processes that share the page by a fork, rather than to its own
     /// process and the children of that only.
-    pub(crate) to_relatives: bool,
+    pub(crate) to_sharers: bool,
 }
 
 impl Node {
@@ -107,7 +107,7 @@ impl Node {
     /// children. The first one may lead to all processes that share the page by a fork.
     pub(crate) fn leads_to(&self, process: usize) -> bool {
         match process {
-            A => self.listed[A] || (self.listed[C] && self.to_relatives),
+            A => self.listed[A] || (self.listed[C] && self.to_sharers),
             C => self.listed[C] || self.listed[A],
             other => self.listed[other],
         }
@@ -163,9 +163,9 @@ pub(crate) enum Mutation {
     /// A node is freed as soon as its page is unmapped, although the page still points to it.
     FreeEarly,
     /// A page becomes a KSM page while a process that maps it is forking, and has not flushed its TLBs.
-    PublishDuringFork,
+    MergeDuringFork,
     /// The first item of a node leads to its process and the children of that only.
-    OwnRelativesOnly,
+    OwnSharersOnly,
     /// It does so if one mapping, of any process, is left when the page becomes a KSM page.
     CountLate,
     /// The page that a node names counts as its page without a check that it points back.

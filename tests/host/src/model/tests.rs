@@ -175,7 +175,7 @@ fn trusting_a_stale_node_is_found() {
 #[test]
 fn publishing_in_the_middle_of_a_fork_is_found() {
     found(
-        Mutation::PublishDuringFork,
+        Mutation::MergeDuringFork,
         "no process may write to a merged page",
     );
 }
@@ -183,7 +183,7 @@ fn publishing_in_the_middle_of_a_fork_is_found() {
 #[test]
 fn not_finding_the_parent_is_found() {
     found(
-        Mutation::OwnRelativesOnly,
+        Mutation::OwnSharersOnly,
         "a walk finds all mappings of a merged page",
     );
 }

@@ -84,7 +84,7 @@ impl Pair {
         if self.now.is_none() {
             self.now = self.waiting.pop_front().map(|id| (id, 0));
         }
-        let turn = self.position.turn(|after| self.registry.next(after));
+        let turn = self.position.current_mm(|after| self.registry.next(after));
         assert_eq!(turn.map(|(id, _)| id), self.now.map(|(id, _)| id));
         let Some((id, addr)) = self.now else {
             // All were scanned.
@@ -205,7 +205,7 @@ fn the_next_begins_at_its_beginning() {
 fn comes_back() {
     let mut pair = Pair::new();
     (0..3).for_each(|mm| pair.enter(mm, Plan::Never));
-    let turn = |position: &mut Position| position.turn(|after| pair.registry.next(after));
+    let turn = |position: &mut Position| position.current_mm(|after| pair.registry.next(after));
     let mut position = Position::new();
     position.begin(3);
     assert_eq!(turn(&mut position).map(|(id, _)| id), Some(1));
@@ -225,10 +225,10 @@ fn comes_back() {
     assert!(turn(&mut position).is_none());
     position.come_back_to(3, 0);
     pair.exit(2);
-    let next = position.turn(|after| pair.registry.next(after));
+    let next = position.current_mm(|after| pair.registry.next(after));
     assert!(next.is_none());
     position.rewind();
-    let next = position.turn(|after| pair.registry.next(after));
+    let next = position.current_mm(|after| pair.registry.next(after));
     assert_eq!(next.map(|(id, _)| id), Some(1));
 }
 

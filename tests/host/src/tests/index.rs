@@ -22,7 +22,7 @@ const SUMS: [u64; 5] = [0, 1, 2, MAX - 1, MAX];
 type Plain = (u64, u64);
 
 fn plain(key: StableKey) -> Plain {
-    (key.sum.get(), key.nth)
+    (key.sum.get(), key.serial)
 }
 
 fn sum(nth: usize) -> Checksum {
@@ -77,7 +77,7 @@ impl Pair {
     fn new_key(&mut self, sum: Checksum) -> StableKey {
         let key = self.index.new_key(sum);
         assert_eq!(key.sum, sum);
-        assert!(self.keys.iter().all(|other| other.nth > key.nth));
+        assert!(self.keys.iter().all(|other| other.serial > key.serial));
         self.keys.push(key);
         key
     }
@@ -258,7 +258,7 @@ impl Pair {
         let old = tree.get(&plain(key)).copied();
         match result {
             Ok(new) => {
-                assert_eq!((new.sum, new.nth), (sum, key.nth));
+                assert_eq!((new.sum, new.serial), (sum, key.serial));
                 let id = tree.remove(&plain(key)).unwrap();
                 assert_eq!(tree.insert(plain(new), id), None);
                 self.keys.retain(|other| *other != key);
@@ -640,7 +640,7 @@ fn ends_at_the_last_number() {
     let mut pair = Pair::new();
     let last = |nth| StableKey {
         sum: sum(nth),
-        nth: u64::MAX,
+        serial: u64::MAX,
     };
     // The first key of all has this value.
     assert_eq!(pair.new_key(sum(0)), last(0));

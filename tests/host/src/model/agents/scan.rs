@@ -15,7 +15,7 @@ pub(crate) enum Scan {
         page: usize,
     },
     /// Check whether a process that maps the page is in the middle of a fork.
-    Relatives {
+    CheckSharing {
         page: usize,
     },
     /// Take the page-table lock.
@@ -37,7 +37,7 @@ pub(crate) enum Scan {
         was: bool,
     },
     /// Link node and item, point the page to the node, unlock.
-    Publish {
+    MakeKsmPage {
         page: usize,
     },
     /// Take the second one's `mmap_lock` for reading; find the node's page and take a reference.
@@ -133,20 +133,20 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
                 return s.give_up(first, &[(page, false)], Scan::Done);
             }
             s.frames[page].lock = Some(Agent::Scan);
-            Scan::Relatives { page }
+            Scan::CheckSharing { page }
         }
-        Scan::Relatives { page } => {
+        Scan::CheckSharing { page } => {
             let frame = s.frames[page];
             let forking = |p: usize| {
                 let mapped = s.maps(p, page).is_some();
                 p != first && mapped && s.processes[p].writer
             };
             let shared = !frame.exclusive && frame.maps != 1;
-            if shared && wrong != Mutation::PublishDuringFork && (0..PROCESSES).any(forking) {
+            if shared && wrong != Mutation::MergeDuringFork && (0..PROCESSES).any(forking) {
                 return s.give_up(first, &[(page, true)], Scan::Done);
             }
             // If no process but `first` has the page, no other can get it from here on.
-            s.node.to_relatives = shared && wrong != Mutation::OwnRelativesOnly;
+            s.node.to_sharers = shared && wrong != Mutation::OwnSharersOnly;
             Scan::Protect { page }
         }
         Scan::Protect { page } => {
@@ -160,7 +160,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
             };
             if !was && !s.frames[page].exclusive {
                 s.processes[first].ptl = None;
-                return Scan::Publish { page };
+                return Scan::MakeKsmPage { page };
             }
             s.processes[first].entry = Entry::None;
             Scan::Flush { page, was }
@@ -179,14 +179,14 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
             }
             s.frames[page].exclusive = false;
             s.set(first, page, was && wrong == Mutation::StaysWritable);
-            Scan::Publish { page }
+            Scan::MakeKsmPage { page }
         }
-        Scan::Publish { page } => {
+        Scan::MakeKsmPage { page } => {
             s.node.alive = true;
             s.node.frame = page;
             s.node.listed[first] = true;
             if wrong == Mutation::CountLate {
-                s.node.to_relatives = s.frames[page].maps != 1;
+                s.node.to_sharers = s.frames[page].maps != 1;
             }
             s.frames[page].ksm = true;
             s.give_up(first, &[(page, true)], Scan::Find)

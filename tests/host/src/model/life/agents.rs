@@ -51,7 +51,7 @@ pub(crate) fn can_step(model: &Protocol, s: &State, agent: Agent) -> bool {
         Agent::Scan => match s.scan {
             Scan::Done => false,
             // The thread merges nothing, but does deferred work.
-            Scan::Begin | Scan::Turn(_) | Scan::End if !s.merging => has_chores(model, s),
+            Scan::Begin | Scan::Turn(_) | Scan::End if !s.merging => has_deferred(model, s),
             Scan::Turn(p) if p < PROCESSES && model.mutation == Mutation::WaitForMmap => free(p),
             Scan::UndoFault(p) => s.processes[p].entry != Entry::Moving,
             _ => true,
@@ -136,7 +136,7 @@ fn may_fault(s: &State, p: usize) -> bool {
 }
 
 /// Return whether the thread has deferred work while `run` is not 1.
-fn has_chores(model: &Protocol, s: &State) -> bool {
+fn has_deferred(model: &Protocol, s: &State) -> bool {
     let dead = |p: usize| !s.processes[p].registered && s.processes[p].word != Word::Nothing;
     let stale = s.node.alive && !s.node.page;
     (0..PROCESSES).any(dead) && s.node.lock.is_none() || stale || has_force(model, s)
@@ -145,7 +145,7 @@ fn has_chores(model: &Protocol, s: &State) -> bool {
 pub(crate) fn step(model: &Protocol, s: &mut State, agent: Agent) {
     match agent {
         Agent::Scan if !s.merging && matches!(s.scan, Scan::Begin | Scan::Turn(_) | Scan::End) => {
-            chores(model, s)
+            run_deferred(model, s)
         }
         Agent::Scan => {
             s.scan = scan::scan(model, s);
@@ -275,7 +275,7 @@ impl State {
     }
 }
 
-fn chores(model: &Protocol, s: &mut State) {
+fn run_deferred(model: &Protocol, s: &mut State) {
     for p in 0..PROCESSES {
         if !s.processes[p].registered
             && s.processes[p].word != Word::Nothing

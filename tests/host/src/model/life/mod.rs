@@ -15,7 +15,7 @@
 //! | `Scan::Turn`, `Scan::Look` | `Engine::step_mm`, `State::update_tracked` (src/ksm/scan.rs) |
 //! | `Scan::Drop` | `Core::release_item` (src/ksm/page.rs), `ItemBox::detach` (src/mm/rmap_item.rs) |
 //! | `Scan::List` | `State::stable_tree_append` (src/ksm/merge.rs) |
-//! | `Scan::Relatives`, `Scan::Publish`, `Scan::Join` | `State::merge_into_first` |
+//! | `Scan::CheckSharing`, `Scan::MakeKsmPage`, `Scan::Join` | `State::merge_into_first` |
 //! | `Scan::Undo` … `Scan::UndoLook` | `Engine::break_cow_pending`, `State::cow_broken` |
 //! | `RunTwo` | `Engine::unmerge_all` |
 //!
@@ -194,7 +194,7 @@ pub(crate) enum Mutation {
     /// The thread frees nodes by force during `run=2`.
     ForceMeanwhile,
     /// A pass skips a leaf whose process shares a page, by a fork, that became a KSM page before.
-    SkipRelatives,
+    SkipSharers,
     /// A pass skips a leaf after a pass that could not list a mapping because a lock was not available.
     ForgetOwed,
     /// A pass skips a leaf with swapped pages.

@@ -270,7 +270,7 @@ fn freeing_by_force_meanwhile_is_found() {
 
 #[test]
 fn skipping_what_others_merged_is_found() {
-    found(Mutation::SkipRelatives, LISTED);
+    found(Mutation::SkipSharers, LISTED);
     found(Mutation::ForgetOwed, LISTED);
     found(Mutation::SkipSwapped, LISTED);
     found(

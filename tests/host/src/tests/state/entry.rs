@@ -19,7 +19,7 @@ fn node(key: StableKey) -> NodeBox {
 
 const KEY: StableKey = StableKey {
     sum: Checksum::unknown(Sample::from_raw(9)),
-    nth: 0,
+    serial: 0,
 };
 
 proptest! {

@@ -244,6 +244,18 @@ fn a_queued_page_that_may_be_zero_is_a_candidate() {
     world.end();
 }
 
+/// With `use_zero_pages`, a single page of zeroes has an equal: the zero page.
+#[test]
+fn the_filter_counts_the_zero_page_while_it_is_used() {
+    let mut world = World::new();
+    let zero = world.hasher.zeroes().iter().next().unwrap();
+    for on in [false, true, true, false, false] {
+        world.state.use_zero_page(&world.hasher, on);
+        assert_eq!(world.state.core.filter.has_two(zero), on);
+    }
+    world.end();
+}
+
 #[test]
 fn a_merged_page_stays_merged() {
     let mut world = World::new();

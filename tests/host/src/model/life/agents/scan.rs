@@ -20,9 +20,9 @@ pub(crate) enum Scan {
     List(usize),
     /// Try to merge the page of the first with that of the second: check that the fork-shared mappings of the
     /// first allow it.
-    Relatives(usize, usize),
+    CheckSharing(usize, usize),
     /// Make the first's page the node's page, and list its mapping.
-    Publish(usize, usize),
+    MakeKsmPage(usize, usize),
     /// Map the merged page instead of the page of the first. If that fails, undo the second's merge.
     Join(usize, Option<usize>),
     /// Pin the users of a process and try its `mmap_lock`.
@@ -110,26 +110,26 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
             }
             Scan::Turn(p + 1)
         }
-        Scan::Relatives(p, other) => {
-            let relative = match p {
+        Scan::CheckSharing(p, other) => {
+            let sharer = match p {
                 A => Some(C),
                 C => Some(A),
                 _ => None,
             };
             let process = &s.processes[p];
-            let allowed = relative.is_none_or(|r| {
-                let relative = &s.processes[r];
+            let allowed = sharer.is_none_or(|r| {
+                let sharer = &s.processes[r];
                 process.entry != Entry::Family
-                    || relative.registered && relative.mergeable && !relative.writer
+                    || sharer.registered && sharer.mergeable && !sharer.writer
             });
             if process.writer || !allowed || !s.is_candidate(p) {
                 s.still = false;
                 return Scan::Turn(p + 1);
             }
             s.processes[p].readers += 1;
-            Scan::Publish(p, other)
+            Scan::MakeKsmPage(p, other)
         }
-        Scan::Publish(p, other) => {
+        Scan::MakeKsmPage(p, other) => {
             s.unlock_mmap(p);
             if !s.is_candidate(p) || s.node.alive {
                 return Scan::Turn(p + 1);
@@ -139,7 +139,7 @@ pub(super) fn scan(model: &Protocol, s: &mut State) -> Scan {
                 for p in [A, C] {
                     s.processes[p].entry = Entry::Merged;
                 }
-                s.owed |= wrong != Mutation::SkipRelatives;
+                s.owed |= wrong != Mutation::SkipSharers;
             }
             s.processes[p].entry = Entry::Merged;
             s.node.alive = true;
@@ -275,7 +275,7 @@ fn partner(s: &State, p: usize) -> Option<Scan> {
             && s.is_candidate(other)
             && !(family && there.entry == Entry::Family)
     })?;
-    (!s.node.alive).then_some(Scan::Relatives(p, other))
+    (!s.node.alive).then_some(Scan::CheckSharing(p, other))
 }
 
 /// Note that a scan of the page had no effect.
