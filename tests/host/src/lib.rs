@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests, on the host, of those parts of the module that are pure logic.
+//! Tests, on the host, of those parts of the module that need no page table.
 //!
 //! [`ksm`] and [`mm`] include the module's own files unchanged. The crate `kernel` beside this one stands in for
-//! the kernel's. To test another file, name it in `ksm.rs` or `mm.rs`, add a file of tests to `tests.rs`, and
-//! add the missing items to the stand-in.
+//! the kernel's, and files in `mm/` for those of the module that cannot be built here. To test another file, name
+//! it in `ksm.rs` or `mm.rs`, add a file of tests to `tests.rs`, and add the missing items to the stand-ins.
 
 /// The examples in the module's documentation: see `build.rs`.
 #[cfg(test)]
