@@ -59,11 +59,12 @@ pub(super) enum Attempt<T = ()> {
     Merged(T),
     /// The contents differ, or the page has changed.
     Differs,
-    /// None of the KSM pages takes another mapping, or all are gone.
+    /// None of the KSM pages takes this mapping: each has as many as it may, is on another NUMA node or in
+    /// poisoned memory, or is gone.
     NoRoom,
     /// The page is part of a huge page that is not to be split yet.
     LeftWhole,
-    /// The page cannot be merged with any page now: it is in use or locked, or there is no memory.
+    /// One of the pages is in use or locked, or there is no memory. No other KSM page is tried.
     Failed,
 }
 

@@ -717,6 +717,8 @@ impl State {
                 }
             }
             core.found_strays |= check.found_stray;
+            // It may hold `mmap_lock`.
+            drop(check);
             known.pages.prune(addr, Some(core.clock.secs()));
             known.note(addr, &found);
         } else {

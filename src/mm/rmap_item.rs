@@ -224,6 +224,7 @@ impl ItemWord {
     #[inline(always)]
     pub(crate) const fn new<const TAG: u64>(bits: u64) -> Self {
         const { assert!(TAG <= Self::TAG_MASK && TAG != Self::ITEM) };
+        // INVARIANT: The tag is another one.
         Self(bits & !Self::TAG_MASK | TAG, PhantomData)
     }
 
@@ -269,6 +270,7 @@ impl ItemWord {
         // SAFETY: By the type invariant the address is that of a box, which `old` owned. `old` is gone without
         // having been dropped.
         let item = unsafe { KBox::from_raw(item.as_ptr()) };
+        // INVARIANT: An item knows the node on whose list it is, whoever owns it.
         Some(ItemBox(ManuallyDrop::new(item)))
     }
 }

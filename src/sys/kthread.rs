@@ -85,8 +85,8 @@ impl KthreadContext {
 ///
 /// # Invariants
 ///
-/// `task` is a kthread that was not stopped yet, and this object owns a reference on it. `body` came from
-/// `KBox::into_raw`. Until the thread has ended, only the thread uses what it points at.
+/// `task` is a kthread that was not stopped yet, and this object owns a reference on it. `body` was
+/// leaked by a `KBox`. Until the thread has ended, only the thread uses what it points at.
 pub(crate) struct Kthread<T: ThreadFn + 'static> {
     task: NonNull<bindings::task_struct>,
     body: NonNull<T>,
@@ -104,24 +104,23 @@ impl<T: ThreadFn + 'static> Kthread<T> {
     ///
     /// `ENOMEM` if there is no memory, and other errors of `kthread_create()`.
     pub(crate) fn spawn(body: T) -> Result<Self> {
-        let body = KBox::into_raw(KBox::new(body, GFP_KERNEL)?);
+        let body = NonNull::from(KBox::leak(KBox::new(body, GFP_KERNEL)?));
         // SAFETY: `run` expects a pointer to a `T` that no other task uses. `drop` frees that one after it has
         // stopped the thread.
-        let task = unsafe { ffi::rksm_kthread_create(Some(run::<T>), body.cast::<c_void>()) };
+        let task = unsafe { ffi::rksm_kthread_create(Some(run::<T>), body.as_ptr().cast()) };
         let task =
             kernel::error::from_err_ptr(task).and_then(|task| NonNull::new(task).ok_or(ENOMEM));
-        let (Ok(task), Some(body)) = (task, NonNull::new(body)) else {
-            // SAFETY: `body` came from `KBox::into_raw` above, and no thread was created that uses it.
-            drop(unsafe { KBox::from_raw(body) });
-            return task.and(Err(ENOMEM));
-        };
+        let task = task.inspect_err(|_| {
+            // SAFETY: `body` is what a box leaked above. No thread was created, so it has no user.
+            drop(unsafe { KBox::from_raw(body.as_ptr()) });
+        })?;
         // SAFETY: A new kthread does not end before it is woken up, so the task is valid.
         unsafe { bindings::get_task_struct(task.as_ptr()) };
         // SAFETY: The reference that was just taken keeps the task.
         unsafe { ffi::rksm_set_nice(task.as_ptr(), 5) };
         // SAFETY: The reference keeps the task.
         unsafe { bindings::wake_up_process(task.as_ptr()) };
-        // INVARIANT: The thread was created above. The reference moves into the object.
+        // INVARIANT: The thread was created above, with what a box leaked. The reference moves into the object.
         Ok(Self { task, body })
     }
 
@@ -137,7 +136,7 @@ impl<T: ThreadFn + 'static> Drop for Kthread<T> {
         // SAFETY: By the type invariant the thread was not stopped yet, and the object owns the reference that
         // the call gives up. A thread that never ran ends without running.
         unsafe { ffi::rksm_kthread_stop(self.task.as_ptr()) };
-        // SAFETY: By the type invariant `body` came from `KBox::into_raw`. The thread has ended, so it does not
+        // SAFETY: By the type invariant a box leaked `body`. The thread has ended, so it does not
         // use it any more.
         drop(unsafe { KBox::from_raw(self.body.as_ptr()) });
     }
