@@ -2,13 +2,13 @@
 
 //! Settings that change what may be merged. Most can only change while no page is merged.
 
-use super::{
-    state::{Core, State},
-    Engine,
-};
+use super::{state::State, Engine};
 use kernel::{
     prelude::*,
-    sync::lock::{mutex::MutexBackend, Guard},
+    sync::{
+        atomic::Relaxed,
+        lock::{mutex::MutexBackend, Guard},
+    },
     time::{delay::fsleep, Delta},
 };
 
@@ -25,9 +25,9 @@ impl Engine {
         if max < MIN_SHARING {
             return Err(EINVAL);
         }
-        let sharing = max as usize;
-        let mut state = self.lock_without_nodes(|core| core.max_sharing != sharing)?;
-        state.core.max_sharing = sharing;
+        let setting = &self.settings.max_page_sharing;
+        let _state = self.lock_without_nodes(|| setting.load(Relaxed) != max)?;
+        setting.store(max, Relaxed);
         Ok(())
     }
 
@@ -37,26 +37,28 @@ impl Engine {
     ///
     /// `EBUSY` while pages are merged, `ERESTARTSYS` on a signal.
     pub(super) fn set_merge_across_nodes(&self, across: bool) -> Result {
-        let mut state = self.lock_without_nodes(|core| core.per_nid == across)?;
-        if state.core.per_nid != across {
+        let mut state = self.lock_without_nodes(|| self.settings.per_nid() == across)?;
+        if self.settings.per_nid() != across {
             return Ok(());
         }
+        self.settings
+            .merge_across_nodes
+            .store(across.into(), Relaxed);
         // The other hasher has other samples for pages of zeroes. Pages whose samples differ with it are
         // classified as changed when they are scanned.
-        let on = state.core.zeroes.is_some();
-        let hasher = self.hasher(&state.core);
-        state.use_zero_page(hasher, false);
-        state.core.per_nid = !across;
-        let hasher = self.hasher(&state.core);
-        state.use_zero_page(hasher, on);
+        if state.core.zeroes.is_some() {
+            state.set_zeroes(Some(self.hasher().zeroes()));
+        }
         Ok(())
     }
 
     /// Sets `use_zero_pages`: whether pages of zeroes are merged with the kernel's zero page. May sleep.
     pub(super) fn set_use_zero_pages(&self, on: bool) {
         let mut state = self.state.lock();
-        let hasher = self.hasher(&state.core);
-        state.use_zero_page(hasher, on);
+        self.settings.use_zero_pages.store(on.into(), Relaxed);
+        if on != state.core.zeroes.is_some() {
+            state.set_zeroes(on.then(|| self.hasher().zeroes()));
+        }
     }
 }
 
@@ -73,11 +75,11 @@ impl Engine {
     /// `EBUSY` if a page is merged, in a registered process or another one. `ERESTARTSYS` on a signal.
     fn lock_without_nodes(
         &self,
-        differs: impl Fn(&Core) -> bool,
+        differs: impl Fn() -> bool,
     ) -> Result<Guard<'_, State, MutexBackend>> {
         for _ in 0..RELEASE_ATTEMPTS {
             let mut state = self.lock_idle()?;
-            if !differs(&state.core) {
+            if !differs() {
                 return Ok(state);
             }
             if state.core.index.stable_len() != 0 {

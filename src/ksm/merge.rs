@@ -794,7 +794,7 @@ impl Core {
         let Some(node) = self.index.node(key) else {
             return Attempt::NoRoom;
         };
-        if node.items() >= self.max_sharing {
+        if node.items() >= self.settings.max_sharing() {
             return Attempt::NoRoom;
         }
         if guessing.is_some() && node.is_ambiguous() {
@@ -813,7 +813,7 @@ impl Core {
             // The node is not stale. It goes when no process maps the page any more.
             return Attempt::NoRoom;
         }
-        if self.per_nid {
+        if self.settings.per_nid() {
             let nid = kpage.nid();
             let page = vma.page_at(place.addr);
             if page.is_some_and(|page| page.nid() != nid) {
@@ -923,7 +923,7 @@ fn replace_page(
     };
     // Neither page can migrate now: we hold a reference on one, and the lock of the other. The next pass gives
     // the node another key.
-    if core.per_nid && page.nid() != kpage.nid() {
+    if core.settings.per_nid() && page.nid() != kpage.nid() {
         node.set_nid_changed();
         return Attempt::Failed;
     }

@@ -3,7 +3,7 @@
 //! The policy of rksm: which address spaces to scan, what to remember of their pages, and what to merge.
 //!
 //! [`Engine`] is the whole of it. `State` is what its mutex protects, and `Core` the part of that which
-//! concerns all pages together. Most functions here take `&mut State` or `&mut Core`, so the mutex is locked.
+//! concerns all pages together. Most functions take `&mut State` or `&mut Core`, so the mutex is locked.
 //!
 //! There is no `unsafe` code. Memory of processes is only reached through [`crate::mm`].
 //!
@@ -13,7 +13,7 @@
 //! | `state`, `page`, [`entry`], `forget`, `page_map`, [`probation`], `unlisted` | what is remembered of each page |
 //! | `filter`, [`index`], `stable_tree` | how equal pages are found |
 //! | `candidate`, `scan_buffer`, `merge`, `numa`, `metadata` | merging |
-//! | `unmerge`, `offline`, `limits` | run=2, memory hotplug, settings that need all pages unmerged |
+//! | `unmerge`, `offline`, `limits` | run=2, memory hotplug, settings of what may be merged |
 //! | `mms` | registered address spaces |
 //! | `sysfs`, `settings`, `stats`, `advisor` | the interface to user space |
 
@@ -64,7 +64,8 @@ use kernel::{
     task::Task,
 };
 use mms::{Registry, Reservation};
-use state::{Core, State};
+use settings::Settings;
+use state::State;
 use stats::Stats;
 
 /// The values of the sysfs file `run`.
@@ -107,7 +108,7 @@ pub(crate) struct Engine {
     state: Mutex<State>,
     #[pin]
     registry: SpinLock<Registry>,
-    /// The scan-time advisor. `pages_to_scan` is only written with this locked.
+    /// The scan-time advisor.
     #[pin]
     advisor: Mutex<Advisor>,
     /// Whether memory is going offline. If so, do not touch pages or nodes. Written with `state` locked.
@@ -120,16 +121,7 @@ pub(crate) struct Engine {
     /// Set when there is new deferred work for the scanning thread. Written with `state` locked.
     has_new_work: Atomic<bool>,
     run: Atomic<u32>,
-    pages_to_scan: Atomic<u32>,
-    sleep_millisecs: Atomic<u32>,
-    /// Whether to skip leaves in which nothing has changed for some passes.
-    smart_scan: Atomic<u32>,
-    /// Whether to merge pages in the first pass that sees them.
-    merge_eagerly: Atomic<u32>,
-    /// The shortest time from the beginning of one pass to that of the next, in milliseconds.
-    pass_millisecs: Atomic<u32>,
-    /// The time between two searches of the full tree for stale nodes, in milliseconds.
-    stable_node_chains_prune_millisecs: Atomic<u32>,
+    settings: Arc<Settings>,
     stats: Stats,
     waker: SetOnce<ARef<Task>>,
     /// The hasher for all NUMA nodes together, and the one whose samples depend on the NUMA node.
@@ -141,9 +133,11 @@ impl Engine {
     ///
     /// May sleep. `ENOMEM` if there is no memory.
     pub(crate) fn new(module: &'static ThisModule) -> Result<Arc<Self>> {
+        let settings = Settings::new(advisor::DEFAULT_PAGES_TO_SCAN);
+        let settings = Arc::new(settings, GFP_KERNEL)?;
         Arc::pin_init(
             try_pin_init!(Self {
-                state <- new_mutex!(State::new(module)?, "rksm_state"),
+                state <- new_mutex!(State::new(module, settings.clone())?, "rksm_state"),
                 registry <- new_spinlock!(Registry::new(), "rksm_registry"),
                 advisor <- new_mutex!(Advisor::new(), "rksm_advisor"),
                 offlining: Atomic::new(false),
@@ -151,12 +145,7 @@ impl Engine {
                 settled <- new_condvar!("rksm_settled"),
                 has_new_work: Atomic::new(false),
                 run: Atomic::new(run::STOP),
-                pages_to_scan: Atomic::new(advisor::DEFAULT_PAGES_TO_SCAN),
-                sleep_millisecs: Atomic::new(settings::DEFAULT_SLEEP_MILLISECS),
-                smart_scan: Atomic::new(1),
-                merge_eagerly: Atomic::new(0),
-                pass_millisecs: Atomic::new(settings::DEFAULT_PASS_MILLISECS),
-                stable_node_chains_prune_millisecs: Atomic::new(settings::DEFAULT_PRUNE_MILLISECS),
+                settings,
                 stats: Stats::new(),
                 waker: SetOnce::new(),
                 hashers: {
@@ -181,10 +170,10 @@ impl Engine {
         }
     }
 
-    /// Returns the hasher that makes samples and checksums while `per_nid` is as it is.
-    fn hasher(&self, core: &Core) -> &Hasher {
+    /// Returns the hasher that makes samples and checksums while `merge_across_nodes` is as it is.
+    fn hasher(&self) -> &Hasher {
         let [all, per_nid] = &self.hashers;
-        if core.per_nid {
+        if self.settings.per_nid() {
             per_nid
         } else {
             all
@@ -317,7 +306,7 @@ impl Engine {
         while let Some(from) = at {
             crate::mm::cond_resched();
             let state = self.state.lock();
-            let now = (state.core.changes, state.core.zeroes.is_some());
+            let now = state.core.changes;
             if *began.get_or_insert(now) != now {
                 return;
             }

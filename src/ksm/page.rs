@@ -212,7 +212,7 @@ impl State {
         self.core.bump_retry_seq();
         self.core.lately |= key.sum.sample().bit();
         self.core.index.move_to_stable(key);
-        if item.mappings() >= self.core.max_sharing {
+        if item.mappings() >= self.core.settings.max_sharing() {
             self.core.index.set_full(key);
         }
         // The next pass scans the leaf, even if it was about to skip it: a merged page is watched for writes.
@@ -382,7 +382,7 @@ impl Core {
                 self.items = self.items.saturating_sub(1);
                 if left == 0 {
                     self.index.move_to_orphans(key);
-                } else if left.saturating_add(1) == self.max_sharing {
+                } else if left.saturating_add(1) == self.settings.max_sharing() {
                     self.index.set_not_full(key);
                 }
             }

@@ -105,7 +105,7 @@ impl Engine {
     ///
     /// The caller holds no lock. Takes `state` for one step at a time, and may sleep.
     pub(super) fn scan(&self, current: &KthreadContext, buffer: &mut ScanBuffer) -> Option<usize> {
-        let mut budget = self.pages_to_scan.load(Relaxed) as usize;
+        let mut budget = self.settings.pages_to_scan.load(Relaxed) as usize;
         let mut mapped = None;
         while budget > 0 && !current.should_stop() && !current.is_freezing() {
             current.cond_resched();
@@ -161,9 +161,9 @@ impl Engine {
         budget: usize,
         current: &KthreadContext,
     ) -> Step {
-        let hasher = self.hasher(&state.core);
+        let hasher = self.hasher();
         if state.cursor.at.is_between_passes() {
-            if state.core.per_nid && !state.core.rekey_migrated_nodes(hasher) {
+            if state.core.settings.per_nid() && !state.core.rekey_migrated_nodes(hasher) {
                 return Step::Looked(0);
             }
             self.start_pass(state, current);
@@ -218,7 +218,7 @@ impl Engine {
             at,
             retry_steady: state.core.retry_seq != before,
             retry_seq: state.core.retry_seq,
-            skipping: self.smart_scan.load(Relaxed) != 0,
+            skipping: self.settings.smart_scan.load(Relaxed) != 0,
             began: Some(Instant::now()),
             ..Cursor::new()
         };
@@ -253,7 +253,7 @@ impl Engine {
         buffer: &mut ScanBuffer,
         current: &KthreadContext,
     ) -> Step {
-        if self.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
+        if self.settings.merge_eagerly.load(Relaxed) != 0 && !state.cursor.gathering {
             state.cursor.at.rewind();
             state.cursor.coming_back = false;
             state.cursor.gathering = true;
@@ -330,9 +330,9 @@ impl Engine {
     fn advise(&self, took: Delta, current: &KthreadContext) {
         let mut advisor = self.advisor.lock();
         let millis = u64::try_from(took.as_millis()).unwrap_or(0);
-        let pages = self.pages_to_scan.load(Relaxed);
+        let pages = self.settings.pages_to_scan.load(Relaxed);
         if let Some(advice) = advisor.end_pass(millis, current.cpu_nanos(), pages) {
-            self.pages_to_scan.store(advice.pages, Relaxed);
+            self.settings.pages_to_scan.store(advice.pages, Relaxed);
             drop(advisor);
             trace::advisor(advice.secs, advice.pages, advice.cpu_percent);
         }
@@ -389,7 +389,7 @@ impl Engine {
 
     /// Merges the candidates of one address space that can be merged now.
     fn merge_candidates(&self, state: &mut State, mm_id: MmId, mm: &Mm, buffer: &mut ScanBuffer) {
-        let hasher = self.hasher(&state.core);
+        let hasher = self.hasher();
         for chunk in buffer.candidates.as_mut_slice().chunks_mut(MERGE_PAGES) {
             state.stable_tree_search_all(hasher, mm, mm_id, chunk);
             // The others need the `mmap_lock` of two address spaces, so they are merged one by one.
@@ -431,7 +431,7 @@ impl Engine {
     ) -> bool {
         buffer.candidates.clear();
         buffer.batch.clear();
-        let hasher = self.hasher(&state.core);
+        let hasher = self.hasher();
         let mm = lock.mm();
         let which = match state.core.has_strays {
             true => Which::MayBeMerged,

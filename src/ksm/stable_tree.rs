@@ -41,7 +41,7 @@ impl Core {
             Err(node) => {
                 if self.index.insert(key, node, GFP_KERNEL).is_ok() && items != 0 {
                     self.index.move_to_stable(key);
-                    if items >= self.max_sharing {
+                    if items >= self.settings.max_sharing() {
                         self.index.set_full(key);
                     }
                 }

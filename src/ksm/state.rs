@@ -15,11 +15,11 @@ use super::{
     index::{Index, MmId, PageAddr, Released},
     page_map::PageMap,
     probation::Clock,
-    settings,
+    settings::Settings,
     unlisted::Unlisted,
 };
 use crate::{
-    hash::{Hasher, Zeroes},
+    hash::Zeroes,
     mm::{folio::NodeId, rmap_item::ItemBox, stable_key::StableKey, stable_node::NodeBox},
     sys::module_pin,
 };
@@ -29,7 +29,7 @@ use kernel::{
     mm::Mm,
     prelude::*,
     rbtree::RBTree,
-    sync::aref::ARef,
+    sync::{aref::ARef, Arc},
     time::{Instant, Monotonic},
 };
 
@@ -87,17 +87,10 @@ pub(crate) struct Core {
     pub(super) filter: Filter,
     /// The last pass in which there was no memory for another filter.
     pub(super) filter_failed: Option<u32>,
-    /// The samples of pages of zeroes while `use_zero_pages` is on; `None` while these are merged like any
-    /// other page.
-    ///
-    /// If `Some`, the filter counts each of them twice more, so that a single such page is a candidate.
+    /// The samples of pages of zeroes that the filter counts twice more, so that a single such page is a
+    /// candidate; `None` while `use_zero_pages` is 0.
     pub(super) zeroes: Option<Zeroes>,
-    /// Whether only pages on the same NUMA node are merged: `merge_across_nodes` is 0. It does not change while
-    /// there are nodes.
-    pub(super) per_nid: bool,
-    /// `max_page_sharing`: the most mappings that one merged page may have. It does not change while there are
-    /// nodes.
-    pub(super) max_sharing: usize,
+    pub(super) settings: Arc<Settings>,
     /// The number of listed mappings of merged pages: rmap items on stable nodes.
     pub(super) items: usize,
     /// The number of tracked pages, merged ones included.
@@ -141,7 +134,7 @@ pub(crate) struct Core {
 }
 
 impl State {
-    pub(super) fn new(module: &'static ThisModule) -> Result<Self> {
+    pub(super) fn new(module: &'static ThisModule, settings: Arc<Settings>) -> Result<Self> {
         Ok(Self {
             mms: RBTree::new(),
             core: Core {
@@ -149,8 +142,7 @@ impl State {
                 filter: Filter::new(),
                 filter_failed: None,
                 zeroes: None,
-                per_nid: false,
-                max_sharing: settings::DEFAULT_MAX_PAGE_SHARING as usize,
+                settings,
                 items: 0,
                 pages: 0,
                 steady: 0,
@@ -235,24 +227,22 @@ impl State {
         }
     }
 
-    /// Sets whether pages of zeroes are merged with the kernel's zero page from now on, or like any other page.
+    /// Has pages with these samples count as pages of zeroes, which are merged with the kernel's zero page.
     ///
     /// Merged pages stay as they are. Queued pages are checked when they are scanned next, see
     /// [`Core::classify_page`].
-    pub(super) fn use_zero_page(&mut self, hasher: &Hasher, on: bool) {
-        if on == self.core.zeroes.is_some() {
-            return;
+    pub(super) fn set_zeroes(&mut self, zeroes: Option<Zeroes>) {
+        let core = &mut self.core;
+        let old = core::mem::replace(&mut core.zeroes, zeroes);
+        for zero in old.into_iter().flat_map(Zeroes::iter) {
+            core.filter.remove(zero);
+            core.filter.remove(zero);
         }
-        let zeroes = hasher.zeroes();
-        self.core.zeroes = on.then_some(zeroes);
-        for zero in zeroes.iter().flat_map(|zero| [zero; 2]) {
-            if on {
-                self.core.filter.add(zero);
-            } else {
-                self.core.filter.remove(zero);
-            }
+        for zero in zeroes.into_iter().flat_map(Zeroes::iter) {
+            core.filter.add(zero);
+            core.filter.add(zero);
         }
-        self.core.bump_retry_seq();
+        core.bump_retry_seq();
     }
 
     /// Returns for how many pages a new filter should have room, and a smaller number to fall back on if there

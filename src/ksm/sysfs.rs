@@ -27,31 +27,31 @@ impl Directory for Engine {
         ),
         Attribute::rw(
             c"pages_to_scan",
-            |engine, out| out.line(engine.pages_to_scan.load(Relaxed)),
+            |engine, out| out.line(engine.settings.pages_to_scan.load(Relaxed)),
             |engine, input| engine.set_pages_to_scan(&input),
         ),
         Attribute::rw(
             c"sleep_millisecs",
-            |engine, out| out.line(engine.sleep_millisecs.load(Relaxed)),
+            |engine, out| out.line(engine.settings.sleep_millisecs.load(Relaxed)),
             |engine, input| {
-                set(&engine.sleep_millisecs, &input)?;
+                set(&engine.settings.sleep_millisecs, &input)?;
                 engine.wake();
                 Ok(())
             },
         ),
         Attribute::rw(
             c"smart_scan",
-            |engine, out| out.line(engine.smart_scan.load(Relaxed)),
+            |engine, out| out.line(engine.settings.smart_scan.load(Relaxed)),
             |engine, input| {
                 let on = input.parse_bool().map_err(only_einval)?;
-                engine.smart_scan.store(on.into(), Relaxed);
+                engine.settings.smart_scan.store(on.into(), Relaxed);
                 Ok(())
             },
         ),
         // What may be merged.
         Attribute::rw(
             c"use_zero_pages",
-            |engine, out| out.line(u32::from(engine.state.lock().core.zeroes.is_some())),
+            |engine, out| out.line(engine.settings.use_zero_pages.load(Relaxed)),
             |engine, input| {
                 engine.set_use_zero_pages(input.parse_bool().map_err(only_einval)?);
                 Ok(())
@@ -59,7 +59,7 @@ impl Directory for Engine {
         ),
         Attribute::rw(
             c"max_page_sharing",
-            |engine, out| out.line(engine.state.lock().core.max_sharing),
+            |engine, out| out.line(engine.settings.max_page_sharing.load(Relaxed)),
             |engine, input| {
                 let max = u32::try_from(input.parse_i32()?).map_err(|_| EINVAL)?;
                 engine.set_max_page_sharing(max)
@@ -67,12 +67,19 @@ impl Directory for Engine {
         ),
         Attribute::rw(
             c"stable_node_chains_prune_millisecs",
-            |engine, out| out.line(engine.stable_node_chains_prune_millisecs.load(Relaxed)),
-            |engine, input| set(&engine.stable_node_chains_prune_millisecs, &input),
+            |engine, out| {
+                out.line(
+                    engine
+                        .settings
+                        .stable_node_chains_prune_millisecs
+                        .load(Relaxed),
+                )
+            },
+            |engine, input| set(&engine.settings.stable_node_chains_prune_millisecs, &input),
         ),
         Attribute::rw(
             c"merge_across_nodes",
-            |engine, out| out.line(u32::from(!engine.state.lock().core.per_nid)),
+            |engine, out| out.line(engine.settings.merge_across_nodes.load(Relaxed)),
             |engine, input| match input.parse_u64()? {
                 across @ 0..=1 => engine.set_merge_across_nodes(across != 0),
                 _ => Err(EINVAL),
@@ -166,10 +173,10 @@ impl Directory for Engine {
         // These files are rksm's own.
         Attribute::rw(
             c"merge_eagerly",
-            |engine, out| out.line(engine.merge_eagerly.load(Relaxed)),
+            |engine, out| out.line(engine.settings.merge_eagerly.load(Relaxed)),
             |engine, input| match input.parse_u32() {
                 Ok(eager @ 0..=1) => {
-                    engine.merge_eagerly.store(eager, Relaxed);
+                    engine.settings.merge_eagerly.store(eager, Relaxed);
                     Ok(())
                 }
                 _ => Err(EINVAL),
@@ -177,9 +184,9 @@ impl Directory for Engine {
         ),
         Attribute::rw(
             c"pass_millisecs",
-            |engine, out| out.line(engine.pass_millisecs.load(Relaxed)),
+            |engine, out| out.line(engine.settings.pass_millisecs.load(Relaxed)),
             |engine, input| {
-                set(&engine.pass_millisecs, &input)?;
+                set(&engine.settings.pass_millisecs, &input)?;
                 engine.wake();
                 Ok(())
             },
@@ -200,7 +207,7 @@ impl Engine {
         if advisor.is_on() {
             return Err(EINVAL);
         }
-        set(&self.pages_to_scan, input)
+        set(&self.settings.pages_to_scan, input)
     }
 
     /// Handles a write to `advisor_mode`. `EINVAL` for an unknown mode.
@@ -212,7 +219,7 @@ impl Engine {
         };
         let mut advisor = self.advisor.lock();
         if let Some(pages) = advisor.switch(on) {
-            self.pages_to_scan.store(pages, Relaxed);
+            self.settings.pages_to_scan.store(pages, Relaxed);
         }
         Ok(())
     }

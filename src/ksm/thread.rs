@@ -60,13 +60,13 @@ impl Engine {
             }
             // The delay before deferred work is retried.
             backoff = next_backoff(backoff, unfinished);
-            let shortest = self.pass_millisecs.load(Relaxed);
+            let shortest = self.settings.pass_millisecs.load(Relaxed);
             if self.should_scan() {
                 let rest = pace.rest(shortest);
                 if rest != 0 {
                     let nap = if unfinished { rest.min(backoff) } else { rest };
                     current.sleep(Some(nap), || {
-                        self.pass_millisecs.load(Relaxed) != shortest
+                        self.settings.pass_millisecs.load(Relaxed) != shortest
                             || !self.should_scan()
                             || self.has_deferred()
                     });
@@ -74,7 +74,7 @@ impl Engine {
                 }
                 pace.go_on();
                 if let Some(pages) = self.scan(current, buffer) {
-                    pace.end_pass(pages, self.sleep_millisecs.load(Relaxed) == 0);
+                    pace.end_pass(pages, self.settings.sleep_millisecs.load(Relaxed) == 0);
                 }
             }
             if self.should_scan() {
@@ -148,7 +148,10 @@ impl Engine {
             && self.registry.lock().newest() == state.unmerged_to;
         state.core.sweep_orphans(ORPHANS_SWEEP, force);
         if self.run() == run::MERGE {
-            let pause = self.stable_node_chains_prune_millisecs.load(Relaxed);
+            let pause = self
+                .settings
+                .stable_node_chains_prune_millisecs
+                .load(Relaxed);
             state.core.prune_after(pause);
         }
         state.core.unpin_if_empty();
@@ -170,8 +173,9 @@ impl Engine {
     /// milliseconds, and then after longer delays. Neither shortens the sleep, or processes that come and go
     /// would keep the thread from sleeping.
     fn rest(&self, current: &kthread::KthreadContext, mut backoff: u32) {
-        let sleep = self.sleep_millisecs.load(Relaxed);
-        let is_over = || self.sleep_millisecs.load(Relaxed) != sleep || self.run() != run::MERGE;
+        let sleep = self.settings.sleep_millisecs.load(Relaxed);
+        let is_over =
+            || self.settings.sleep_millisecs.load(Relaxed) != sleep || self.run() != run::MERGE;
         let began = Instant::<Monotonic>::now();
         let mut left = sleep;
         // The batch may have left deferred work. If there is no sleep, the main loop gets to it at once.

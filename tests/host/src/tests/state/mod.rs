@@ -17,6 +17,7 @@ use super::{
     index::{MmId, PageAddr},
     page::LeafPass,
     probation::{Print, Probation, Strikes},
+    settings::Settings,
     state::{State, GFP_SCAN},
 };
 use crate::{
@@ -30,6 +31,7 @@ use crate::{
 };
 use kernel::{
     prelude::*,
+    sync::{atomic::Relaxed, Arc},
     testing::{self, errors, live, Live, TestMm},
 };
 use std::collections::BTreeMap;
@@ -71,15 +73,24 @@ impl World {
         let before = (live(), errors());
         let mut world = Self {
             before,
-            state: State::new(&MODULE).unwrap(),
+            state: State::new(&MODULE, Arc::new(Settings::new(100), GFP_KERNEL).unwrap()).unwrap(),
             mms: (0..2).map(|_| TestMm::new()).collect(),
             keys: std::vec::Vec::new(),
             hasher: Hasher::new([7; SEED_WORDS]),
         };
         world.state.core.filter = Filter::for_pages(1000, 1 << 30).unwrap();
-        world.state.core.max_sharing = 3;
+        world.set_max_sharing(3);
         world.begin_pass(FIRST_SECOND);
         world
+    }
+
+    fn set_max_sharing(&self, max: u32) {
+        let settings = &self.state.core.settings;
+        settings.max_page_sharing.store(max, Relaxed);
+    }
+
+    fn use_zero_page(&mut self, on: bool) {
+        self.state.set_zeroes(on.then(|| self.hasher.zeroes()));
     }
 
     fn begin_pass(&mut self, second: u32) {
@@ -145,7 +156,7 @@ impl World {
         let Some(node) = core.index.node(key) else {
             return Ok(false);
         };
-        if node.items() >= core.max_sharing || node.page().is_none() {
+        if node.items() >= core.settings.max_sharing() || node.page().is_none() {
             return Ok(false);
         }
         node.link(&item);
@@ -241,7 +252,7 @@ impl World {
         assert_eq!(core.index.unstable_len(), queued, "queued pages");
         assert_eq!(core.items, listed.values().sum::<usize>(), "items");
         let nodes = self.nodes();
-        let full = |key: &StableKey| self.node(*key).items() >= core.max_sharing;
+        let full = |key: &StableKey| self.node(*key).items() >= core.settings.max_sharing();
         let (with, without): (std::vec::Vec<_>, std::vec::Vec<_>) =
             nodes.iter().partition(|&&key| self.node(key).items() != 0);
         for &key in &with {

@@ -235,11 +235,11 @@ fn a_queued_page_that_may_be_zero_is_a_candidate() {
     world.visit(HERE, seen, &mut retrying());
     world.state.unstable_insert(HERE, Checksum::new(zero, 1));
     assert!(world.visit(HERE, seen, &mut retrying()).is_none());
-    world.state.use_zero_page(&world.hasher, true);
+    world.use_zero_page(true);
     let kind = world.visit(HERE, seen, &mut retrying());
     assert!(matches!(kind, Some(CandidateKind::Zero)));
     world.check();
-    world.state.use_zero_page(&world.hasher, false);
+    world.use_zero_page(false);
     assert!(world.visit(HERE, seen, &mut retrying()).is_none());
     world.end();
 }
@@ -250,7 +250,7 @@ fn the_filter_counts_the_zero_page_while_it_is_used() {
     let mut world = World::new();
     let zero = world.hasher.zeroes().iter().next().unwrap();
     for on in [false, true, true, false, false] {
-        world.state.use_zero_page(&world.hasher, on);
+        world.use_zero_page(on);
         assert_eq!(world.state.core.filter.has_two(zero), on);
     }
     world.end();

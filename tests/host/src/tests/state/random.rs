@@ -226,7 +226,7 @@ impl World {
                     }
                 }
             }
-            Op::ZeroPage(on) => self.state.use_zero_page(&self.hasher, on),
+            Op::ZeroPage(on) => self.use_zero_page(on),
         }
     }
 }
@@ -237,7 +237,7 @@ proptest! {
     #[test]
     fn all_parts_agree(ops in proptest::collection::vec(op(), 1..60)) {
         let mut world = World::new();
-        world.state.core.max_sharing = 2;
+        world.set_max_sharing(2);
         let mut second = FIRST_SECOND;
         for op in &ops {
             world.run(op, &mut second);
@@ -256,7 +256,7 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let mut world = World::new();
-        world.state.core.max_sharing = 2;
+        world.set_max_sharing(2);
         let mut second = FIRST_SECOND;
         let plan = Plan::Percent { percent: 40, seed };
         failing(plan, || {
