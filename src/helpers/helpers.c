@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The functions that shim.h declares.  Each wraps one operation of the kernel,
- * mostly in a line or two.  The exception is rksm_page_mapped_by_unregistered(),
- * which checks all mappers of a page.
+ * mostly in a line or two.
  *
  * There is one file for each subsystem.  All are compiled into one object, as in
  * rust/helpers of the kernel.

@@ -56,6 +56,11 @@ void rksm_notify_end(struct mmu_notifier_range *range)
 	mmu_notifier_invalidate_range_end(range);
 }
 
+bool rksm_mm_mergeable(struct mm_struct *mm)
+{
+	return mm_flags_test(MMF_VM_MERGEABLE, mm);
+}
+
 bool rksm_vma_mergeable(struct vm_area_struct *vma)
 {
 	return (vma->vm_flags & VM_MERGEABLE) && vma->anon_vma;

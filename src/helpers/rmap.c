@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
 #include <linux/rmap.h>
-#include <linux/sched/mm.h>
 
 /* mm/internal.h: Kbuild adds -I$(srctree)/mm. */
 #include "internal.h"
@@ -31,116 +30,49 @@ void rksm_put_anon_vma(struct anon_vma *anon_vma)
 	put_anon_vma(anon_vma);
 }
 
-struct rksm_mapper_walk {
-	struct page *page;
-	struct mm_struct *mm;
-	unsigned long addr;
-	/* How many more VMAs the walk may look at. */
-	int left;
-	/* How many VMAs of other processes map the folio. */
-	int others;
-	int result;
-};
-
-/*
- * Check a VMA of another process that maps the page.
- *
- * Return 0 if the process and the VMA are registered.  A later scan then adds an
- * rmap item for this mapping.  Until then, rmap walks find it by the rmap item
- * of the process that is being scanned.  The flags are read without a lock and
- * may change at any time.
- *
- * Return -EMLINK if either is not registered.
- *
- * Return -EBUSY if dup_mmap() may be copying this mm.  It unlocks the child
- * before it flushes writable translations from the TLBs of the parent, but
- * unlocks the parent only afterwards.
- */
-static int rksm_check_mapper(struct vm_area_struct *vma)
+void rksm_rmap_walk(struct folio *folio, rksm_rmap_one_fn rmap_one, void *arg)
 {
-	struct mm_struct *mm = vma->vm_mm;
+	struct rmap_walk_control control = { .rmap_one = rmap_one, .arg = arg };
 
-	if (!(vma->vm_flags & VM_MERGEABLE) || !mm_flags_test(MMF_VM_MERGEABLE, mm))
-		return -EMLINK;
-	if (!mmap_read_trylock(mm))
-		return -EBUSY;
-	mmap_read_unlock(mm);
-	return 0;
+	rmap_walk(folio, &control);
 }
 
-/* Return whether the VMA maps the page, which may be part of a large folio, at another address. */
-static bool rksm_page_elsewhere(struct page *page, struct vm_area_struct *vma, unsigned long addr)
+static bool rksm_mapped(struct page_vma_mapped_walk *walk)
+{
+	if (!page_vma_mapped_walk(walk))
+		return false;
+	page_vma_mapped_walk_done(walk);
+	return true;
+}
+
+/* PVMW_SYNC: do not miss an entry that is clear for a moment, as in mprotect(). */
+bool rksm_folio_mapped_at(struct folio *folio, struct vm_area_struct *vma, unsigned long addr)
+{
+	DEFINE_FOLIO_VMA_WALK(walk, folio, vma, addr, PVMW_SYNC);
+
+	return rksm_mapped(&walk);
+}
+
+/* The page may be part of a large folio. */
+bool rksm_page_mapped_at(struct page *page, struct vm_area_struct *vma, unsigned long addr)
 {
 	struct page_vma_mapped_walk walk = {
 		.pfn = page_to_pfn(page),
 		.nr_pages = 1,
 		.pgoff = page_pgoff(page_folio(page), page),
 		.vma = vma,
+		.address = addr,
 		.flags = PVMW_SYNC,
 		.pgoff_is_anon = true,
 	};
 
-	walk.address = vma_anon_address(vma, walk.pgoff, 1);
-	if (walk.address == -EFAULT || walk.address == addr || !page_vma_mapped_walk(&walk))
-		return false;
-	page_vma_mapped_walk_done(&walk);
-	return true;
+	return rksm_mapped(&walk);
 }
 
-static bool rksm_find_unregistered(struct folio *folio, struct vm_area_struct *vma,
-				   unsigned long addr, void *arg)
+/* Return where the VMA has the anonymous page if it maps it, or -EFAULT if that is outside. */
+unsigned long rksm_page_address_in_vma(struct page *page, struct vm_area_struct *vma)
 {
-	/* PVMW_SYNC: do not miss an entry that is clear for a moment, as in mprotect(). */
-	DEFINE_FOLIO_VMA_WALK(walk, folio, vma, addr, PVMW_SYNC);
-	struct rksm_mapper_walk *mappers = arg;
-
-	if (mappers->left-- <= 0) {
-		mappers->result = -EMLINK;
-		return false;
-	}
-	if (vma->vm_mm == mappers->mm || !page_vma_mapped_walk(&walk))
-		return true;
-	page_vma_mapped_walk_done(&walk);
-	mappers->others++;
-	if (rksm_page_elsewhere(mappers->page, vma, mappers->addr))
-		mappers->result = -EMLINK;
-	else
-		mappers->result = rksm_check_mapper(vma);
-	return !mappers->result;
-}
-
-/*
- * Check all processes that map the folio of an anonymous page.  mm maps the page
- * at addr.  The caller holds the lock of the folio and the mmap_lock of mm.
- *
- * Return 0 if each other mapper of the folio is registered, and maps the page at
- * no other address.
- *
- * Return -EMLINK if a mapper is not registered, or maps the page at an address
- * where a walk by the rmap item for addr does not look; or if there are more
- * than max VMAs to look at.
- *
- * Return -EBUSY for a state that may be over in a moment.
- */
-int rksm_page_mapped_by_unregistered(struct page *page, struct mm_struct *mm,
-				     unsigned long addr, int max)
-{
-	struct folio *folio = page_folio(page);
-	struct rksm_mapper_walk mappers = { .page = page, .mm = mm, .addr = addr, .left = max };
-	struct rmap_walk_control control = {
-		.rmap_one = rksm_find_unregistered,
-		.arg = &mappers,
-	};
-
-	rmap_walk(folio, &control);
-	/*
-	 * More mappings than the rmap walk found: some mapper is not reachable
-	 * from this anon_vma.
-	 */
-	if (!mappers.result && !folio_test_large(folio) &&
-	    folio_mapcount(folio) > mappers.others + 1)
-		return -EBUSY;
-	return mappers.result;
+	return vma_anon_address(vma, page_pgoff(page_folio(page), page), 1);
 }
 
 /* Lists that the core kernel walks. */

@@ -116,8 +116,13 @@ void rksm_notify_end(struct mmu_notifier_range *range);
 struct anon_vma *rksm_vma_get_anon_vma(struct vm_area_struct *vma);
 struct anon_vma *rksm_folio_get_anon_vma(struct folio *folio);
 void rksm_put_anon_vma(struct anon_vma *anon_vma);
-int rksm_page_mapped_by_unregistered(struct page *page, struct mm_struct *mm,
-				     unsigned long addr, int max);
+typedef bool (*rksm_rmap_one_fn)(struct folio *folio, struct vm_area_struct *vma,
+				 unsigned long addr, void *arg);
+void rksm_rmap_walk(struct folio *folio, rksm_rmap_one_fn rmap_one, void *arg);
+bool rksm_folio_mapped_at(struct folio *folio, struct vm_area_struct *vma, unsigned long addr);
+bool rksm_page_mapped_at(struct page *page, struct vm_area_struct *vma, unsigned long addr);
+unsigned long rksm_page_address_in_vma(struct page *page, struct vm_area_struct *vma);
+bool rksm_mm_mergeable(struct mm_struct *mm);
 bool rksm_vma_mergeable(struct vm_area_struct *vma);
 bool rksm_vma_may_be_merged(struct vm_area_struct *vma);
 bool rksm_pte_unservable(struct vm_area_struct *vma, pte_t pte);

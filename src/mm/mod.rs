@@ -9,7 +9,7 @@
 //! | [`walk`], [`seen`] | the pages of a VMA, many under one page-table lock |
 //! | `pte` | one page-table entry under its lock, and the MMU notifier around changes |
 //! | [`folio`] | references on pages, and the folio lock |
-//! | `rmap` | processes that share a page over a fork |
+//! | `rmap`, `mappers` | processes that share a page over a fork, and which a merge allows |
 //! | [`replace`] | merging: a KSM page takes the place of an equal page |
 //! | [`unshare`] | unmerging: a process gets back pages of its own |
 //! | [`stable_node`], [`rmap_item`] | what the kernel's rmap walk reads to find the mappings of a KSM page |
@@ -44,6 +44,7 @@
 pub(crate) mod ffi;
 pub(crate) mod folio;
 pub(crate) mod lru;
+mod mappers;
 pub(crate) mod memcg;
 pub(crate) mod mmap_lock;
 mod pte;

@@ -6,6 +6,8 @@
 
 #[path = "mm/folio.rs"]
 pub(crate) mod folio;
+#[path = "../../../src/mm/mappers.rs"]
+pub(crate) mod mappers;
 #[path = "mm/memcg.rs"]
 pub(crate) mod memcg;
 #[path = "../../../src/mm/rmap_item.rs"]

@@ -9,6 +9,7 @@ mod deferred;
 mod filter;
 mod hash;
 mod index;
+mod mappers;
 mod mms;
 mod page_map;
 mod probation;
