@@ -22,8 +22,8 @@ pub(super) struct Candidate {
 #[derive(Clone, Copy)]
 pub(super) enum CandidateKind {
     /// An anonymous page whose sample held from one scan of it to the next, and another page seems to have that
-    /// sample. With the outcome of the search for an equal merged page.
-    Steady(Sample, Outcome),
+    /// sample. With what has to be checked before it merges.
+    Steady(Sample, Check),
     /// A KSM page that belongs to this node, but has no rmap item for this mapping: a child inherited it.
     Unlisted(NodeId),
     /// An anonymous page that is queued, and may be all zeroes.
@@ -32,15 +32,22 @@ pub(super) enum CandidateKind {
     Ownerless,
 }
 
+/// What has to be checked before a steady page merges.
+#[derive(Clone, Copy)]
+pub(super) enum Check {
+    /// Nothing.
+    None,
+    /// The page is on probation, so its full checksum must have held.
+    Probation,
+    /// The page is queued under this checksum, which may be outdated.
+    Queued(Checksum),
+}
+
 /// The outcome of the search of the stable tree for one candidate.
 #[derive(Clone, Copy)]
 pub(super) enum Outcome {
-    /// Not searched yet.
-    Unknown,
-    /// Not searched yet. The page is on probation, so its full checksum must have held.
-    OnProbation,
-    /// Not searched yet. The page is queued under this checksum, which may be outdated.
-    Queued(Checksum),
+    /// The candidate is none that is searched for: it is no steady page.
+    NotSearched,
     /// The page is merged.
     Yes,
     /// No merged page is equal. This is the page's checksum, or [`Checksum::unknown`].
@@ -132,8 +139,8 @@ impl Candidates {
     }
 
     /// Returns the candidates, all of which are `Some`.
-    pub(super) fn as_mut_slice(&mut self) -> &mut [Option<Candidate>] {
-        self.list.get_mut(..self.len).unwrap_or(&mut [])
+    pub(super) fn as_slice(&self) -> &[Option<Candidate>] {
+        self.list.get(..self.len).unwrap_or(&[])
     }
 
     /// Whether the page at `addr` is a candidate.

@@ -8,7 +8,7 @@
 //! All functions of [`State`] and [`Core`] run with `state` locked. They only try `mmap_lock` and folio locks.
 
 use super::{
-    candidate::{Attempt, Candidate, CandidateKind, Outcome},
+    candidate::{Attempt, Candidate, CandidateKind, Check, Outcome},
     entry::{PageEntry, PageState},
     index::{MmId, Nodes, NodesLike, PageAddr},
     metadata::gfp_inherited,
@@ -37,6 +37,9 @@ use kernel::{
     rbtree::RBTree,
     time::{Instant, Monotonic},
 };
+
+/// How many pages are merged under one hold of `mmap_lock`.
+pub(super) const MERGE_PAGES: usize = 16;
 
 /// The split policy for one page: whether the huge page that it is part of may be split.
 struct Splits<'a> {
@@ -128,19 +131,20 @@ enum FirstMerge {
 impl State {
     /// Searches the stable tree for each candidate of `mm`, and merges those for which it has an equal page.
     ///
-    /// Stores the [`Outcome`] in each candidate. Holds `mmap_lock` for the whole call, so `candidates` should
-    /// be few.
+    /// Returns the outcomes in the order of the candidates. Holds `mmap_lock` for the whole call, so there are
+    /// at most [`MERGE_PAGES`] candidates.
     pub(super) fn stable_tree_search_all(
         &mut self,
         hasher: &Hasher,
         mm: &Mm,
         mm_id: MmId,
-        candidates: &mut [Option<Candidate>],
-    ) {
+        candidates: &[Option<Candidate>],
+    ) -> [Outcome; MERGE_PAGES] {
+        let mut outcomes = [Outcome::NotSearched; MERGE_PAGES];
         let lock = MmapLock::try_new(mm);
         let mut vma: Option<MergeableVma<'_>> = None;
-        for candidate in candidates.iter_mut().flatten() {
-            let CandidateKind::Steady(sample, outcome) = &mut candidate.kind else {
+        for (candidate, outcome) in candidates.iter().flatten().zip(&mut outcomes) {
+            let CandidateKind::Steady(sample, check) = candidate.kind else {
                 continue;
             };
             let addr = candidate.addr;
@@ -148,12 +152,10 @@ impl State {
                 .filter(|vma| vma.start() <= addr && addr < vma.end())
                 .or_else(|| MergeableVma::at(lock.as_ref().ok()?, addr));
             let place = PageAddr { mm_id, addr };
-            *outcome = match (&vma, *outcome) {
-                (Some(vma), Outcome::OnProbation) => {
-                    self.check_probation(hasher, vma, place, *sample)
-                }
-                (Some(vma), Outcome::Queued(sum)) => self.check_queued(hasher, vma, place, sum),
-                (Some(vma), _) => self.stable_tree_search(hasher, vma, place, *sample),
+            *outcome = match (&vma, check) {
+                (Some(vma), Check::None) => self.stable_tree_search(hasher, vma, place, sample),
+                (Some(vma), Check::Probation) => self.check_probation(hasher, vma, place, sample),
+                (Some(vma), Check::Queued(sum)) => self.check_queued(hasher, vma, place, sum),
                 (None, _) => Outcome::Skip,
             };
             if let Outcome::Skip = outcome {
@@ -164,6 +166,7 @@ impl State {
             }
         }
         self.core.lately = 0;
+        outcomes
     }
 
     /// Merges a page with the one that is queued under its checksum, or queues it. It is one for which

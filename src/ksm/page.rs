@@ -7,7 +7,7 @@
 //! page has an rmap item on its stable node. The functions here keep all of that in step with the entry.
 
 use super::{
-    candidate::{Candidate, CandidateKind, Candidates, Outcome},
+    candidate::{Candidate, CandidateKind, Candidates, Check, Outcome},
     entry::{PageEntry, PageState},
     forget::Forget,
     index::{MmId, NodesLike, PageAddr},
@@ -257,7 +257,7 @@ impl Core {
     pub(super) fn candidate(&self, sample: Sample) -> Option<CandidateKind> {
         self.filter
             .has_two(sample)
-            .then_some(CandidateKind::Steady(sample, Outcome::Unknown))
+            .then_some(CandidateKind::Steady(sample, Check::None))
     }
 
     /// Like [`Self::candidate`], for a page that may be on probation.
@@ -268,8 +268,8 @@ impl Core {
         sample: Sample,
     ) -> Option<CandidateKind> {
         self.filter.has_two(sample).then_some(match probation {
-            None => CandidateKind::Steady(sample, Outcome::Unknown),
-            Some(_) => CandidateKind::Steady(sample, Outcome::OnProbation),
+            None => CandidateKind::Steady(sample, Check::None),
+            Some(_) => CandidateKind::Steady(sample, Check::Probation),
         })
     }
 
@@ -481,7 +481,7 @@ impl Core {
                 if !sum.is_unknown() {
                     // The page stays queued if its checksum has not changed. That is no reason to retry other
                     // pages.
-                    return Some(CandidateKind::Steady(new, Outcome::Queued(sum)));
+                    return Some(CandidateKind::Steady(new, Check::Queued(sum)));
                 }
                 // Queue the page again, under the checksum that it has now. This is not a change of the leaf.
                 self.index.unstable_remove(sum, place);
@@ -500,7 +500,7 @@ impl Core {
                 // then.
                 let strikes = entry.strikes();
                 (!strikes.is_none() && strikes.are_few())
-                    .then_some(CandidateKind::Steady(new, Outcome::OnProbation))
+                    .then_some(CandidateKind::Steady(new, Check::Probation))
             }
             (_, Seen::Ksm(Some(node))) => Some(CandidateKind::Unlisted(node)),
             (_, Seen::Ksm(None)) => {

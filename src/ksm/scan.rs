@@ -12,6 +12,7 @@ use super::{
     entry::{PageEntry, PageState},
     forget::Forget,
     index::{MmId, PageAddr},
+    merge::MERGE_PAGES,
     metadata::gfp_mapping,
     page::LeafPass,
     page_map::{Found, PageMap, Pass},
@@ -54,9 +55,6 @@ enum Step {
 
 /// How long to wait when all address spaces that are left of a pass are locked, in milliseconds.
 const LOCKED_MS: u32 = 20;
-
-/// How many pages are merged under one hold of `mmap_lock`.
-const MERGE_PAGES: usize = 16;
 
 /// Decides whether a merged page that the walk did not visit keeps its rmap item.
 ///
@@ -390,26 +388,26 @@ impl Engine {
     /// Merges the candidates of one address space that can be merged now.
     fn merge_candidates(&self, state: &mut State, mm_id: MmId, mm: &Mm, buffer: &mut ScanBuffer) {
         let hasher = self.hasher();
-        for chunk in buffer.candidates.as_mut_slice().chunks_mut(MERGE_PAGES) {
-            state.stable_tree_search_all(hasher, mm, mm_id, chunk);
+        for chunk in buffer.candidates.as_slice().chunks(MERGE_PAGES) {
+            let outcomes = state.stable_tree_search_all(hasher, mm, mm_id, chunk);
             // The others need the `mmap_lock` of two address spaces, so they are merged one by one.
-            for candidate in chunk.iter().flatten() {
+            for (candidate, outcome) in chunk.iter().flatten().zip(outcomes) {
                 let is_starved = state.core.starved.get();
                 let place = PageAddr {
                     mm_id,
                     addr: candidate.addr,
                 };
-                match candidate.kind {
-                    CandidateKind::Steady(_, Outcome::NoMatch(..)) if is_starved => {
+                match (candidate.kind, outcome) {
+                    (CandidateKind::Steady(..), Outcome::NoMatch(_)) if is_starved => {
                         state.retry(place)
                     }
-                    CandidateKind::Steady(_, Outcome::NoMatch(sum)) => {
+                    (CandidateKind::Steady(..), Outcome::NoMatch(sum)) => {
                         state.merge_or_queue(hasher, mm, place, sum)
                     }
-                    CandidateKind::Steady(..) => {}
-                    CandidateKind::Unlisted(node) => state.stable_tree_append(mm, place, node),
-                    CandidateKind::Zero => state.merge_zero(mm, place),
-                    CandidateKind::Ownerless => state.break_cow_later(place, None),
+                    (CandidateKind::Steady(..), _) => {}
+                    (CandidateKind::Unlisted(node), _) => state.stable_tree_append(mm, place, node),
+                    (CandidateKind::Zero, _) => state.merge_zero(mm, place),
+                    (CandidateKind::Ownerless, _) => state.break_cow_later(place, None),
                 }
                 if lru::was_in_the_way() {
                     state.note_batched(place);

@@ -11,7 +11,7 @@ mod random;
 mod stable_tree;
 
 use super::{
-    candidate::{CandidateKind, Outcome},
+    candidate::{CandidateKind, Check},
     entry::{PageEntry, PageState},
     filter::Filter,
     index::{MmId, PageAddr},

@@ -15,12 +15,10 @@ const THERE: PageAddr = PageAddr {
 
 fn is_steady(kind: Option<CandidateKind>, content: u32, is_on_probation: bool) -> bool {
     match kind {
-        Some(CandidateKind::Steady(of, Outcome::OnProbation)) => {
+        Some(CandidateKind::Steady(of, Check::Probation)) => {
             of == sample(content) && is_on_probation
         }
-        Some(CandidateKind::Steady(of, Outcome::Unknown)) => {
-            of == sample(content) && !is_on_probation
-        }
+        Some(CandidateKind::Steady(of, Check::None)) => of == sample(content) && !is_on_probation,
         _ => false,
     }
 }
@@ -192,7 +190,7 @@ fn a_refresh_checks_whether_a_queued_page_has_changed() {
     world.state.unstable_insert(HERE, sum(1, 1));
     let mut leaf = refreshing();
     let kind = world.visit(HERE, Seen::Anon(sample(1)), &mut leaf);
-    let Some(CandidateKind::Steady(of, Outcome::Queued(queued))) = kind else {
+    let Some(CandidateKind::Steady(of, Check::Queued(queued))) = kind else {
         panic!("it is no candidate");
     };
     assert_eq!((of, queued), (sample(1), sum(1, 1)));
