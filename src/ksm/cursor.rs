@@ -2,7 +2,7 @@
 
 //! The position of a pass: an address space, and an address in it.
 
-use super::{deferred::Deferred, index::MmId};
+use super::{deferred::Deferred, mms::MmId};
 use kernel::time::{Instant, Monotonic};
 
 /// The position of a pass. It goes through the address spaces in the order of their registration.

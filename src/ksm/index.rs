@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The trees in which equal pages are found.
+//! The trees of stable nodes, in which equal KSM pages are found.
 //!
-//! Nodes stand in the stable tree, the full tree or the orphans, and queued pages in the unstable tree. All are
-//! keyed by checksum. The key is recorded when the page is hashed, so a page that changes later can make its
-//! entry useless, but never a tree wrong. Descents read no page, and all trees survive from pass to pass.
+//! Nodes stand in the stable tree, the full tree or the orphans. All are keyed by checksum, which was recorded
+//! when the page was hashed. Descents read no page, and the trees survive from pass to pass.
 //!
 //! As long as no two pages with one sample are known to differ, their checksums are not computed. Their keys
 //! are [`Checksum::unknown`] then.
@@ -19,20 +18,8 @@ use core::mem::size_of;
 use kernel::{
     alloc::Flags,
     prelude::*,
-    rbtree::{Entry, RBTree, RBTreeNode, RBTreeNodeReservation},
+    rbtree::{RBTree, RBTreeNode, RBTreeNodeReservation},
 };
-
-/// The number of a registered address space. It is never used twice.
-pub(crate) type MmId = u64;
-
-/// The address of a page in one address space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct PageAddr {
-    /// The number of the address space.
-    pub(crate) mm_id: MmId,
-    /// The page-aligned address.
-    pub(crate) addr: usize,
-}
 
 /// The result of [`Index::nodes_like`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,34 +55,9 @@ impl Nodes {
 /// thread busy.
 pub(crate) const MAX_COMPARES: usize = 8;
 
-/// The trees for one set of pages that may merge with each other. `N` is a stable node.
+/// The trees of nodes for one set of pages that may merge with each other. `N` is a stable node.
 ///
 /// # Examples
-///
-/// A page without an equal waits in the unstable tree:
-///
-/// ```
-/// use crate::{
-///     hash::{Checksum, Sample},
-///     ksm::index::{Index, PageAddr},
-/// };
-/// use kernel::prelude::*;
-///
-/// let mut index = Index::<()>::new();
-/// let sum = Checksum::unknown(Sample::from_raw(1));
-/// let first = PageAddr { mm_id: 1, addr: 0x1000 };
-///
-/// // Neither tree has a page with this checksum, so the first one waits for an equal.
-/// assert_eq!(index.nodes_with(sum), None);
-/// assert_eq!(index.unstable_lookup(sum), None);
-/// index.unstable_insert(sum, first, GFP_KERNEL)?;
-///
-/// // The second page finds it there. When both are merged, it waits no longer.
-/// assert_eq!(index.unstable_lookup(sum), Some(first));
-/// index.unstable_remove(sum, first);
-/// assert_eq!(index.unstable_len(), 0);
-/// # Ok::<(), Error>(())
-/// ```
 ///
 /// A merged page has a node in the stable tree:
 ///
@@ -148,16 +110,12 @@ pub(crate) struct Index<N> {
     orphans: RBTree<StableKey, N>,
     /// How many nodes are orphans.
     orphans_len: usize,
-    /// Queued pages: pages that have no known equal. There is one for each checksum.
-    unstable: RBTree<Checksum, PageAddr>,
-    /// How many pages are queued.
-    unstable_len: usize,
     /// The serial number of the next key.
     next_serial: u64,
 }
 
 impl<N> Index<N> {
-    /// Creates an index without nodes and pages.
+    /// Creates an index without nodes.
     pub(crate) fn new() -> Self {
         Self {
             stable: RBTree::new(),
@@ -167,8 +125,6 @@ impl<N> Index<N> {
             dups: 0,
             orphans: RBTree::new(),
             orphans_len: 0,
-            unstable: RBTree::new(),
-            unstable_len: 0,
             next_serial: u64::MAX,
         }
     }
@@ -193,22 +149,14 @@ impl<N> Index<N> {
         self.orphans_len
     }
 
-    /// Returns how many pages are in the unstable tree.
-    pub(crate) fn unstable_len(&self) -> usize {
-        self.unstable_len
-    }
-
     /// Returns the size of the index in bytes, without the allocator's overhead. Each `N` takes `node` bytes
     /// besides its place in a tree.
     pub(crate) fn bytes(&self, node: usize) -> usize {
         // `struct rb_node`. Key and value follow it.
         const LINKS: usize = 3 * size_of::<usize>();
         let node = LINKS + size_of::<StableKey>() + size_of::<N>() + node;
-        let place = LINKS + size_of::<Checksum>() + size_of::<PageAddr>();
         let nodes = self.stable_len.saturating_add(self.orphans_len);
-        nodes
-            .saturating_mul(node)
-            .saturating_add(self.unstable_len.saturating_mul(place))
+        nodes.saturating_mul(node)
     }
 
     /// Whether there is no node in any tree.
@@ -447,47 +395,6 @@ impl<N> Index<N> {
     /// Returns the key of the first node in the full tree behind `after`, of any checksum.
     pub(crate) fn next_full(&self, after: Option<StableKey>) -> Option<StableKey> {
         next_key(&self.full, after)
-    }
-
-    /// Returns the page that is queued under checksum `sum`.
-    pub(crate) fn unstable_lookup(&self, sum: Checksum) -> Option<PageAddr> {
-        self.unstable.get(&sum).copied()
-    }
-
-    /// Returns the lowest checksum under which a page with this sample is queued.
-    pub(crate) fn unstable_lookup_sample(&self, sample: Sample) -> Option<Checksum> {
-        let cursor = self
-            .unstable
-            .cursor_lower_bound(&Checksum::unknown(sample))?;
-        let sum = *cursor.current().0;
-        (sum.sample() == sample).then_some(sum)
-    }
-
-    /// Queues `place` under `sum`, in place of the page that is queued there. Allocates only if there is none.
-    pub(crate) fn unstable_insert(
-        &mut self,
-        sum: Checksum,
-        place: PageAddr,
-        flags: Flags,
-    ) -> Result {
-        match self.unstable.entry(sum) {
-            Entry::Occupied(mut queued) => *queued.get_mut() = place,
-            Entry::Vacant(vacant) => {
-                vacant.insert(place, RBTreeNodeReservation::new(flags)?);
-                self.unstable_len = self.unstable_len.saturating_add(1);
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes `place` from the unstable tree, if it is the page that is queued under `sum`.
-    pub(crate) fn unstable_remove(&mut self, sum: Checksum, place: PageAddr) {
-        if let Some(queued) = self.unstable.find_mut(&sum) {
-            if *queued.get() == place {
-                queued.remove();
-                self.unstable_len = self.unstable_len.saturating_sub(1);
-            }
-        }
     }
 }
 

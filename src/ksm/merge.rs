@@ -10,8 +10,9 @@
 use super::{
     candidate::{Attempt, Candidate, CandidateKind, Check, Outcome},
     entry::{PageEntry, PageState},
-    index::{MmId, Nodes, NodesLike, PageAddr},
+    index::{Nodes, NodesLike},
     metadata::gfp_inherited,
+    mms::{MmId, PageAddr},
     page_map::{Moment, PageMap},
     probation::{Print, Probation, Verdict},
     state::{seconds_since, Core, MmState, State, GFP_SCAN},
@@ -195,7 +196,7 @@ impl State {
         } else {
             sum
         };
-        match self.core.index.unstable_lookup(sum) {
+        match self.core.unstable.lookup(sum) {
             Some(other) if other == place => {}
             Some(other) => self.merge_with_queued(hasher, mm, place, other, sum),
             None => self.unstable_insert(place, sum),
@@ -211,9 +212,9 @@ impl State {
         }
         let unknown = Checksum::unknown(sample);
         if sum.is_unknown() {
-            let is_known = |sum: Checksum| !sum.is_unknown();
+            let queued = self.core.unstable.lookup_sample(sample);
             return index.nodes_like(sample) != NodesLike::None
-                || index.unstable_lookup_sample(sample).is_some_and(is_known);
+                || queued.is_some_and(|sum| !sum.is_unknown());
         }
         index.nodes_with(sum).is_some() || index.nodes_with(unknown).is_some()
     }
@@ -337,7 +338,7 @@ impl State {
                 }
             }
             NodesLike::None => {
-                let queued = self.core.index.unstable_lookup_sample(sample);
+                let queued = self.core.unstable.lookup_sample(sample);
                 if queued.is_none_or(Checksum::is_unknown) {
                     return Outcome::NoMatch(unknown);
                 }
@@ -620,7 +621,7 @@ impl State {
         other_sum: Checksum,
     ) {
         self.core.lately |= unknown.sample().bit();
-        self.core.index.unstable_remove(unknown, other);
+        self.core.unstable.remove(unknown, other);
         for (place, sum) in [(other, other_sum), (place, sum)] {
             let (Some(entry), core) = self.entry(place) else {
                 continue;

@@ -6,7 +6,6 @@
 //! lock that the kernel holds there. So the [`Registry`] is under a spinlock, and its functions do not
 //! allocate. Memory comes from a [`Reservation`] that is made before.
 
-use super::index::MmId;
 use kernel::{
     alloc::Flags,
     mm::Mm,
@@ -14,6 +13,18 @@ use kernel::{
     rbtree::{RBTree, RBTreeNodeReservation},
     sync::aref::ARef,
 };
+
+/// The number of a registered address space. It is never used twice.
+pub(crate) type MmId = u64;
+
+/// The address of a page in one address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PageAddr {
+    /// The number of the address space.
+    pub(crate) mm_id: MmId,
+    /// The page-aligned address.
+    pub(crate) addr: usize,
+}
 
 /// The registered address spaces, in the order of their registration.
 pub(crate) struct Registry {

@@ -11,7 +11,7 @@
 //! | --- | --- |
 //! | `thread`, `scan`, `cursor`, [`deferred`] | the main loop of rksmd, passes, batches |
 //! | `state`, `page`, [`entry`], `forget`, `page_map`, [`probation`], `unlisted` | what is remembered of each page |
-//! | `filter`, [`index`], `stable_tree` | how equal pages are found |
+//! | `filter`, [`index`], `stable_tree`, [`unstable_tree`] | how equal pages are found |
 //! | `candidate`, `scan_buffer`, `merge`, `numa`, `metadata` | merging |
 //! | `unmerge`, `offline`, `limits` | run=2, memory hotplug, settings of what may be merged |
 //! | `mms` | registered address spaces |
@@ -28,7 +28,7 @@ pub(crate) mod index;
 mod limits;
 mod merge;
 mod metadata;
-mod mms;
+pub(crate) mod mms;
 mod numa;
 mod offline;
 mod page;
@@ -44,6 +44,7 @@ mod sysfs;
 pub(crate) mod thread;
 mod unlisted;
 mod unmerge;
+pub(crate) mod unstable_tree;
 
 use crate::{
     hash::{Hasher, Zeroes},
@@ -246,7 +247,7 @@ impl Engine {
     fn update_stats(&self, state: &State) {
         let (core, stats, map_bytes) = (&state.core, &self.stats, state.map_bytes);
         let shared = core.index.stable_len();
-        let unshared = core.index.unstable_len().saturating_add(core.steady);
+        let unshared = core.unstable.len().saturating_add(core.steady);
         // If a node was released, the entries of its pages say "merged" until the next scan. They count as
         // volatile.
         let volatile = core

@@ -10,8 +10,9 @@ use super::{
     candidate::{Candidate, CandidateKind, Candidates, Check, Outcome},
     entry::{PageEntry, PageState},
     forget::Forget,
-    index::{MmId, NodesLike, PageAddr},
+    index::NodesLike,
     metadata::gfp_inherited,
+    mms::{MmId, PageAddr},
     page_map::Found,
     probation::{self, MergeInfo, Print, Probation},
     state::{known_mm, Core, State, GFP_SCAN},
@@ -161,13 +162,8 @@ impl State {
             Some(PageState::Unstable(old)) => self.leave_unstable(place, old),
             Some(_) => {}
         }
-        let before = self.core.index.unstable_lookup(sum);
-        if self
-            .core
-            .index
-            .unstable_insert(sum, place, GFP_SCAN)
-            .is_err()
-        {
+        let before = self.core.unstable.lookup(sum);
+        if self.core.unstable.insert(sum, place, GFP_SCAN).is_err() {
             return self.retry(place);
         }
         if let Some(other) = before.filter(|&other| self.is_queued(other, sum)) {
@@ -180,7 +176,7 @@ impl State {
                 core.bump_retry_seq();
                 core.set_page_state(entry, PageEntry::unstable(sum, entry.strikes()));
             }
-            (None, core) => core.index.unstable_remove(sum, place),
+            (None, core) => core.unstable.remove(sum, place),
         }
     }
 
@@ -198,7 +194,7 @@ impl State {
         if !self.is_queued(place, sum) {
             return;
         }
-        self.core.index.unstable_remove(sum, place);
+        self.core.unstable.remove(sum, place);
         if let (Some(entry), core) = self.entry(place) {
             core.make_steady(entry, sum);
         }
@@ -359,7 +355,7 @@ impl Core {
     fn remove_from_tree(&mut self, place: PageAddr, state: PageState) {
         match state {
             PageState::Steady(_) => self.steady = self.steady.saturating_sub(1),
-            PageState::Unstable(sum) => self.index.unstable_remove(sum, place),
+            PageState::Unstable(sum) => self.unstable.remove(sum, place),
             _ => {}
         }
     }
@@ -484,7 +480,7 @@ impl Core {
                     return Some(CandidateKind::Steady(new, Check::Queued(sum)));
                 }
                 // Queue the page again, under the checksum that it has now. This is not a change of the leaf.
-                self.index.unstable_remove(sum, place);
+                self.unstable.remove(sum, place);
                 self.make_steady(entry, sum);
                 self.candidate_on(entry.probation(), new)
             }

@@ -12,11 +12,13 @@ use super::{
     entry::PageEntry,
     filter::Filter,
     forget::Forget,
-    index::{Index, MmId, PageAddr, Released},
+    index::{Index, Released},
+    mms::{MmId, PageAddr},
     page_map::PageMap,
     probation::Clock,
     settings::Settings,
     unlisted::Unlisted,
+    unstable_tree::UnstableTree,
 };
 use crate::{
     hash::Zeroes,
@@ -83,6 +85,7 @@ pub(crate) struct State {
 /// What is known of all pages together.
 pub(crate) struct Core {
     pub(super) index: Index<NodeBox>,
+    pub(super) unstable: UnstableTree,
     /// Counts the sample of each tracked page.
     pub(super) filter: Filter,
     /// The last pass in which there was no memory for another filter.
@@ -139,6 +142,7 @@ impl State {
             mms: RBTree::new(),
             core: Core {
                 index: Index::new(),
+                unstable: UnstableTree::new(),
                 filter: Filter::new(),
                 filter_failed: None,
                 zeroes: None,
@@ -305,6 +309,7 @@ impl Core {
         let index = self.index.bytes(NodeBox::SIZE);
         items
             .saturating_add(index)
+            .saturating_add(self.unstable.bytes())
             .saturating_add(self.filter.bytes())
     }
 

@@ -6,7 +6,8 @@ use super::{
     cursor::Cursor,
     entry::{PageEntry, PageState},
     forget::Forget,
-    index::{MmId, Released},
+    index::Released,
+    mms::MmId,
     stable_tree::ORPHANS_SWEEP,
     use_mm, Engine,
 };

@@ -25,8 +25,10 @@ use hash::{Checksum, Sample};
 use kernel::{alloc::flags::GFP_NOWAIT, page::PAGE_SIZE, testing::Random};
 use ksm::{
     filter::Filter,
-    index::{Index, PageAddr},
+    index::Index,
+    mms::PageAddr,
     page_map::{Found, PageMap},
+    unstable_tree::UnstableTree,
 };
 use mm::stable_key::StableKey;
 use std::{
@@ -88,10 +90,11 @@ fn sum(random: &mut Random) -> Checksum {
     Checksum::from_raw(random.draw())
 }
 
-/// An index, its content, and a source of more.
+/// The trees, their content, and a source of more.
 struct Trees {
     index: Index<u64>,
-    /// Its content, in no order.
+    unstable: UnstableTree,
+    /// Their content, in no order.
     waiting: Vec<Checksum>,
     nodes: Vec<StableKey>,
     /// The index of the next one.
@@ -104,6 +107,7 @@ impl Trees {
     fn with(size: usize) -> Self {
         let mut trees = Self {
             index: Index::new(),
+            unstable: UnstableTree::new(),
             waiting: Vec::new(),
             nodes: Vec::new(),
             at: 0,
@@ -111,7 +115,7 @@ impl Trees {
         };
         for _ in 0..size {
             let sum = sum(&mut trees.random);
-            assert!(trees.index.unstable_insert(sum, PLACE, GFP_NOWAIT).is_ok());
+            assert!(trees.unstable.insert(sum, PLACE, GFP_NOWAIT).is_ok());
             trees.waiting.push(sum);
         }
         for _ in 0..size {
@@ -147,12 +151,12 @@ fn unstable(group: &mut Group<'_>, size: usize, trees: &mut Trees) {
         trees.waiting[at]
     };
     let look = |trees: &mut Trees, sum: &Checksum| {
-        black_box(trees.index.unstable_lookup(*sum));
+        black_box(trees.unstable.lookup(*sum));
     };
     let add = |trees: &mut Trees, sum: &Checksum| {
-        let _ = black_box(trees.index.unstable_insert(*sum, PLACE, GFP_NOWAIT));
+        let _ = black_box(trees.unstable.insert(*sum, PLACE, GFP_NOWAIT));
     };
-    let remove = |trees: &mut Trees, sum: &Checksum| trees.index.unstable_remove(*sum, PLACE);
+    let remove = |trees: &mut Trees, sum: &Checksum| trees.unstable.remove(*sum, PLACE);
     let add_back = |trees: &mut Trees, sum| add(trees, &sum);
     let remove_again = |trees: &mut Trees, sum| remove(trees, &sum);
     let leave = |_: &mut Trees, _| ();

@@ -42,6 +42,8 @@ pub(crate) mod stable_tree;
 pub(crate) mod state;
 #[path = "../../../src/ksm/unlisted.rs"]
 pub(crate) mod unlisted;
+#[path = "../../../src/ksm/unstable_tree.rs"]
+pub(crate) mod unstable_tree;
 
 // The tests of files whose items only `ksm` can see. A bench takes this file in, too, but no tests.
 #[cfg(test)]

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `ksm/index.rs`, compared with plain maps.
+//! Tests of `ksm/index.rs` and `ksm/unstable_tree.rs`, compared with plain maps.
 
 use super::counted::{Counted, Ledger};
 use crate::hash::{Checksum, Sample, SUM_BITS};
-use crate::ksm::index::{Index, Nodes, NodesLike, PageAddr, MAX_COMPARES};
+use crate::ksm::{
+    index::{Index, Nodes, NodesLike, MAX_COMPARES},
+    mms::PageAddr,
+    unstable_tree::UnstableTree,
+};
 use crate::mm::stable_key::StableKey;
 use kernel::{
     alloc::flags::GFP_NOWAIT,
@@ -43,9 +47,10 @@ fn next_in(tree: &BTreeMap<Plain, usize>, after: Option<Plain>) -> Option<Plain>
         .find(|key| after.is_none_or(|after| *key > after))
 }
 
-/// The index, and its expected content.
+/// The trees, and their expected content.
 struct Pair {
     index: Index<Counted>,
+    queue: UnstableTree,
     stable: BTreeMap<Plain, usize>,
     full: BTreeMap<Plain, usize>,
     orphans: BTreeMap<Plain, usize>,
@@ -60,6 +65,7 @@ impl Pair {
         assert_eq!(live(), Live::default(), "left behind by a test before");
         Self {
             index: Index::new(),
+            queue: UnstableTree::new(),
             stable: BTreeMap::new(),
             full: BTreeMap::new(),
             orphans: BTreeMap::new(),
@@ -241,7 +247,7 @@ impl Pair {
 
     /// Return the checksum under which a page with this sample is in the unstable tree.
     fn waiting_like(&self, sample: Sample) -> Option<Checksum> {
-        let found = self.index.unstable_lookup_sample(sample);
+        let found = self.queue.lookup_sample(sample);
         let sums = self.unstable.keys().copied().map(Checksum::from_raw);
         assert_eq!(found, sums.filter(|sum| sum.sample() == sample).min());
         found
@@ -308,9 +314,9 @@ impl Pair {
     }
 
     fn wait(&mut self, sum: Checksum, place: PageAddr, plan: Plan) {
-        let before = self.index.unstable_lookup(sum);
+        let before = self.queue.lookup(sum);
         let (result, events) =
-            watch(|| failing(plan, || self.index.unstable_insert(sum, place, GFP_NOWAIT)));
+            watch(|| failing(plan, || self.queue.insert(sum, place, GFP_NOWAIT)));
         assert_eq!(events.sleeping, 0, "other flags than those it was given");
         assert_eq!(result.is_err(), events.failed > 0);
         if before.is_some() {
@@ -322,14 +328,14 @@ impl Pair {
         }
         if let Err(err) = result {
             assert_eq!(err, ENOMEM);
-            assert_eq!(self.index.unstable_lookup(sum), before);
+            assert_eq!(self.queue.lookup(sum), before);
         } else {
             self.unstable.insert(sum.get(), place);
         }
     }
 
     fn stop_waiting(&mut self, sum: Checksum, place: PageAddr) {
-        self.index.unstable_remove(sum, place);
+        self.queue.remove(sum, place);
         if self.unstable.get(&sum.get()) == Some(&place) {
             self.unstable.remove(&sum.get());
         }
@@ -344,7 +350,7 @@ impl Pair {
         assert_eq!(self.index.dups(), chains.iter().sum::<usize>());
         assert_eq!(self.index.stable_len(), stable);
         assert_eq!(self.index.orphans_len(), orphans);
-        assert_eq!(self.index.unstable_len(), self.unstable.len());
+        assert_eq!(self.queue.len(), self.unstable.len());
         assert_eq!(self.index.has_no_nodes(), stable + orphans == 0);
         assert_eq!(self.ledger.alive(), stable + orphans);
         assert_eq!(live().allocations, stable + orphans + self.unstable.len());
@@ -369,7 +375,7 @@ impl Pair {
             self.nodes_like(sum.sample());
             self.waiting_like(sum.sample());
             assert_eq!(
-                self.index.unstable_lookup(sum),
+                self.queue.lookup(sum),
                 self.unstable.get(&sum.get()).copied()
             );
         }
@@ -383,7 +389,7 @@ impl Pair {
 
     fn finish(self) {
         self.check_content();
-        drop(self.index);
+        drop((self.index, self.queue));
         assert_eq!(self.ledger.alive(), 0);
         assert_eq!(live(), Live::default());
     }
@@ -508,7 +514,7 @@ proptest! {
                 Op::Wait(nth, at, plan) => pair.wait(sum(nth), place(at), plan),
                 Op::StopWaiting(nth, at) => pair.stop_waiting(sum(nth), place(at)),
                 Op::StopWaiter(nth) => {
-                    if let Some(at) = pair.index.unstable_lookup(sum(nth)) {
+                    if let Some(at) = pair.queue.lookup(sum(nth)) {
                         pair.stop_waiting(sum(nth), at);
                     }
                 }
@@ -685,17 +691,17 @@ fn only_who_waits_stops() {
     pair.wait(sum(1), here, Plan::Never);
     for other in elsewhere {
         pair.stop_waiting(sum(1), other);
-        assert_eq!(pair.index.unstable_lookup(sum(1)), Some(here));
+        assert_eq!(pair.queue.lookup(sum(1)), Some(here));
     }
     pair.stop_waiting(sum(0), here);
     pair.stop_waiting(sum(2), here);
-    assert_eq!(pair.index.unstable_lookup(sum(1)), Some(here));
+    assert_eq!(pair.queue.lookup(sum(1)), Some(here));
     // It was replaced, so the earlier one has no say any more.
     pair.wait(sum(1), elsewhere[0], Plan::Always);
     pair.stop_waiting(sum(1), here);
-    assert_eq!(pair.index.unstable_lookup(sum(1)), Some(elsewhere[0]));
+    assert_eq!(pair.queue.lookup(sum(1)), Some(elsewhere[0]));
     pair.stop_waiting(sum(1), elsewhere[0]);
-    assert_eq!(pair.index.unstable_lookup(sum(1)), None);
+    assert_eq!(pair.queue.lookup(sum(1)), None);
     pair.finish();
 }
 
@@ -705,17 +711,16 @@ fn only_who_waits_stops() {
 fn what_collides_is_not_looked_at_without_end() {
     for count in [16, 64, 4096] {
         let mut index = Index::<()>::new();
+        let mut queue = UnstableTree::new();
         for nth in 0..count {
             let key = index.new_key(sum(1));
             index.insert(key, (), GFP_NOWAIT).unwrap();
             index.move_to_stable(key);
-            index
-                .unstable_insert(sum(1), place(nth), GFP_NOWAIT)
-                .unwrap();
+            queue.insert(sum(1), place(nth), GFP_NOWAIT).unwrap();
         }
         assert_eq!(index.stable_len(), count);
-        assert_eq!(index.unstable_len(), 1);
-        assert_eq!(index.unstable_lookup(sum(1)), Some(place(count - 1)));
+        assert_eq!(queue.len(), 1);
+        assert_eq!(queue.lookup(sum(1)), Some(place(count - 1)));
         let looked_at = std::cell::Cell::new(0);
         let found = index.by_mappings(sum(1), |()| {
             looked_at.set(looked_at.get() + 1);

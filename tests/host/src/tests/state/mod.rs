@@ -14,7 +14,7 @@ use super::{
     candidate::{CandidateKind, Check},
     entry::{PageEntry, PageState},
     filter::Filter,
-    index::{MmId, PageAddr},
+    mms::{MmId, PageAddr},
     page::LeafPass,
     probation::{Print, Probation, Strikes},
     settings::Settings,
@@ -239,7 +239,7 @@ impl World {
                 Shown::Steady(_) => steady += 1,
                 Shown::Unstable(sum) => {
                     queued += 1;
-                    let found = self.state.core.index.unstable_lookup(sum);
+                    let found = self.state.core.unstable.lookup(sum);
                     assert_eq!(found, Some(place), "is queued under {sum:?}");
                 }
                 Shown::Merged(Some(node)) => *listed.entry(node).or_default() += 1,
@@ -249,7 +249,7 @@ impl World {
         let core = &self.state.core;
         assert_eq!(core.pages, pages, "pages");
         assert_eq!(core.steady, steady, "steady pages");
-        assert_eq!(core.index.unstable_len(), queued, "queued pages");
+        assert_eq!(core.unstable.len(), queued, "queued pages");
         assert_eq!(core.items, listed.values().sum::<usize>(), "items");
         let nodes = self.nodes();
         let full = |key: &StableKey| self.node(*key).items() >= core.settings.max_sharing();

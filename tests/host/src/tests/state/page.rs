@@ -166,7 +166,7 @@ fn a_page_replaces_the_one_queued_before() {
     assert!(is_steady(world.see(HERE, 1), 1, true));
     world.check();
     world.state.unstable_insert(THERE, sum(1, 2));
-    assert_eq!(world.state.core.index.unstable_lookup(sum(1, 1)), None);
+    assert_eq!(world.state.core.unstable.lookup(sum(1, 1)), None);
     world.end();
 }
 
@@ -179,7 +179,7 @@ fn a_queued_page_that_changes_leaves_the_tree() {
     world.visit(HERE, Seen::Anon(sample(2)), &mut leaf);
     assert!(leaf.changed);
     assert_eq!(world.show(HERE), Shown::Seen(sample(2)));
-    assert_eq!(world.state.core.index.unstable_len(), 0);
+    assert_eq!(world.state.core.unstable.len(), 0);
     world.end();
 }
 
