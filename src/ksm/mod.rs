@@ -10,7 +10,7 @@
 //! | module | contents |
 //! | --- | --- |
 //! | `thread`, `scan`, `cursor`, [`deferred`] | the main loop of rksmd, passes, batches |
-//! | `state`, `page`, [`entry`], `forget`, `page_map`, [`probation`], `unlisted` | what is remembered of each page |
+//! | `state`, `page`, [`entry`], `forget`, `page_map`, [`probation`], `unlisted` | what is known of each page |
 //! | `filter`, [`index`], `stable_tree`, [`unstable_tree`] | how equal pages are found |
 //! | `candidate`, `scan_buffer`, `merge`, `numa`, `metadata` | merging |
 //! | `unmerge`, `offline`, `limits` | run=2, memory hotplug, settings of what may be merged |

@@ -71,7 +71,8 @@ pub(crate) struct State {
     pub(super) map_bytes: usize,
     /// How many of [`Self::mms`] have exited.
     pub(super) dying: usize,
-    /// Merged pages to unshare when `state` is unlocked, see [`Engine::break_cow_pending`](super::Engine::break_cow_pending).
+    /// Merged pages to unshare when `state` is unlocked, see
+    /// [`Engine::break_cow_pending`](super::Engine::break_cow_pending).
     ///
     /// With a node: the page became its KSM page, but no other page could be merged into it. The node is given
     /// by its identity, as its key may change. Without a node: the page has none.
