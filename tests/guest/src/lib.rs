@@ -18,5 +18,6 @@ pub mod kprobe;
 pub mod rwp;
 pub mod scan;
 pub mod suites;
+pub mod tracefs;
 pub mod uffd;
 pub mod worker;

@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::{ensure, Result};
 
 use super::tests;
-use super::trace::{Recorder, NO_EVENTS};
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::scan;
+use crate::tracefs::{Recorder, NO_EVENTS};
 use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {

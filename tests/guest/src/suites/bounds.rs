@@ -9,12 +9,11 @@ use anyhow::{ensure, Context, Result};
 use io_uring::IoUring;
 
 use super::tests;
-use super::trace;
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::region::{Region, PAGE};
 use crate::scan::{self, Stepper};
 use crate::worker::Worker;
-use crate::{engine, proc};
+use crate::{engine, proc, tracefs};
 
 pub const SUITE: Suite = Suite {
     name: "bounds",
@@ -40,7 +39,7 @@ impl Holds {
     const EVENT: &str = "events/mmap_lock/mmap_lock_released";
 
     fn of(pid: u32) -> Result<Option<Self>> {
-        let dir = trace::mounted()?;
+        let dir = tracefs::mounted()?;
         if !dir.join(Self::EVENT).exists() {
             return Ok(None);
         }

@@ -9,10 +9,10 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 
 use super::tests;
-use super::trace::{self, Recorder};
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
 use crate::kmsg::Log;
 use crate::sys::{self, Forked};
+use crate::tracefs::{Recorder, NO_EVENTS};
 use crate::worker::Worker;
 use crate::{engine, scan};
 
@@ -159,11 +159,11 @@ fn log() -> Outcome {
 
 fn events() -> Outcome {
     let Some(recorder) = Recorder::start()? else {
-        return skip(trace::NO_EVENTS);
+        return skip(NO_EVENTS);
     };
     let workers = merge_some()?;
     engine::write("run", 2)?;
-    let text = fs::read_to_string(trace::mounted()?.join("trace"))?;
+    let text = recorder.text()?;
     drop(recorder);
     let merges = text.matches("ksm_merge_with_ksm_page: ").count();
     ensure!(merges >= 16, "{merges} merges only");
