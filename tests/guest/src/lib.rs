@@ -11,6 +11,7 @@ pub use rksm_test_lib::{
 };
 
 pub mod harness;
+pub mod hugepage;
 pub mod inject;
 pub mod kmemleak;
 pub mod kmsg;

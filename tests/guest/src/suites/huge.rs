@@ -3,14 +3,15 @@
 
 use std::os::fd::AsRawFd;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::ensure;
 
 use super::tests;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
+use crate::hugepage::{huge_kib, huge_region, huge_region_by, part, NO_HUGE_PAGE, PARTS};
 use crate::kprobe::Calls;
 use crate::pageflags::{merged, zeroes, Span};
-use crate::region::{Region, HUGE, PAGE};
+use crate::region::PAGE;
 use crate::scan;
 use crate::worker::Worker;
 
@@ -33,45 +34,9 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-pub(super) const PARTS: usize = HUGE / PAGE;
-
-/// Map one huge page whose part `k` holds the content of `seed + k`. `None` if the kernel provides no huge
-/// page.
-pub(super) fn huge_region(seed: u64) -> Result<Option<Region>> {
-    filled(seed, 1)
-}
-
-/// Map one huge page whose part `k` holds the content of `seed + k * step`.
-fn filled(seed: u64, step: u64) -> Result<Option<Region>> {
-    let mut region = Region::aligned(PARTS, HUGE)?;
-    region.advise(0, PARTS, libc::MADV_HUGEPAGE)?;
-    region.fill(0, PARTS, seed, step);
-    if huge_kib(&region)? == 0 {
-        // Memory may be fragmented, so ask the kernel to collapse the range.
-        let _ = region.advise(0, PARTS, libc::MADV_COLLAPSE);
-    }
-    // Keep khugepaged from collapsing the parts again.
-    region.advise(0, PARTS, libc::MADV_NOHUGEPAGE)?;
-    Ok((huge_kib(&region)? != 0).then_some(region))
-}
-
-pub(super) fn huge_kib(region: &Region) -> Result<i64> {
-    crate::proc::anon_huge_kib(std::process::id(), region.addr()).context("AnonHugePages")
-}
-
-pub(super) fn part(region: &Region, i: usize) -> Span {
-    Span {
-        pid: std::process::id(),
-        addr: region.at(i),
-        pages: 1,
-    }
-}
-
-pub(super) const NONE: &str = "the kernel provides no huge page";
-
 fn one_part() -> Outcome {
     let Some(mut region) = huge_region(1000)? else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     let mut small = Worker::mergeable(1, 1000 + 77)?;
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
@@ -87,7 +52,7 @@ fn one_part() -> Outcome {
 
 fn two_parts() -> Outcome {
     let Some(mut region) = huge_region(1000)? else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     region.fill(300, 1, 1000 + 5, 0);
     ensure!(huge_kib(&region)? != 0);
@@ -104,7 +69,7 @@ fn two_parts() -> Outcome {
 
 fn equal_huge() -> Outcome {
     let (Some(mut a), Some(b)) = (huge_region(1000)?, huge_region(1000)?) else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     for region in [&a, &b] {
         region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
@@ -129,7 +94,7 @@ fn held() -> Outcome {
     let mut third = Worker::mergeable(PARTS, 1000)?;
     scan::until_merged(PARTS as u64, PARTS as u64)?;
     let Some(region) = huge_region(1000)? else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     let (output, input) = crate::sys::pipe()?;
     let page = libc::iovec {
@@ -161,7 +126,7 @@ fn held() -> Outcome {
 
 fn no_part() -> Outcome {
     let Some(region) = huge_region(1000)? else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
     scan::passes(4)?;
@@ -172,8 +137,8 @@ fn no_part() -> Outcome {
 
 /// Scan until no part of a huge page of zeroes uses memory of its own.
 fn expect_no_zeroes_left() -> Outcome {
-    let Some(mut region) = filled(0, 0)? else {
-        return skip(NONE);
+    let Some(mut region) = huge_region_by(0, 0)? else {
+        return skip(NO_HUGE_PAGE);
     };
     let all = Span {
         pages: PARTS,

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Past defects of KSM: swap, memory that goes offline, huge and zero pages.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs;
 
 use anyhow::{ensure, Context, Result};
 
@@ -11,11 +10,12 @@ use crate::background::Background;
 use crate::cgroup::Group;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
+use crate::hugepage::{huge_kib, huge_region, huge_region_by, NO_HUGE_PAGE, PARTS};
 use crate::inject::{Injection, NO_INJECTION};
 use crate::memblock::{Plugged, NO_DIMM};
-use crate::pageflags::{frames, merged, swapped, Span};
+use crate::pageflags::{frames, merged, swapped, zeroes, Span};
 use crate::proc;
-use crate::region::{Region, HUGE, PAGE};
+use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::swap::Zram;
 use crate::worker::{verify_all, Worker};
@@ -41,6 +41,7 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 64;
 const NO_SWAP: &str = "no zram or no memory cgroups";
+
 /// When there was no memory for the head of a new chain, the lookup continued with the node that should have
 /// become its first member. Needs nodes that become full while allocations of the thread fail; seen as an
 /// oops, or as a page with more mappings than allowed.
@@ -183,26 +184,6 @@ fn swap_in_charge() -> Outcome {
     PASS
 }
 
-/// Map a huge page with the content of `seed + k * step` in part `k`. `None` if the kernel provides none.
-fn huge_region(seed: u64, step: u64) -> Result<Option<Region>> {
-    let mut region = Region::aligned(PARTS, HUGE)?;
-    region.advise(0, PARTS, libc::MADV_HUGEPAGE)?;
-    region.fill(0, PARTS, seed, step);
-    if huge_kib(&region)? == 0 {
-        let _ = region.advise(0, PARTS, libc::MADV_COLLAPSE);
-    }
-    // Keep khugepaged from collapsing the parts again.
-    region.advise(0, PARTS, libc::MADV_NOHUGEPAGE)?;
-    Ok((huge_kib(&region)? != 0).then_some(region))
-}
-
-const PARTS: usize = HUGE / PAGE;
-const NO_HUGE: &str = "the kernel provides no huge page";
-
-fn huge_kib(region: &Region) -> Result<i64> {
-    proc::anon_huge_kib(std::process::id(), region.addr())
-}
-
 fn own(region: &Region, first: usize, pages: usize) -> Span {
     Span {
         pid: std::process::id(),
@@ -216,8 +197,8 @@ fn own(region: &Region, first: usize, pages: usize) -> Span {
 /// not merge with each other.
 fn two_parts() -> Outcome {
     for round in 0..6usize {
-        let Some(mut region) = huge_region(1000, 1)? else {
-            return skip(NO_HUGE);
+        let Some(mut region) = huge_region(1000)? else {
+            return skip(NO_HUGE_PAGE);
         };
         let (a, b) = (round * 7, PARTS - 1 - round * 11);
         region.fill(b, 1, 1000 + a as u64, 0);
@@ -283,24 +264,11 @@ fn zero_counters() -> Outcome {
     PASS
 }
 
-/// Count the pages of `span` that map the kernel's zero page.
-fn zeroes(span: Span) -> Result<usize> {
-    const KPF_ZERO_PAGE: u64 = 1 << 24;
-    let flags = File::open("/proc/kpageflags").context("kpageflags")?;
-    let mut count = 0;
-    for frame in frames(span)?.into_iter().flatten() {
-        let mut raw = [0u8; 8];
-        flags.read_exact_at(&mut raw, frame * 8)?;
-        count += usize::from(u64::from_le_bytes(raw) & KPF_ZERO_PAGE != 0);
-    }
-    Ok(count)
-}
-
 /// A huge page of zeroes: all its parts are equal, and the split itself may map the zero page for them. No
 /// part may keep memory of its own.
 fn huge_zero() -> Outcome {
-    let Some(mut region) = huge_region(0, 0)? else {
-        return skip(NO_HUGE);
+    let Some(mut region) = huge_region_by(0, 0)? else {
+        return skip(NO_HUGE_PAGE);
     };
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
     let all = own(&region, 0, PARTS);

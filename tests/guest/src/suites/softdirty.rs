@@ -9,6 +9,7 @@ use super::tests;
 use crate::cgroup::Group;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
+use crate::hugepage::{huge_region, NO_HUGE_PAGE, PARTS};
 use crate::numa;
 use crate::pageflags::{merged, soft_dirty, swapped, zeroes, Span};
 use crate::region::{Region, PAGE};
@@ -216,10 +217,9 @@ fn huge() -> Outcome {
     if engine::is_in_tree() {
         return skip(IN_TREE);
     }
-    use super::huge::{huge_region, NONE, PARTS};
     let mut other = Worker::mergeable(N, 1000)?;
     let Some(region) = huge_region(1000)? else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
     clear(&region)?;

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
-use super::huge::{huge_kib, huge_region, part, NONE, PARTS};
 use super::regress_pages::{ioctl, userfaultfd, FEATURE_WP, MODE_WP, UFFDIO_WRITEPROTECT};
 use super::tests;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
+use crate::hugepage::{huge_kib, huge_region, part, NO_HUGE_PAGE, PARTS};
 use crate::pageflags::{merged, merged_frames, zeroes, Span};
 use crate::prng;
 use crate::proc::vmstat;
@@ -127,7 +127,7 @@ fn a_byte_differs_from_merged() -> Outcome {
         let mut regions = Vec::new();
         for k in 0..COUNT {
             let Some(mut region) = huge_region(100_000 * (k as u64 + 1))? else {
-                return skip(NONE);
+                return skip(NO_HUGE_PAGE);
             };
             let offset = 1001 + 80 * k;
             region.fill(100, 1, twin_seed(k), 0);
@@ -178,7 +178,7 @@ fn marked() -> Outcome {
         .enumerate()
     {
         let Some(mut region) = huge_region(100_000 * (k as u64 + 1))? else {
-            return skip(NONE);
+            return skip(NO_HUGE_PAGE);
         };
         region.fill(100, 1, 177, 0);
         let uffd = match (kind, mark(&region, kind)) {
@@ -264,7 +264,7 @@ fn pairs() -> Outcome {
             for (k, huge) in huge.into_iter().enumerate() {
                 let others = seed * 100_000 + k as u64 * 10_000;
                 let Some(side) = Side::new(huge, seed, others)? else {
-                    return skip(NONE);
+                    return skip(NO_HUGE_PAGE);
                 };
                 sides.push(side);
             }
@@ -313,7 +313,7 @@ fn at_another_address() -> Outcome {
         return skip("the in-tree engine merges pages that a child has at another address");
     }
     let (Some(mut a), Some(mut b)) = (huge_region(100_000)?, huge_region(200_000)?) else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     for region in [&mut a, &mut b] {
         region.fill(77, 1, 99, 0);
@@ -352,7 +352,7 @@ fn zeroes_that_cannot() -> Outcome {
     {
         let what = format!("{obstacle:?}");
         let Some(mut region) = huge_region(100_000 * (k as u64 + 1))? else {
-            return skip(NONE);
+            return skip(NO_HUGE_PAGE);
         };
         region.fill(5, 1, 0, 0);
         let mut obstructions = (None, None);
@@ -500,7 +500,7 @@ fn put_together_again() -> Outcome {
     // In this order: otherwise the worker inherits the huge page, and khugepaged ignores shared ones.
     let mut small = Worker::mergeable(1, 1000 + 77)?;
     let Some(region) = huge_region(1000)? else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
     scan::until_merged(1, 1)?;
@@ -525,7 +525,7 @@ fn put_together_again_with_zeroes() -> Outcome {
     engine::write("smart_scan", 1)?;
     engine::write("use_zero_pages", 1)?;
     let Some(mut region) = huge_region(1000)? else {
-        return skip(NONE);
+        return skip(NO_HUGE_PAGE);
     };
     region.fill(100, 100, 0, 0);
     let parts = Span {
