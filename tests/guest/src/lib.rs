@@ -16,7 +16,6 @@ pub mod inject;
 pub mod kmemleak;
 pub mod kmsg;
 pub mod kprobe;
-pub mod rwp;
 pub mod scan;
 pub mod suites;
 pub mod tracefs;

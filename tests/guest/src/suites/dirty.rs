@@ -17,7 +17,7 @@ use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::swap::Zram;
 use crate::timeout::scaled;
-use crate::uffd::Uffd;
+use crate::uffd::{Mode, Uffd};
 use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
@@ -212,7 +212,7 @@ fn pagemap_scan() -> Outcome {
     let Some(bench) = Bench::new()? else {
         return skip("no zram or no memory cgroups");
     };
-    let Some(uffd) = Uffd::noting(&bench.region)? else {
+    let Some(uffd) = Uffd::new(bench.span(), Mode::WriteAsync)? else {
         return skip("the kernel has no userfaultfd");
     };
     let tracker = PagemapScan {
@@ -229,7 +229,7 @@ fn pagemap_scan_zeroes() -> Outcome {
     let mut region = Region::new(N)?;
     region.advise(0, N, libc::MADV_NOHUGEPAGE)?;
     region.fill(0, N, 100, 1);
-    let Some(uffd) = Uffd::noting(&region)? else {
+    let Some(uffd) = Uffd::new(region.span(), Mode::WriteAsync)? else {
         return skip("the kernel has no userfaultfd");
     };
     let tracker = PagemapScan {
@@ -358,10 +358,10 @@ fn frozen() -> Outcome {
     bench.third.fill(THIRD, N - THIRD, 50_000, 1)?;
     bench.merge(THIRD)?;
     let before: Vec<_> = (0..N).map(|i| copy_of(&bench.region, i)).collect();
-    let Some(mut uffd) = Uffd::waiting(&bench.region)? else {
+    let Some(mut uffd) = Uffd::new(bench.span(), Mode::Write)? else {
         return skip("the kernel has no userfaultfd");
     };
-    uffd.protect()?;
+    uffd.protect(bench.span(), true)?;
     let held = |when: &str, bench: &Bench| -> Result<()> {
         let count = marked(bench.span(), Mark::Protected)?
             .iter()

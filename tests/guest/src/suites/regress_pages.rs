@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -16,6 +15,7 @@ use crate::pageflags::{merged, merged_frames};
 use crate::region::{Region, PAGE};
 use crate::scan;
 use crate::sys::{self, Forked};
+use crate::uffd::{Mode, Uffd};
 use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
@@ -46,44 +46,7 @@ pub const SUITE: Suite = Suite {
 
 const N: usize = 32;
 
-const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
-pub(super) const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
-pub(super) const MODE_WP: u64 = 2;
-const MODE_MINOR: u64 = 4;
-pub(super) const FEATURE_WP: u64 = 1;
-const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
-
-pub(super) fn ioctl<const W: usize>(
-    fd: &OwnedFd,
-    request: libc::c_ulong,
-    mut arg: [u64; W],
-) -> Result<()> {
-    // SAFETY: `arg` is as large as each request used here says, and outlives the call.
-    let ret = unsafe { libc::ioctl(fd.as_raw_fd(), request, arg.as_mut_ptr()) };
-    ensure!(
-        ret == 0,
-        "ioctl {request:#x}: {}",
-        std::io::Error::last_os_error()
-    );
-    Ok(())
-}
-
-/// Open a userfaultfd for `pages` pages from `addr` on.
-pub(super) fn userfaultfd(addr: usize, pages: usize, mode: u64, features: u64) -> Result<OwnedFd> {
-    // SAFETY: The call takes flags only.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
-    ensure!(fd >= 0, "userfaultfd: {}", std::io::Error::last_os_error());
-    // SAFETY: The call succeeded, so the descriptor is open, and nothing else owns it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    ioctl(&fd, UFFDIO_API, [0xaa, features, 0])?;
-    ioctl(
-        &fd,
-        UFFDIO_REGISTER,
-        [addr as u64, (pages * PAGE) as u64, mode, 0],
-    )?;
-    Ok(fd)
-}
+const NO_UFFD: &str = "the kernel has no userfaultfd";
 
 /// Return the flags of the VMA that starts at `addr`.
 fn vm_flags(addr: usize) -> Result<String> {
@@ -117,7 +80,9 @@ fn madvise_flags() -> Outcome {
     };
     ensure!(at != libc::MAP_FAILED, "mmap");
     let region = Region::adopt(at as usize, N);
-    let uffd = userfaultfd(region.addr(), N, MODE_MINOR, FEATURE_MINOR_SHMEM)?;
+    let Some(uffd) = Uffd::new(region.span(), Mode::Minor)? else {
+        return skip(NO_UFFD);
+    };
     region.advise(0, N, libc::MADV_MERGEABLE)?;
     let on = vm_flags(region.addr())?;
     ensure!(on.contains(" mg ") && on.contains(" ui "), "before:{on}");
@@ -139,9 +104,10 @@ fn unmerge_uffd_wp() -> Outcome {
         region.advise(0, 2 * N, libc::MADV_MERGEABLE)?;
         scan::until_merged(N as u64, N as u64)?;
         scan::stop()?;
-        let uffd = userfaultfd(region.addr(), 2 * N, MODE_WP, FEATURE_WP)?;
-        let range = [region.addr() as u64, (2 * N * PAGE) as u64, 1];
-        ioctl(&uffd, UFFDIO_WRITEPROTECT, range)?;
+        let Some(uffd) = Uffd::new(region.span(), Mode::Write)? else {
+            return skip(NO_UFFD);
+        };
+        uffd.protect(region.span(), true)?;
         if by_run_2 {
             engine::write("run", 2)?;
         } else {

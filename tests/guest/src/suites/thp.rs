@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
-use super::regress_pages::{ioctl, userfaultfd, FEATURE_WP, MODE_WP, UFFDIO_WRITEPROTECT};
 use super::tests;
 use crate::engine::{self, wait_for};
 use crate::harness::{skip, Module, Outcome, Suite, PASS};
@@ -19,6 +18,7 @@ use crate::proc::vmstat;
 use crate::region::{Region, HUGE, PAGE};
 use crate::scan;
 use crate::timeout::scaled;
+use crate::uffd::{Mode, Uffd};
 use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
@@ -49,11 +49,6 @@ pub const SUITE: Suite = Suite {
     ],
 };
 
-const UFFDIO_RWPROTECT: libc::c_ulong = 0xc018_aa09;
-const MODE_RWP: u64 = 8;
-const FEATURE_WP_ASYNC: u64 = 1 << 15;
-const FEATURE_RWP: u64 = 1 << 17;
-
 /// Passes after which all equal pages have merged.
 const PASSES: u64 = 8;
 
@@ -80,24 +75,14 @@ fn unmap(mut region: Region) -> Result<()> {
     region.truncate(0)
 }
 
-/// Mark `region` by a userfaultfd until the result is dropped.
-fn mark(region: &Region, kind: Mark) -> Result<OwnedFd> {
-    let (mode, features, request) = match kind {
-        Mark::Write => (MODE_WP, FEATURE_WP, UFFDIO_WRITEPROTECT),
-        Mark::WriteAsync => (MODE_WP, FEATURE_WP | FEATURE_WP_ASYNC, UFFDIO_WRITEPROTECT),
-        Mark::ReadWrite => (MODE_RWP, FEATURE_RWP, UFFDIO_RWPROTECT),
-    };
-    let uffd = userfaultfd(region.addr(), region.pages(), mode, features)?;
-    let range = [region.addr() as u64, (region.pages() * PAGE) as u64, 1];
-    ioctl(&uffd, request, range)?;
+/// Mark the pages of `region` by a userfaultfd until the result is dropped. `None` if the kernel has no such
+/// mark.
+fn mark(region: &Region, mode: Mode) -> Result<Option<Uffd>> {
+    let uffd = Uffd::new(region.span(), mode)?;
+    if let Some(uffd) = &uffd {
+        uffd.protect(region.span(), true)?;
+    }
     Ok(uffd)
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Mark {
-    Write,
-    WriteAsync,
-    ReadWrite,
 }
 
 /// Hold a reference to page `i` of `region` until the result is dropped.
@@ -173,7 +158,7 @@ fn marked() -> Outcome {
     }
     let mut small = [Worker::mergeable(1, 177)?, Worker::mergeable(1, 177)?];
     scan::until_merged(1, 1)?;
-    for (k, kind) in [Mark::Write, Mark::WriteAsync, Mark::ReadWrite]
+    for (k, mode) in [Mode::Write, Mode::WriteAsync, Mode::Access]
         .into_iter()
         .enumerate()
     {
@@ -181,20 +166,16 @@ fn marked() -> Outcome {
             return skip(NO_HUGE_PAGE);
         };
         region.fill(100, 1, 177, 0);
-        let uffd = match (kind, mark(&region, kind)) {
-            (_, Ok(uffd)) => uffd,
-            (Mark::ReadWrite, Err(e)) => {
-                println!("not tried, {kind:?}: {e:#}");
-                unmap(region)?;
-                continue;
-            }
-            (_, Err(e)) => return Err(e),
+        let Some(uffd) = mark(&region, mode)? else {
+            println!("not tried: the kernel has no mark {mode:?}");
+            unmap(region)?;
+            continue;
         };
         region.advise(0, PARTS, libc::MADV_MERGEABLE)?;
         ensure_whole("before", &region)?;
         scan::passes(PASSES)?;
-        ensure_whole(&format!("{kind:?}"), &region)?;
-        ensure!(engine::counters()?.sharing == 1, "{kind:?}: merged");
+        ensure_whole(&format!("{mode:?}"), &region)?;
+        ensure!(engine::counters()?.sharing == 1, "{mode:?}: merged");
         drop(uffd);
         scan::until("merge without the mark", MANY_PASSES, || {
             Ok(merged(part(&region, 100))? == 1)
@@ -274,7 +255,7 @@ fn pairs() -> Outcome {
             let mut obstructions = (None, None);
             match obstacle {
                 Obstacle::Byte => side.region.poke(side.i, offset, wrong),
-                Obstacle::Marked => obstructions.0 = Some(mark(&side.region, Mark::Write)?),
+                Obstacle::Marked => obstructions.0 = mark(&side.region, Mode::Write)?,
                 Obstacle::Held => obstructions.1 = Some(hold(&side.region, side.i)?),
             }
             for side in &sides {
@@ -358,7 +339,7 @@ fn zeroes_that_cannot() -> Outcome {
         let mut obstructions = (None, None);
         match obstacle {
             Obstacle::Byte => region.poke(5, 1609, 1),
-            Obstacle::Marked => obstructions.0 = Some(mark(&region, Mark::Write)?),
+            Obstacle::Marked => obstructions.0 = mark(&region, Mode::Write)?,
             Obstacle::Held => obstructions.1 = Some(hold(&region, 5)?),
         }
         region.advise(0, PARTS, libc::MADV_MERGEABLE)?;

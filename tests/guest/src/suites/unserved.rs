@@ -14,9 +14,9 @@ use crate::numa;
 use crate::pageflags::{merged, Span};
 use crate::proc;
 use crate::region::Region;
-use crate::rwp::Rwp;
 use crate::scan;
 use crate::sys;
+use crate::uffd::{Mode, Uffd};
 use crate::worker::Worker;
 
 pub const SUITE: Suite = Suite {
@@ -44,11 +44,11 @@ fn part(span: Span, pages: usize) -> Span {
 }
 
 /// Map two halves with the same content, merge them, and register all of it with a userfaultfd.
-fn two_halves() -> Result<Option<(Region, Span, Rwp)>> {
+fn two_halves() -> Result<Option<(Region, Span, Uffd)>> {
     two_halves_of(N)
 }
 
-fn two_halves_of(n: usize) -> Result<Option<(Region, Span, Rwp)>> {
+fn two_halves_of(n: usize) -> Result<Option<(Region, Span, Uffd)>> {
     let mut region = Region::new(2 * n)?;
     region.advise(0, 2 * n, libc::MADV_NOHUGEPAGE)?;
     region.fill(0, n, 100, 1);
@@ -57,7 +57,7 @@ fn two_halves_of(n: usize) -> Result<Option<(Region, Span, Rwp)>> {
     scan::until_merged(n as u64, n as u64)?;
     scan::stop()?;
     let span = region.span();
-    Ok(Rwp::new(span)?.map(|uffd| (region, span, uffd)))
+    Ok(Uffd::new(span, Mode::Access)?.map(|uffd| (region, span, uffd)))
 }
 
 /// Check that `count` pages are merged and listed, and that rmap finds all of them.
@@ -187,7 +187,7 @@ fn zeroes() -> Outcome {
     })?;
     scan::stop()?;
     let span = region.span();
-    let Some(uffd) = Rwp::new(span)? else {
+    let Some(uffd) = Uffd::new(span, Mode::Access)? else {
         return skip(NO_MODE);
     };
     uffd.protect(part(span, 5), true)?;
