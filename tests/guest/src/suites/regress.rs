@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Past defects of KSM: processes that come and go during a scan.
+//! Past defects of KSM: processes that fork, exec and exit during a scan, and very large address spaces.
 
 use std::time::Duration;
 
@@ -17,7 +17,8 @@ use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
     name: "regress",
-    about: "defects of KSM's past: processes that fork, exec and exit during a scan",
+    about:
+        "defects of KSM's past: processes that fork, exec and exit, and very large address spaces",
     module: Module::Loaded,
     tests: tests![
         ("sole-mm-exits-during-scan-cve-2011-2183", 120, sole_mm),

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Defects of 2026 in mm/ksm.c and in the kernel's swap-in code. The former are tested in rksm; the latter in
-//! the running kernel, as they concern merged pages of either engine.
+//! Past defects of KSM, of 2026: `MADV_FREE`, unstable trees, and swap-in of pages that were merged.
+//!
+//! Those of mm/ksm.c are tested in rksm. Those of the kernel's swap-in code are tested in the running kernel,
+//! as they concern merged pages of either engine.
 
 use std::fs;
 use std::path::Path;

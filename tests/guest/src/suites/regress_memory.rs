@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Past defects of KSM: swap, memory that goes offline, huge and zero pages.
+//! Past defects of KSM: failed allocations, swap, memory that goes offline, huge pages and zero pages.
 
 use std::fs;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Past defects of KSM: pages that migrate, and their marks and counts.
+//! Past defects of KSM: VMA flags and marks under a userfaultfd, rmap of moved pages, sharing limit, nodes.
 
 use std::collections::BTreeMap;
 use std::fs;
