@@ -10,6 +10,7 @@ mod counters;
 mod cow;
 mod dirty;
 mod eager;
+mod example;
 mod exit;
 mod faults;
 mod freezer;
@@ -64,7 +65,9 @@ use tests;
 
 /// All suites in the order in which they run, the simple ones first.
 pub const ALL: &[&Suite] = &[
-    // First, as it needs the in-tree files as they are after boot.
+    // First, as a suite to read and to copy. It does not touch the in-tree files.
+    &example::SUITE,
+    // Before the others, as it needs the in-tree files as they are after boot.
     &parity::SUITE,
     &knobs::SUITE,
     &merge::SUITE,
