@@ -12,6 +12,23 @@
 //! 5. Set the entry, to its new value or to what it was: [`PteLock::set`].
 //!
 //! Declare the section before the lock. Rust drops them in reverse order, so the lock is released first.
+//!
+//! # What an entry may stand for
+//!
+//! | entry | [`PteLock::anon_page`] | [`PteLock::node_id`] |
+//! | --- | --- | --- |
+//! | anonymous page | the page | none |
+//! | anonymous page in broken memory | none | none |
+//! | KSM page of a node, also in broken memory | the page | the node |
+//! | KSM page without a node | the page | none |
+//! | KSM page that is being migrated | none | the node |
+//! | swapped-out page, also one that was a KSM page | none | none |
+//! | zero page, page of a file, device memory | none | none |
+//!
+//! # Differences from mm/ksm.c
+//!
+//! `write_protect_page()` asks `page_address_in_vma()` for the address of a page, and `page_vma_mapped_walk()` for
+//! the entry. Here the engine knows the address, and the entry there must map the page.
 
 use super::{
     ffi,

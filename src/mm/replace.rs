@@ -20,6 +20,35 @@
 //! [`make_ksm_page`] sets the entry write-protected before it looks at the content. The folio lock is held until
 //! the end, and a write fault makes a copy of a page that is locked.
 //!
+//! # Locks
+//!
+//! From the outermost to the innermost:
+//!
+//! | lock | taken by | what does not change under it |
+//! | --- | --- | --- |
+//! | `mmap_lock`, for reading | the caller, see [`MergeableVma`] | the VMA and its `anon_vma` |
+//! | folio lock of the KSM page | the caller of [`replace_page`] | its node, and the node's list of items |
+//! | folio lock of the page | each operation, which only tries it | it is no KSM page, and does not migrate |
+//! | anon_vma lock | a split, and the check of fork sharing | the VMAs that may map the page |
+//! | MMU notifier section | each operation | no secondary MMU maps the page |
+//! | page-table lock | each operation | the entry |
+//!
+//! # Differences from mm/ksm.c
+//!
+//! * [`replace_page`] compares while the entry is cleared, so one notifier section and one flush are enough. In
+//!   mm/ksm.c, `pages_identical()` runs between `write_protect_page()` and `replace_page()`. Both open a section,
+//!   and the first may flush as well.
+//! * Node and first item are in place before a folio becomes a KSM folio. In-tree KSM first makes a KSM page
+//!   without a node. Rmap walks find no mapping of it until `stable_tree_append()`, under a later folio lock.
+//! * [`make_ksm_page`] checks the content, as the key of the node depends on it. In-tree KSM takes any content
+//!   here, and compares both pages when it merges the second one.
+//! * A new entry keeps the soft-dirty bit of the old one, and a userfaultfd mark forbids the merge. `mk_pte()` in
+//!   mm/ksm.c makes the entry from page and VMA alone, so both are lost.
+//! * A page that an unregistered process shares over a fork does not become a KSM page, see
+//!   [`LockedPage::check_fork_sharing`]. In-tree KSM does not look at other mappings.
+//! * The split of a huge page comes last. In-tree KSM splits as soon as it has locked the folio.
+//! * The error says why the page was left alone. `try_to_merge_one_page()` returns `-EFAULT` in all cases.
+//!
 //! [`make_ksm_page`]: MergeableVma::make_ksm_page
 //! [`replace_page`]: MergeableVma::replace_page
 //! [`replace_with_zero_page`]: MergeableVma::replace_with_zero_page
@@ -40,9 +69,15 @@ use kernel::prelude::*;
 pub(crate) struct Published {
     /// The page is shared over a fork. Other processes may map it at the same address, without an rmap item,
     /// until the scan comes by there.
+    ///
+    /// The caller has it come by in the next pass. The item of this mapping goes when its process gives the page
+    /// up, and no rmap walk finds the others then.
     pub(crate) shared: bool,
     /// A process that shares the page may have opted out meanwhile. Its mapping is then merged in a VMA that
     /// is not mergeable any more.
+    ///
+    /// The caller looks for it among the VMAs of [`Which::MayBeMerged`](super::vma::Which::MayBeMerged), and
+    /// lists it like any other.
     pub(crate) strays: bool,
 }
 
@@ -50,10 +85,15 @@ pub(crate) struct Published {
 ///
 /// A merge saves one page, and a split costs a huge page. The engine weighs them by what it remembers of the
 /// address range; this module only asks.
+///
+/// # Context
+///
+/// Both functions are called with the folio of the huge page locked, and that of the KSM page if there is one.
+/// No page-table lock is held.
 pub(crate) trait SplitPolicy {
     /// Whether the huge page may be split.
     ///
-    /// Asked last, when nothing else is known to be in the way of the merge.
+    /// Asked last, when nothing else is known to be in the way of the merge. `false` ends it with `E2BIG`.
     fn may_split(&mut self) -> bool;
 
     /// Notes that the huge page was split. The merge may still fail.
@@ -316,6 +356,9 @@ impl MergeableVma<'_> {
     ///
     /// The order of the checks is that of `write_protect_page()` in mm/ksm.c, and so are the reasons. The dirty
     /// bit moves from the entry to the folio, or reclaim would take the page for a clean one.
+    ///
+    /// An entry that is clean and write-protected stays as it is, and references are not counted, as in mm/ksm.c.
+    /// Not so if the page is exclusive to one process, or a TLB flush of the address space is pending.
     ///
     /// # Errors
     ///
