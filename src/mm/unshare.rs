@@ -8,6 +8,29 @@
 //! A fault allocates memory and may sleep, so no lock of the module is held, and `mmap_lock` is held for
 //! [`HOLD_UNMERGES`] faults at most. A fault can fail for good: a userfaultfd monitor may be in the way. Such
 //! a page stays merged and listed, and the caller is told its address.
+//!
+//! [`MergeableVma::unmerge`] repeats these steps:
+//!
+//! 1. Find the next KSM page or KSM-placed zero page: [`walk::next_ksm_page`].
+//! 2. Pass it over if a userfaultfd monitor would have to serve the fault.
+//! 3. Have the kernel copy it. Only `mmap_lock` is held for that.
+//! 4. Mark the copy as dirty: [`PteLock::keep_copy`].
+//! 5. Go on as the result of the fault says:
+//!
+//! | result | then |
+//! | --- | --- |
+//! | `VM_FAULT_OOM` | end with `ENOMEM` |
+//! | one of [`HOPELESS`] | note the address if the page is still merged, and continue behind it |
+//! | any other | search from the same address again, as the fault may have backed out |
+//!
+//! The rmap item of a copied page stays on the list of its node until the caller forgets the page. It does no
+//! harm there: rmap walks look at the page table, and do not find the KSM page.
+//!
+//! # Differences from mm/ksm.c
+//!
+//! `break_ksm()` ends at the first `VM_FAULT_SIGBUS` or `VM_FAULT_SIGSEGV`, and returns 0. The rest of its range
+//! stays merged then. It repeats a fault with any other result but `VM_FAULT_OOM`, as long as it finds a KSM
+//! page.
 
 use super::{
     ffi,
@@ -80,6 +103,8 @@ impl Unmerged {
 const UNSHARE_ATTEMPTS: usize = 48;
 
 /// Results of a fault that would be the same if it were repeated.
+///
+/// The backing file was truncated, a userfaultfd monitor would have to serve the fault, or memory is broken.
 const HOPELESS: u32 = bindings::vm_fault_reason_VM_FAULT_SIGBUS
     | bindings::vm_fault_reason_VM_FAULT_SIGSEGV
     | bindings::vm_fault_reason_VM_FAULT_HWPOISON

@@ -13,6 +13,23 @@
 //! | [`page_at`] | the anonymous page at one address, with a reference | a merge |
 //! | [`next_ksm_page`] | the first KSM page of a range | unmerging |
 //!
+//! What they do with an entry depends on what it stands for. Of a huge page, each part is looked at by itself.
+//!
+//! | entry | [`fill`] | [`page_at`] | [`next_ksm_page`] |
+//! | --- | --- | --- | --- |
+//! | anonymous page | adds its sample | takes a reference | |
+//! | KSM page | adds the identity of its node | takes a reference | ends there |
+//! | KSM-placed zero page | | | ends there |
+//! | KSM page that is being migrated | notes that it is away | | ends there |
+//! | other page that is being migrated, or any that is swapped out | notes that it is away | | |
+//! | broken memory (but no KSM page), device memory, page of a file | | | |
+//!
+//! # Differences from mm/ksm.c
+//!
+//! `scan_get_next_rmap_item()` walks to one page, takes a reference, and gives `mmap_lock` up. The checksum of the
+//! page is computed later. Here a walk samples many pages in place: their mappings keep them under the page-table
+//! lock, so no reference is needed.
+//!
 //! # What bounds a walk
 //!
 //! `mmap_lock` is held for the whole walk, and a page-table lock for [`LOCK_ENTRIES`] entries. A process can make
