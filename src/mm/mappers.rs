@@ -10,11 +10,17 @@
 pub(crate) const MAX_FORK_VMAS: u32 = 1024;
 
 /// Why a page must not become a KSM page.
+///
+/// An equal KSM page may still replace it in one process. Its other mappings stay as they are then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// A mapping could not be found after a merge, or there are too many VMAs to look at.
+    ///
+    /// The engine makes the equal page the KSM page, if that is possible.
     Lasting,
     /// A fork is going on, or the walk did not find all mappings. This may be over in a moment.
+    ///
+    /// The engine tries again in the next pass.
     Passing,
 }
 

@@ -9,6 +9,17 @@
 //!
 //! Each of them has to be registered, in a mergeable VMA: then the scan comes by there, lists the mapping,
 //! and `MADV_UNMERGEABLE` finds it. A page with any other mapper is not merged.
+//!
+//! In-tree KSM has no such check. A page that it merges is then a KSM page in unregistered processes as well. No
+//! rmap walk finds it there once the item of the registered one is gone.
+//!
+//! # Locks
+//!
+//! * The folio lock is held by the caller. Under it no task swaps the page in or migrates it.
+//! * The walk takes the lock of an anon_vma for reading. It keeps VMAs and their address spaces from being freed.
+//! * `page_vma_mapped_walk()` takes a page-table lock for each VMA in turn.
+//! * The `mmap_lock` of another process nests outside all of these. So it is only tried, and not even kept: that
+//!   it was free says that no fork of that process is going on.
 
 use super::{
     ffi,

@@ -4,6 +4,9 @@
 //!
 //! An rmap item stands for one mapping of a KSM page, and is on the list of that page's stable node. The engine
 //! remembers the page by it, and keeps it in one word ([`ItemWord`]).
+//!
+//! In-tree KSM has such an item for every page that it scans. Here a page gets one when it is merged. It
+//! loses it when the engine finds that it is an ordinary page again.
 
 use super::folio::NodeId;
 use crate::{abi::layout::*, hash::Sample};
@@ -33,8 +36,17 @@ const _: () = {
 
 /// A mapping of a KSM page: `struct ksm_rmap_item`.
 ///
-/// The core kernel uses `hlist`, `address`, `linear_page_index`, `anon_vma` and `mm` of it. The engine's own part
-/// stands in the place of two pointers that in-tree KSM has for itself:
+/// `rmap_walk_ksm()` reads these members, and `collect_procs_ksm()` those of the first three rows. Both hold the
+/// folio lock:
+///
+/// | member | what a walk does with it |
+/// | --- | --- |
+/// | `hlist` | goes on to the next item of the node |
+/// | `anon_vma`, `linear_page_index` | looks at the VMAs in its tree that have this page index |
+/// | `address` | looks for the page there; a VMA without this address is passed over |
+/// | `mm` | looks at its VMA in the first round, and at those of other processes (forks) in the second |
+///
+/// The engine's own part stands in the place of two pointers that in-tree KSM has for itself:
 ///
 /// | member | here |
 /// | --- | --- |

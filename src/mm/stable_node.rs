@@ -24,6 +24,21 @@
 //!
 //! All nodes and items of an engine are used under that engine's mutex only. Neither type is
 //! `Sync`, which keeps them there.
+//!
+//! # Counterparts in mm/ksm.c
+//!
+//! | here | there | difference |
+//! | --- | --- | --- |
+//! | [`NodeBox::page`] | `ksm_get_folio()` | a stale node stays, and the caller releases it |
+//! | [`NodeBox::locked_page`] | the same, `KSM_GET_FOLIO_TRYLOCK` | as above; no function waits for the lock |
+//! | `NodeBox::set_page` | `stable_tree_insert()` | it makes the folio a KSM folio, and lists the first item |
+//! | [`NodeBox::add_rmap_item`] | `stable_tree_append()` | the caller checks the limit of mappings |
+//! | [`ItemBox::detach`] | `remove_rmap_item_from_tree()` | it does nothing if the folio is locked |
+//! | [`NodeBox::clear_stable_node`] | `remove_stable_node()` | the node is not freed yet |
+//! | [`NodeBox::release`] | `remove_node_from_stable_tree()` | it refuses a node that is not stale |
+//!
+//! The engine finds nodes by their keys ([`StableKey`]), so a node has no tree links. There are no chains either:
+//! several nodes may have the same content, and their keys differ in the serial number.
 
 use super::{
     ffi,
@@ -146,6 +161,8 @@ impl StableNode {
     /// The node has no reference of its own, so the folio may be freed, and used for something else, at any time
     /// until this takes one. The order of the checks is that of `ksm_get_folio()` in mm/ksm.c, and so are the
     /// reasons. Does not sleep.
+    ///
+    /// Spins while migration has the count of a folio in the swap cache frozen.
     fn page(&self) -> Option<PageRef> {
         if !self.published.get() {
             return None;
@@ -237,6 +254,9 @@ impl StableNode {
     }
 
     /// Puts `item` on the node's list, as the mapping of the page at `addr` in `vma`.
+    ///
+    /// Writes all that an rmap walk reads of the item before the item is on the list. The page index is that of
+    /// `addr` now. It stays right, since the kernel unmerges pages before `mremap()` moves them.
     ///
     /// # Safety
     ///
@@ -509,6 +529,9 @@ impl NodeBox {
     }
 
     /// Lists `item` as a mapping of the node's page `page`, at `addr` in `vma`.
+    ///
+    /// There is no limit: a mapping that a child inherited exists, and must be listed in any case. The caller
+    /// checks [`Self::items`] before it makes a new mapping. Whether the page is mapped at `addr` is not checked.
     ///
     /// # Errors
     ///
