@@ -11,8 +11,14 @@ use crate::hash::{Checksum, Hasher, Sample, LINES, LINE_WORDS, PAGE_WORDS};
 use core::{cell::Cell, marker::PhantomData, mem::ManuallyDrop, num::NonZeroUsize, ptr::NonNull};
 use kernel::{bindings, error::to_result, prelude::*};
 
-/// The low bits of `folio->mapping` that say what the rest of it points at: `FOLIO_MAPPING_FLAGS`. Both are set
-/// for a KSM folio, whose mapping points at its stable node.
+/// The low bits of `folio->mapping` that say what the rest of it points at: `FOLIO_MAPPING_FLAGS`.
+///
+/// | bits | the rest | the folio |
+/// | --- | --- | --- |
+/// | both | a stable node | KSM folio of that node |
+/// | both | null | KSM folio without a node: it is copied on a write or a swap-in, and no rmap walk finds it |
+/// | the first | an `anon_vma` | ordinary anonymous folio |
+/// | none | an `address_space`, or null | page of a file; or free |
 pub(super) const MAPPING_FLAGS: usize = 3;
 
 /// The identity of a stable node: its address, which is what a KSM page shows.
@@ -142,6 +148,8 @@ impl PageRef {
     }
 
     /// Whether the folio has a reference besides ours and those of the page tables and the swap cache.
+    ///
+    /// In mm/ksm.c, `write_protect_page()` has this check for "O_DIRECT or similar I/O" inline.
     ///
     /// Such a reference may be one of get_user_pages(), by which a device or a process writes to the page. It
     /// may also be one of a per-CPU LRU batch, which [`lru`] deals with. The answer is a hint, unless the caller
@@ -359,6 +367,8 @@ impl core::ops::Deref for LockedPage {
 
 impl LockedPage {
     /// Splits the folio, if it is large, so that the page becomes a folio of its own.
+    ///
+    /// The other pages become folios of their own as well, and are not locked afterwards.
     ///
     /// Lock and reference stay with the page. Takes the kernel's anon_vma lock, and may sleep.
     ///

@@ -11,6 +11,9 @@
 //! * It does not wait for a CPU whose tasks keep the work from running.
 //!
 //! Pages that were left alone for a batch are tried once more at the end of the same pass.
+//!
+//! In-tree KSM calls `lru_add_drain_all()` at the start of each pass. That queues work on all CPUs with batches,
+//! isolated ones too, and waits for it without a limit.
 
 use super::ffi;
 use kernel::sync::atomic::{Atomic, Relaxed};

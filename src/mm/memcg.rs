@@ -5,6 +5,8 @@
 //! The scan runs in a kernel thread, so its allocations would be charged to the root group. What it remembers
 //! of a process is charged to the group of that process instead. So a group cannot make the rest of the system
 //! pay for the metadata of its pages.
+//!
+//! In-tree KSM allocates rmap items and stable nodes without `__GFP_ACCOUNT`, so no group is charged for them.
 
 use super::ffi;
 use kernel::{

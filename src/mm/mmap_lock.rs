@@ -12,6 +12,9 @@
 //!   `process_mrelease()` do the same beside it.
 //! * It takes the lock for writing before it frees a page table or a VMA.
 //!
+//! In-tree KSM relies on the same: it takes the lock and asks `ksm_test_exit()`. But it waits for the lock, with
+//! `ksm_thread_mutex` held. [`MmapLock::try_new`] never waits.
+//!
 //! Only faulting pages in is forbidden beside it. That takes a user reference, so
 //! [`MergeableVma::unmerge`](super::vma::MergeableVma::unmerge) asks for one.
 //!

@@ -11,7 +11,7 @@ pub(crate) enum Seen {
     /// An anonymous page with this sample, which is not a KSM page.
     Anon(Sample),
     /// A KSM page of the stable node with this identity; `None` if no node has it, as after a node was freed
-    /// by force.
+    /// by force. The engine unshares such a page, since no rmap walk finds it.
     Ksm(Option<NodeId>),
 }
 

@@ -6,6 +6,10 @@
 //! KSM also record rksm. An event that is not recorded costs a call and a load. Listeners do not sleep, so
 //! the functions can be called under any lock.
 //!
+//! A merge of two pages fires two events, as in in-tree KSM. One is for the page that becomes a KSM page, the
+//! other for the page that it replaces. Only `err` says more here. In-tree KSM has `-EFAULT` for any failure, and
+//! rksm has the error of the operation, see [`super`].
+//!
 //! An rmap item is shown as its address, as in-tree KSM does. Counts and numbers of passes wrap or saturate
 //! where the event has fewer bits.
 
