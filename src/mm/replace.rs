@@ -22,7 +22,7 @@
 //!
 //! # Locks
 //!
-//! From the outermost to the innermost:
+//! The engine has the list of their order. Here is what each of them keeps:
 //!
 //! | lock | taken by | what does not change under it |
 //! | --- | --- | --- |
