@@ -65,8 +65,7 @@ bench-quick: module
 	@scripts/bench --quick
 
 check: setup
-	@mkdir -p build; : > build/tally
-	@bash -c '. scripts/lib.sh; tools ktap-sum check build/tally scripts/check; tools ktap-sum --total build/tally'
+	@bash -c '. scripts/lib.sh; stages_begin build/tally; stage build/tally check scripts/check; stages_done build/tally'
 
 shell: module
 	@scripts/shell || [ $$? -lt 97 ] # below 97: the status of the last command in the guest

@@ -177,24 +177,28 @@ stage() # TALLY NAME COMMAND…
 
 	# Build it here, where a failure ends the script, and before the clock starts.
 	need_tools
-	began=$SECONDS
 	mkdir -p "$RKSM_TOP/build/log"
 	printf '%s\n' "$2" >> "$1.begun"
 	if [[ ${in_lane:-} ]]; then
 		printf '# %s begins\n' "$2"
-		tools ktap-sum "$2" "$1" "${@:3}" > "$log" || true
-		flock "$RKSM_TOP/build/log" cat <(printf '\n# === %s ===\n' "$2") "$log" \
-			<(printf '# === %s took %d s ===\n' "$2" "$((SECONDS - began))")
+		stage_output "$@" > "$log"
+		flock "$RKSM_TOP/build/log" cat "$log"
 	else
-		printf '\n# === %s ===\n' "$2"
-		tools ktap-sum "$2" "$1" "${@:3}" | tee "$log" || true
-		printf '# === %s took %d s ===\n' "$2" "$((SECONDS - began))"
+		stage_output "$@" | tee "$log" || true
 	fi
 }
 
-# Run functions that call stage side by side. Most of a stage is one guest that
-# waits or runs on one CPU, so two lanes fill a machine with two CPUs. A lane that
-# ends early is found by stages_done.
+stage_output() # TALLY NAME COMMAND…
+{
+	local began=$SECONDS
+
+	printf '\n# === %s ===\n' "$2"
+	tools ktap-sum "$2" "$1" "${@:3}" || true
+	printf '# === %s took %d s ===\n' "$2" "$((SECONDS - began))"
+}
+
+# Run functions side by side, and fail if one of them does. Most of a stage is one
+# guest that waits or runs on one CPU, so two lanes fill a machine with two CPUs.
 lanes() # FUNCTION…
 {
 	local in_lane=1 lane pid pids=()
