@@ -173,7 +173,7 @@ stages_begin() # TALLY
 # the output as a whole when the stage ends.
 stage() # TALLY NAME COMMAND…
 {
-	local began log=$RKSM_TOP/build/log/$2
+	local log=$RKSM_TOP/build/log/$2
 
 	# Build it here, where a failure ends the script, and before the clock starts.
 	need_tools
@@ -201,7 +201,7 @@ stage_output() # TALLY NAME COMMAND…
 # guest that waits or runs on one CPU, so two lanes fill a machine with two CPUs.
 lanes() # FUNCTION…
 {
-	local in_lane=1 lane pid pids=()
+	local in_lane=1 lane pid pids=() rc=0
 
 	# Build it once for all lanes.
 	need_tools
@@ -212,9 +212,10 @@ lanes() # FUNCTION…
 		pids+=($!)
 	done
 	for pid in "${pids[@]}"; do
-		wait "$pid" || true
+		wait "$pid" || rc=1
 	done
 	trap - INT TERM
+	return "$rc"
 }
 
 # Print the sum of each stage, the slowest twenty tests, and the sum of all. Fail if
