@@ -166,6 +166,7 @@ stages_begin() # TALLY
 	mkdir -p "$(dirname "$1")"
 	: > "$1"
 	: > "$1.begun"
+	stages_began=$SECONDS
 }
 
 # Run a command that prints results, count them into TALLY (rksm-tools ktap-sum),
@@ -218,8 +219,8 @@ lanes() # FUNCTION…
 	return "$rc"
 }
 
-# Print the sum of each stage, the slowest twenty tests, and the sum of all. Fail if
-# a test has failed.
+# Print the slowest twenty tests, the sum of each stage, the time since stages_begin
+# and the sum of all. Fail if a test has failed.
 stages_done() # TALLY
 {
 	local name
@@ -235,5 +236,6 @@ stages_done() # TALLY
 		printf 'not ok - stage %s did not end\n' "$name"
 		printf '%s 0 1 0\n' "$name" >> "$1"
 	done < "$1.lost"
+	printf '# all stages took %d s\n' "$((SECONDS - stages_began))"
 	tools ktap-sum --total "$1"
 }
