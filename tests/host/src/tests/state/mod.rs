@@ -70,6 +70,10 @@ fn unknown(content: u32) -> Checksum {
 
 impl World {
     fn new() -> Self {
+        Self::with_max_sharing(3)
+    }
+
+    fn with_max_sharing(max: u32) -> Self {
         let before = (live(), errors());
         let mut world = Self {
             before,
@@ -79,14 +83,10 @@ impl World {
             hasher: Hasher::new([7; SEED_WORDS]),
         };
         world.state.core.filter = Filter::for_pages(1000, 1 << 30).unwrap();
-        world.set_max_sharing(3);
+        let settings = &world.state.core.settings;
+        settings.max_page_sharing.store(max, Relaxed);
         world.begin_pass(FIRST_SECOND);
         world
-    }
-
-    fn set_max_sharing(&self, max: u32) {
-        let settings = &self.state.core.settings;
-        settings.max_page_sharing.store(max, Relaxed);
     }
 
     fn use_zero_page(&mut self, on: bool) {
@@ -274,6 +274,13 @@ impl World {
         // A counter that was at its maximum stays there, so the filter may say so of more samples.
         for of in (0..8).map(sample) {
             assert!(core.filter.has_two(of) || !filter.has_two(of), "{of:?}");
+        }
+    }
+
+    /// Has the kernel free the pages of all nodes.
+    fn free_all_pages(&self) {
+        for key in self.nodes() {
+            self.set_page(key, |page| page.gone = true);
         }
     }
 

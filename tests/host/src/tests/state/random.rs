@@ -236,16 +236,13 @@ proptest! {
 
     #[test]
     fn all_parts_agree(ops in proptest::collection::vec(op(), 1..60)) {
-        let mut world = World::new();
-        world.set_max_sharing(2);
+        let mut world = World::with_max_sharing(2);
         let mut second = FIRST_SECOND;
         for op in &ops {
             world.run(op, &mut second);
             world.check();
         }
-        for key in world.nodes() {
-            world.set_page(key, |page| page.gone = true);
-        }
+        world.free_all_pages();
         world.end();
     }
 
@@ -255,8 +252,7 @@ proptest! {
         ops in proptest::collection::vec(op(), 1..60),
         seed in any::<u64>(),
     ) {
-        let mut world = World::new();
-        world.set_max_sharing(2);
+        let mut world = World::with_max_sharing(2);
         let mut second = FIRST_SECOND;
         let plan = Plan::Percent { percent: 40, seed };
         failing(plan, || {
@@ -265,9 +261,7 @@ proptest! {
             }
         });
         world.check();
-        for key in world.nodes() {
-            world.set_page(key, |page| page.gone = true);
-        }
+        world.free_all_pages();
         world.end();
     }
 }

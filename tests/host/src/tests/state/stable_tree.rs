@@ -202,9 +202,7 @@ fn missing_checksums_are_computed() {
     assert_eq!(index.nodes_like(sample(1)), NodesLike::Ambiguous);
     assert_eq!(world.nodes().len(), 2);
     world.check();
-    for key in world.nodes() {
-        world.set_page(key, |page| page.gone = true);
-    }
+    world.free_all_pages();
     world.end();
 }
 
