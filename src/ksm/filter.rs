@@ -139,14 +139,14 @@ impl Filter {
         let Some(word) = self.words.get_mut(place) else {
             return true;
         };
-        let mut two = true;
-        for shift in Self::shifts(sample) {
-            let count = *word >> shift & MAX;
-            two &= count != 0;
-            if count != MAX {
-                *word = word.wrapping_add(1 << shift);
-            }
-        }
+        // Compare both counters at once: a counter has reached its maximum if both its bits are set, and is not
+        // zero if either is.
+        let [first, second] = Self::shifts(sample);
+        let (high, low) = (*word >> 1, *word);
+        let ones = 1 << first | 1 << second;
+        let two = (high | low) & ones == ones;
+        // No counter overflows into the next one, as those at their maximum are left out.
+        *word = low.wrapping_add(ones & !(high & low));
         two
     }
 
