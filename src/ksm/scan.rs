@@ -665,8 +665,10 @@ impl State {
                 }
                 if leaf.is_empty_from_here() && pages.iter().all(|page| page.sample().is_some()) {
                     let filled = leaf.fill_run(count, gfp_mapping(), |i| {
-                        let sample = pages.get(i).and_then(|page| page.sample());
-                        let sample = sample.unwrap_or(Sample::from_raw(0));
+                        // All have one, see above.
+                        let sample = pages
+                            .get(i)
+                            .map_or(Sample::from_raw(0), |page| page.sample_bits());
                         core.count(sample);
                         PageEntry::seen(sample)
                     });

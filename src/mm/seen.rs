@@ -73,8 +73,13 @@ impl SeenPage {
     /// Returns the sample of the page, if it was an anonymous page.
     #[inline(always)]
     pub(crate) fn sample(self) -> Option<Sample> {
-        self.is_anon()
-            .then(|| Sample::from_raw((self.what >> Self::SAMPLE_SHIFT) as u32))
+        self.is_anon().then(|| self.sample_bits())
+    }
+
+    /// Returns the sample of the page, which was an anonymous page. Anything for another one.
+    #[inline(always)]
+    pub(crate) fn sample_bits(self) -> Sample {
+        Sample::from_raw((self.what >> Self::SAMPLE_SHIFT) as u32)
     }
 
     /// Returns the node of the page, if it was a KSM page that a node has.
