@@ -26,14 +26,25 @@ pub(crate) struct PageAddr {
     pub(crate) addr: usize,
 }
 
+/// A registered address space.
+#[derive(Clone)]
+pub(crate) struct Registered {
+    pub(crate) mm: ARef<Mm>,
+    /// Whether no pass has walked all of it yet.
+    ///
+    /// A fork has given it mappings of merged pages. Until they are listed, nothing leads to those in VMAs that
+    /// have ceased to be mergeable.
+    pub(crate) is_new: bool,
+}
+
 /// The registered address spaces, in the order of their registration.
 pub(crate) struct Registry {
     /// Address spaces that have not exited, by number.
-    live: RBTree<MmId, ARef<Mm>>,
+    live: RBTree<MmId, Registered>,
     /// The number of each of these, by the address of its `mm_struct`.
     by_mm: RBTree<usize, MmId>,
     /// Address spaces that went through `ksm_exit()`. The engine still has to forget their pages.
-    dead: RBTree<MmId, ARef<Mm>>,
+    dead: RBTree<MmId, Registered>,
     /// The number for the next address space. Numbers begin at 1.
     next_id: MmId,
     /// Whether an address space could not be registered for want of memory.
@@ -44,7 +55,7 @@ pub(crate) struct Registry {
 
 /// The memory to register one address space.
 pub(crate) struct Reservation {
-    live: RBTreeNodeReservation<MmId, ARef<Mm>>,
+    live: RBTreeNodeReservation<MmId, Registered>,
     by_mm: RBTreeNodeReservation<usize, MmId>,
 }
 
@@ -116,7 +127,8 @@ impl Registry {
         let id = self.next_id;
         self.next_id = id.wrapping_add(1);
         self.by_mm.insert(by_mm.into_node(key, id));
-        self.live.insert(live.into_node(id, mm));
+        let registered = Registered { mm, is_new: true };
+        self.live.insert(live.into_node(id, registered));
         None
     }
 
@@ -133,10 +145,17 @@ impl Registry {
     }
 
     /// Returns the first live address space with a number above `after`.
-    pub(crate) fn next(&self, after: MmId) -> Option<(MmId, ARef<Mm>)> {
+    pub(crate) fn next(&self, after: MmId) -> Option<(MmId, Registered)> {
         let cursor = self.live.cursor_lower_bound(&after.checked_add(1)?)?;
-        let (id, mm) = cursor.current();
-        Some((*id, mm.clone()))
+        let (id, registered) = cursor.current();
+        Some((*id, registered.clone()))
+    }
+
+    /// Notes that a pass has walked all of a live address space.
+    pub(crate) fn note_walked(&mut self, id: MmId) {
+        if let Some(registered) = self.live.get_mut(&id) {
+            registered.is_new = false;
+        }
     }
 
     /// Returns the number of the newest live address space; 0 if there is none.
@@ -152,8 +171,8 @@ impl Registry {
     /// Takes out an address space that has exited.
     pub(crate) fn take_dead(&mut self) -> Option<(MmId, ARef<Mm>)> {
         let id = *self.dead.cursor_front()?.current().0;
-        let mm = self.dead.remove(&id)?;
-        Some((id, mm))
+        let registered = self.dead.remove(&id)?;
+        Some((id, registered.mm))
     }
 
     /// Whether there is an address space for [`Self::take_dead`].

@@ -96,7 +96,7 @@ impl State {
         from: usize,
         to: usize,
         budget: &mut Forget,
-        mut keep: impl FnMut(usize, &PageEntry) -> bool,
+        mut keep: impl FnMut(&Core, usize, &PageEntry) -> bool,
     ) -> Option<usize> {
         let State { mms, core, .. } = self;
         let known = mms.get_mut(&mm_id)?;
@@ -108,7 +108,7 @@ impl State {
             // The leaves of an address space that has exited need not be remembered for their splits.
             let second = known.forgotten_to.is_none().then_some(core.clock.secs());
             next = known.pages.retain_leaf(next, to, second, |addr, entry| {
-                if keep(addr, entry) {
+                if keep(core, addr, entry) {
                     return true;
                 }
                 let forgotten = core.untrack_page(PageAddr { mm_id, addr }, entry);

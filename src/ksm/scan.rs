@@ -13,12 +13,12 @@ use super::{
     forget::Forget,
     merge::MERGE_PAGES,
     metadata::gfp_mapping,
-    mms::{MmId, PageAddr},
+    mms::{MmId, PageAddr, Registered},
     page::LeafPass,
     page_map::{Found, PageMap, Pass},
     run,
     scan_buffer::ScanBuffer,
-    state::{known_mm, seconds_since, MmState, State},
+    state::{known_mm, seconds_since, Core, MmState, State},
     Engine,
 };
 use crate::{
@@ -56,10 +56,11 @@ enum Step {
 /// How long to wait when all address spaces that are left of a pass are locked, in milliseconds.
 const LOCKED_MS: u32 = 20;
 
-/// Decides whether a merged page that the walk did not visit keeps its rmap item.
+/// Decides whether a page that the walk did not visit keeps its entry, and with it its rmap item.
 ///
 /// `MADV_UNMERGEABLE` leaves pages behind that it cannot unshare, and a fork inherits them. They stay mapped in
-/// VMAs that are not mergeable, so they stay listed.
+/// VMAs that are not mergeable, so they stay listed. A page that became a merged page through another process
+/// may not be listed yet when that happens. Then the next pass finds it.
 struct GapCheck<'a> {
     mm: &'a Mm,
     /// The `mmap_lock`, tried when the first merged page is to be checked.
@@ -78,9 +79,11 @@ impl<'a> GapCheck<'a> {
     }
 
     /// Whether the page at `addr` with this entry is still merged, or may be.
-    fn keeps(&mut self, addr: usize, entry: &PageEntry) -> bool {
-        let PageState::Merged(Some(node)) = entry.state() else {
-            return false;
+    fn keeps(&mut self, core: &Core, addr: usize, entry: &PageEntry) -> bool {
+        let node = match entry.state() {
+            PageState::Merged(Some(node)) => Some(node),
+            _ if core.unlisted.may_have(PageMap::<PageEntry>::number(addr)) => None,
+            _ => return false,
         };
         let mm = self.mm;
         let lock = match self.lock.get_or_insert_with(|| MmapLock::try_new(mm)) {
@@ -91,9 +94,12 @@ impl<'a> GapCheck<'a> {
         let Some(vma) = MergeableVma::find(lock, addr, Which::MayBeMerged) else {
             return false;
         };
-        let keeps = vma.maps(addr, node);
-        self.found_stray |= keeps && !vma.is_mergeable();
-        keeps
+        let maps = match node {
+            Some(node) => vma.maps(addr, node),
+            None => vma.maps_ksm_page(addr),
+        };
+        self.found_stray |= maps && !vma.is_mergeable();
+        maps && node.is_some()
     }
 }
 
@@ -175,7 +181,7 @@ impl Engine {
             .cursor
             .at
             .current_mm(|after| self.registry.lock().next(after));
-        let Some((mm_id, mm)) = current_mm else {
+        let Some((mm_id, Registered { mm, is_new })) = current_mm else {
             if let Some((mm_id, addr)) = state.cursor.deferred.pop() {
                 state.cursor.at.come_back_to(mm_id, addr);
                 state.cursor.coming_back = true;
@@ -190,7 +196,16 @@ impl Engine {
             match MmapLock::try_new(&mm) {
                 Ok(lock) => {
                     state.cursor.deferred.note_locked();
-                    memcg::charge(&mm, || self.step_mm(state, mm_id, lock, budget, buffer))
+                    let which = match state.core.has_strays || is_new {
+                        true => Which::MayBeMerged,
+                        false => Which::Mergeable,
+                    };
+                    let scan = || self.step_mm(state, mm_id, lock, which, budget, buffer);
+                    let looked = memcg::charge(&mm, scan);
+                    if looked.is_none() && is_new {
+                        self.registry.lock().note_walked(mm_id);
+                    }
+                    looked
                 }
                 // Come back to its pages later in the pass, but do not wait with `state` locked.
                 Err(NotLocked::Contended) => return state.cursor.defer(),
@@ -239,11 +254,11 @@ impl Engine {
         let mut mm_id = 0;
         loop {
             let next = self.registry.lock().next(mm_id);
-            let Some((id, mm)) = next else {
+            let Some((id, registered)) = next else {
                 return sum;
             };
             mm_id = id;
-            sum = sum.saturating_add(crate::mm::anon_pages(&mm));
+            sum = sum.saturating_add(crate::mm::anon_pages(&registered.mm));
             crate::mm::cond_resched();
         }
     }
@@ -347,11 +362,12 @@ impl Engine {
         state: &mut State,
         mm_id: MmId,
         lock: MmapLock<'_>,
+        which: Which,
         budget: usize,
         buffer: &mut ScanBuffer,
     ) -> Option<usize> {
         let mm = lock.mm();
-        let has_more = self.scan_batch(state, mm_id, lock, budget, buffer);
+        let has_more = self.scan_batch(state, mm_id, lock, which, budget, buffer);
         self.merge_candidates(state, mm_id, mm, buffer);
         let looked = buffer.batch.pages().len();
         has_more.then_some(looked)
@@ -429,6 +445,7 @@ impl Engine {
         state: &mut State,
         mm_id: MmId,
         lock: MmapLock<'_>,
+        which: Which,
         budget: usize,
         buffer: &mut ScanBuffer,
     ) -> bool {
@@ -436,10 +453,6 @@ impl Engine {
         buffer.batch.clear();
         let hasher = self.hasher();
         let mm = lock.mm();
-        let which = match state.core.has_strays {
-            true => Which::MayBeMerged,
-            false => Which::Mergeable,
-        };
         let from = state.cursor.at.addr();
         let mut next = from;
         let mut vmas = HOLD_VMAS;
@@ -565,8 +578,8 @@ impl State {
         budget: &mut Forget,
     ) -> Option<usize> {
         let mut check = GapCheck::new(mm);
-        let next = self.forget_range(mm_id, from, to, budget, |addr, entry| {
-            check.keeps(addr, entry)
+        let next = self.forget_range(mm_id, from, to, budget, |core, addr, entry| {
+            check.keeps(core, addr, entry)
         });
         self.core.found_strays |= check.found_stray;
         next
@@ -688,7 +701,7 @@ impl State {
                     match leaf.seek(addr) {
                         Found::Passed(addr, entry) => {
                             let place = PageAddr { mm_id, addr };
-                            if check.keeps(addr, entry) || !core.untrack_page(place, entry) {
+                            if check.keeps(core, addr, entry) || !core.untrack_page(place, entry) {
                                 leaf.keep_passed();
                             } else {
                                 found.changed = true;

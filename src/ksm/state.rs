@@ -192,7 +192,7 @@ impl State {
             let Some((mm_id, from)) = next else {
                 break;
             };
-            let next = self.forget_range(mm_id, from, usize::MAX, &mut budget, |_, _| false);
+            let next = self.forget_range(mm_id, from, usize::MAX, &mut budget, |_, _, _| false);
             let Some(known) = self.mms.get_mut(&mm_id) else {
                 break;
             };
@@ -331,7 +331,7 @@ impl Drop for State {
             if let Some(known) = self.mms.get_mut(&mm_id) {
                 known.forgotten_to = Some(0);
             }
-            self.forget_range(mm_id, 0, usize::MAX, &mut budget, |_, _| false);
+            self.forget_range(mm_id, 0, usize::MAX, &mut budget, |_, _, _| false);
             self.remove_mm(mm_id);
         }
         self.core.swept = None;

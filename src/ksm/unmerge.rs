@@ -9,6 +9,7 @@ use super::{
     index::Released,
     mms::MmId,
     stable_tree::ORPHANS_SWEEP,
+    state::Core,
     use_mm, Engine,
 };
 use crate::{
@@ -95,11 +96,11 @@ impl Engine {
         loop {
             // Children that are forked meanwhile get higher numbers, so none is missed.
             let next = self.registry.lock().next(mm_id);
-            let Some((id, mm)) = next else {
+            let Some((id, registered)) = next else {
                 return result;
             };
             mm_id = id;
-            let unmerged = self.unmerge_mm(id, &mm, which);
+            let unmerged = self.unmerge_mm(id, &registered.mm, which);
             self.state.lock().report(id);
             if unmerged == Err(ERESTARTSYS) {
                 return unmerged;
@@ -161,7 +162,7 @@ impl Engine {
             let mut state = self.state.lock();
             let mut budget = Forget::new();
             let mut contended = false;
-            let keep = |addr, entry: &PageEntry| {
+            let keep = |_: &Core, addr, entry: &PageEntry| {
                 if addr >= step.from {
                     return unserved.binary_search(&addr).is_ok();
                 }

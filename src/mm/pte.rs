@@ -369,6 +369,13 @@ impl MergeableVma<'_> {
         PteLock::new(self, addr).is_some_and(|pte| pte.node_id() == Some(node))
     }
 
+    /// Whether the page at `addr` is a KSM page that a node has, also while it is being migrated.
+    ///
+    /// Takes the page-table lock for a moment, so the answer may be outdated when it arrives.
+    pub(crate) fn maps_ksm_page(&self, addr: usize) -> bool {
+        PteLock::new(self, addr).is_some_and(|pte| pte.node_id().is_some())
+    }
+
     /// Whether `page` is mapped at `addr`, without a userfaultfd mark that forbids merging it.
     ///
     /// The answer is a hint, see [`maps_unmarked`].

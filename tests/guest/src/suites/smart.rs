@@ -16,6 +16,7 @@ use crate::region::{Region, HUGE, PAGE};
 use crate::scan::{self, Stepper};
 use crate::swap::Zram;
 use crate::sys;
+use crate::uffd::{Mode, Uffd};
 use crate::worker::{verify_all, Worker};
 
 pub const SUITE: Suite = Suite {
@@ -29,7 +30,8 @@ pub const SUITE: Suite = Suite {
         ("skipped-pages-that-go-are-forgotten", 120, forgotten),
         ("skipped-pages-may-change", 120, changed),
         ("new-pages-behind-skipped-ones", 120, behind),
-        ("merged-through-a-relative", 120, relatives),
+        ("merged-through-a-relative", 120, child_exits),
+        ("left-behind-by-a-relative", 120, left_behind),
         ("swapped-in-as-merged-pages", 150, swapped_in),
         ("three-scans-of-one-page", 60, one_page),
     ],
@@ -248,13 +250,20 @@ fn grow_old(stepper: &mut Stepper, pages: u64) -> Result<()> {
     anyhow::bail!("no eight passes in a row skipped {pages} pages")
 }
 
-/// A page that a child shares with its parent merges through the child, while the parent's range is skipped.
-/// Then the child exits, and with it the rmap item that led to the parent.
-fn relatives() -> Outcome {
-    const N: usize = 48;
-    let Some((a, b)) = numa::two_nodes()? else {
-        return skip("one node");
-    };
+/// The pages of [`relatives`].
+const FAMILY: usize = 48;
+
+/// Memory of this process that became merged pages through a child, while its range was skipped. So none of its
+/// mappings is listed yet.
+struct Relatives {
+    twin: Worker,
+    child: Worker,
+    region: Region,
+    stepper: Stepper,
+}
+
+fn relatives() -> Result<Relatives> {
+    const N: usize = FAMILY;
     engine::write("smart_scan", 1)?;
     // Fork before there is anything to inherit.
     let mut twin = Worker::with_pages(N)?;
@@ -282,11 +291,31 @@ fn relatives() -> Outcome {
         ensure!(skipped >= N as u64, "only {skipped} pages were skipped");
     }
     child.verify()?;
+    // Where the twin's page was busy for a moment, the other page became the KSM page.
+    let have = merged(region.span())?;
+    ensure!(have > N / 4, "{have} of {N} pages became merged pages");
+    Ok(Relatives {
+        twin,
+        child,
+        region,
+        stepper,
+    })
+}
+
+/// A page that a child shares with its parent merges through the child, while the parent's range is skipped.
+/// Then the child exits, and with it the rmap item that led to the parent.
+fn child_exits() -> Outcome {
+    let Some((a, b)) = numa::two_nodes()? else {
+        return skip("one node");
+    };
+    let Relatives {
+        mut twin,
+        child,
+        region,
+        mut stepper,
+    } = relatives()?;
     child.kill()?;
     let span = region.span();
-    // Where the twin's page was busy for a moment, the other page became the KSM page.
-    let have = merged(span)?;
-    ensure!(have > N / 4, "{have} of {N} pages became merged pages");
     stepper.step()?;
     let have = merged(span)?;
     let listed = proc::ksm_stat(span.pid, "ksm_merging_pages")?;
@@ -297,6 +326,44 @@ fn relatives() -> Outcome {
     }
     region.verify()?;
     twin.verify()?;
+    PASS
+}
+
+/// A page that a child shares with its parent merges through the child. Before the scan comes by the parent's
+/// page, the parent opts out, and cannot unshare it.
+fn left_behind() -> Outcome {
+    if engine::is_in_tree() {
+        return skip("the in-tree engine forgets such pages");
+    }
+    let Relatives {
+        mut twin,
+        mut child,
+        region,
+        mut stepper,
+    } = relatives()?;
+    let span = region.span();
+    let left = merged(span)?;
+    let Some(uffd) = Uffd::new(span, Mode::Access)? else {
+        return skip("the kernel has no UFFDIO_RWPROTECT");
+    };
+    uffd.protect(span, true)?;
+    region.advise(0, FAMILY, libc::MADV_UNMERGEABLE)?;
+    drop(uffd);
+    if merged(span)? != left {
+        return skip("the kernel unshares such pages");
+    }
+    // The first pass notices, the second one lists them.
+    for _ in 0..2 {
+        stepper.step()?;
+    }
+    let listed = proc::ksm_stat(span.pid, "ksm_merging_pages")?;
+    ensure!(
+        listed == left as i64,
+        "{listed} of {left} mappings are listed"
+    );
+    twin.verify()?;
+    child.verify()?;
+    region.verify()?;
     PASS
 }
 

@@ -2,11 +2,15 @@
 //! Merged pages that cannot be unmerged, because a userfaultfd monitor protects them from any access. They
 //! stay listed, movable and counted, and `run=2` fails.
 
+use std::fs::File;
+use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 
 use super::tests;
+use crate::background::Background;
 use crate::engine;
 use crate::harness::{skip, Module, Outcome, Suite, Verdict, PASS};
 use crate::module;
@@ -31,6 +35,7 @@ pub const SUITE: Suite = Suite {
         ("pages-that-unmergeable-leaves", 90, unmergeable),
         ("pages-that-unmergeable-leaves-behind-one", 90, behind_one),
         ("children-of-such-pages", 90, children),
+        ("pages-that-a-new-child-leaves", 90, new_child),
     ],
 };
 
@@ -264,5 +269,46 @@ fn children() -> Outcome {
     engine::write("run", 2)?;
     ensure!(child.merged()? == 0);
     child.verify()?;
+    PASS
+}
+
+/// A child that was not scanned yet leaves merged pages behind. No entry of any process leads to them.
+fn new_child() -> Outcome {
+    if engine::is_in_tree() {
+        return skip(IN_TREE);
+    }
+    let Some((region, span, uffd)) = two_halves()? else {
+        return skip(NO_MODE);
+    };
+    drop(uffd);
+    let (output, input) = sys::pipe()?;
+    let child = Background::once(|| {
+        let uffd = Uffd::new(span, Mode::Access)?.context("userfaultfd")?;
+        uffd.protect(span, true)?;
+        region.advise(0, ALL, libc::MADV_UNMERGEABLE)?;
+        drop(uffd);
+        File::from(input.try_clone()?).write_all(b"u")?;
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    })?;
+    // If the child fails, the pipe ends.
+    drop(input);
+    let ready = File::from(output).read_exact(&mut [0]);
+    ready.context("the child has failed")?;
+    let theirs = Span {
+        pid: child.pid(),
+        ..span
+    };
+    if merged(theirs)? != ALL {
+        return Ok(Verdict::Skip("the kernel unshares such pages".into()));
+    }
+    scan::passes(2)?;
+    ensure_listed(theirs, ALL)?;
+    ensure_listed(span, ALL)?;
+    scan::stop()?;
+    engine::write("run", 2)?;
+    ensure!(merged(theirs)? == 0 && merged(span)? == 0);
+    region.verify()?;
     PASS
 }

@@ -11,7 +11,7 @@ use kernel::{
     testing::{failing, live, watch, Events, Live, Plan, TestMm},
 };
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 const MMS: usize = 6;
 
@@ -28,6 +28,8 @@ struct Pair {
     room: bool,
     /// The highest number so far.
     last: u64,
+    /// The numbers of those that a pass has walked.
+    walked: BTreeSet<u64>,
 }
 
 impl Pair {
@@ -42,6 +44,7 @@ impl Pair {
             spares: 0,
             room: false,
             last: 0,
+            walked: BTreeSet::new(),
         }
     }
 
@@ -156,7 +159,12 @@ impl Pair {
     fn next(&self, after: u64) -> Option<u64> {
         let (next, events) = watch(|| self.registry.next(after));
         assert_eq!(events.mm_drops + events.allocs + events.frees, 0);
-        let found = next.as_ref().map(|(id, mm)| (*id, self.which(mm)));
+        if let Some((id, registered)) = &next {
+            assert_eq!(registered.is_new, !self.walked.contains(id));
+        }
+        let found = next
+            .as_ref()
+            .map(|(id, known)| (*id, self.which(&known.mm)));
         let expected = self.live.iter().find(|(id, _)| **id > after);
         assert_eq!(found, expected.map(|(id, mm)| (*id, *mm)));
         // This is the caller's own reference.
@@ -164,6 +172,14 @@ impl Pair {
             assert_eq!(self.mms[mm].references(), self.expected_references(mm) + 1);
         }
         found.map(|(id, _)| id)
+    }
+
+    /// Note that a pass has walked an address space, registered or not.
+    fn note_walked(&mut self, id: u64) {
+        self.registry.note_walked(id);
+        if self.live.contains_key(&id) {
+            self.walked.insert(id);
+        }
     }
 
     fn take_missed(&mut self) {
@@ -222,6 +238,7 @@ enum Op {
     TakeAllDead,
     Next(u64),
     Walk,
+    NoteWalked(u64),
     TakeMissed,
 }
 
@@ -240,6 +257,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::TakeAllDead),
         2 => prop_oneof![0..40u64, Just(u64::MAX), Just(u64::MAX - 1)].prop_map(Op::Next),
         1 => Just(Op::Walk),
+        2 => (0..40u64).prop_map(Op::NoteWalked),
         1 => Just(Op::TakeMissed),
     ]
 }
@@ -264,6 +282,7 @@ proptest! {
                     pair.next(after);
                 }
                 Op::Walk => pair.walk(),
+                Op::NoteWalked(id) => pair.note_walked(id),
                 Op::TakeMissed => pair.take_missed(),
             }
             pair.check();

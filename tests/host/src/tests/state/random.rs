@@ -174,7 +174,7 @@ impl World {
                 let (from, to) = (addr & !0x1f_ffff, addr | 0x1f_ffff);
                 let mut budget = Forget::new();
                 self.state
-                    .forget_range(mm_id, from, to, &mut budget, |_, _| false);
+                    .forget_range(mm_id, from, to, &mut budget, |_, _, _| false);
             }
             Op::Lock(node, on) => {
                 if let Some(key) = self.some_node(node) {
