@@ -56,6 +56,12 @@ enum Step {
 /// How long to wait when all address spaces that are left of a pass are locked, in milliseconds.
 const LOCKED_MS: u32 = 20;
 
+/// How often a pass walks all VMAs that may have merged pages, if nothing demands it.
+///
+/// What leads to merged pages in VMAs that are not mergeable can be lost: by a lock that was contended, or while
+/// a page was swapped out. Then they are found by the next such pass.
+const STRAYS_PASSES: u32 = 16;
+
 /// Decides whether a page that the walk did not visit keeps its entry, and with it its rmap item.
 ///
 /// `MADV_UNMERGEABLE` leaves pages behind that it cannot unshare, and a fork inherits them. They stay mapped in
@@ -63,7 +69,7 @@ const LOCKED_MS: u32 = 20;
 /// may not be listed yet when that happens. Then the next pass finds it.
 struct GapCheck<'a> {
     mm: &'a Mm,
-    /// The `mmap_lock`, tried when the first merged page is to be checked.
+    /// The `mmap_lock`, tried when the first page is to be checked.
     lock: Option<Result<MmapLock<'a>, NotLocked>>,
     /// Whether a page was found to be still merged, in a VMA that is not mergeable.
     found_stray: bool,
@@ -94,12 +100,9 @@ impl<'a> GapCheck<'a> {
         let Some(vma) = MergeableVma::find(lock, addr, Which::MayBeMerged) else {
             return false;
         };
-        let maps = match node {
-            Some(node) => vma.maps(addr, node),
-            None => vma.maps_ksm_page(addr),
-        };
-        self.found_stray |= maps && !vma.is_mergeable();
-        maps && node.is_some()
+        let here = vma.node_at(addr);
+        self.found_stray |= here.is_some() && !vma.is_mergeable();
+        here.is_some() && here == node
     }
 }
 
@@ -227,7 +230,7 @@ impl Engine {
     fn start_pass(&self, state: &mut State, current: &KthreadContext) {
         let last = self.registry.lock().last_id();
         let core = &mut state.core;
-        core.has_strays = core::mem::take(&mut core.found_strays);
+        core.has_strays = core::mem::take(&mut core.found_strays) || core.pass % STRAYS_PASSES == 0;
         let before = state.cursor.retry_seq;
         let mut at = Position::new();
         at.begin(last);

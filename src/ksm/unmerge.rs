@@ -83,6 +83,9 @@ impl Engine {
         state.cursor = Cursor::new();
         if result.is_ok() {
             self.stats.reset_full_scans();
+        } else {
+            // Pages may be left that no entry leads to.
+            state.core.found_strays = true;
         }
         self.update_stats(&state);
         result
@@ -255,7 +258,7 @@ fn is_merged(mm: &Mm, addr: usize, entry: &PageEntry) -> Option<bool> {
     match MmapLock::try_new(mm) {
         Ok(lock) => {
             let vma = MergeableVma::find(&lock, addr, Which::MayBeMerged);
-            Some(vma.is_some_and(|vma| vma.maps(addr, node)))
+            Some(vma.is_some_and(|vma| vma.node_at(addr) == Some(node)))
         }
         Err(NotLocked::Contended) => None,
         Err(NotLocked::Exiting) => Some(false),

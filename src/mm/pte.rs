@@ -362,18 +362,11 @@ impl Drop for PteLock<'_> {
 }
 
 impl MergeableVma<'_> {
-    /// Whether the page at `addr` is a KSM page of `node`, also while it is being migrated.
+    /// Returns the node of the KSM page at `addr`, also while that is being migrated.
     ///
     /// Takes the page-table lock for a moment, so the answer may be outdated when it arrives.
-    pub(crate) fn maps(&self, addr: usize, node: NodeId) -> bool {
-        PteLock::new(self, addr).is_some_and(|pte| pte.node_id() == Some(node))
-    }
-
-    /// Whether the page at `addr` is a KSM page that a node has, also while it is being migrated.
-    ///
-    /// Takes the page-table lock for a moment, so the answer may be outdated when it arrives.
-    pub(crate) fn maps_ksm_page(&self, addr: usize) -> bool {
-        PteLock::new(self, addr).is_some_and(|pte| pte.node_id().is_some())
+    pub(crate) fn node_at(&self, addr: usize) -> Option<NodeId> {
+        PteLock::new(self, addr)?.node_id()
     }
 
     /// Whether `page` is mapped at `addr`, without a userfaultfd mark that forbids merging it.
