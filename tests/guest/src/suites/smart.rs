@@ -33,6 +33,7 @@ pub const SUITE: Suite = Suite {
         ("merged-through-a-relative", 120, child_exits),
         ("left-behind-by-a-relative", 120, left_behind),
         ("swapped-in-as-merged-pages", 150, swapped_in),
+        ("opted-out-while-swapped-out", 150, opted_out),
         ("three-scans-of-one-page", 60, one_page),
     ],
 };
@@ -442,5 +443,72 @@ fn swapped_in() -> Outcome {
     );
     ensure!(late == 0, "not listed after {late} of {N} passes");
     verify_all(&mut workers)?;
+    PASS
+}
+
+/// Merged pages that were swapped out come back from the swap cache after their process has opted out. No entry
+/// leads to them, and their VMA is not mergeable.
+fn opted_out() -> Outcome {
+    // The capacity of a pipe.
+    const N: usize = 16;
+    // One pass in sixteen walks such VMAs, and another one may be under way.
+    const PASSES: u32 = 17;
+    if engine::is_in_tree() {
+        return skip("the in-tree engine forgets such pages");
+    }
+    let (Some(_zram), Some(group)) = (Zram::new(64)?, Group::new("smart")?) else {
+        return skip("no zram or no memory cgroups");
+    };
+    let mut stepper = Stepper::new(ALL)?;
+    let mut until_sharing = |pages: usize| -> Result<()> {
+        for _ in 0..12 {
+            if stepper.step()?.sharing >= pages as u64 {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("{:?}", engine::counters()?)
+    };
+    // These two merge first, so the merged pages are charged to the group, which can swap them out.
+    let mut workers = [Worker::new()?, Worker::new()?];
+    for worker in &mut workers {
+        group.enter(worker.pid())?;
+        worker.map(N)?;
+        worker.advise(0, N, libc::MADV_NOHUGEPAGE)?;
+        worker.fill(0, N, 100, 1)?;
+        worker.advise(0, N, libc::MADV_MERGEABLE)?;
+    }
+    until_sharing(N)?;
+    let mut region = Region::new(N)?;
+    region.fill(0, N, 100, 1);
+    region.advise(0, N, libc::MADV_MERGEABLE)?;
+    until_sharing(2 * N)?;
+    // While they are in a pipe, they stay in the swap cache.
+    let (_output, input) = sys::pipe()?;
+    region.splice(N, &input)?;
+    region.unmap()?;
+    let [mut worker, twin] = workers;
+    twin.kill()?;
+    for _ in 0..20 {
+        group.reclaim(8 << 20)?;
+    }
+    let span = worker.span();
+    let out = swapped(span)?;
+    ensure!(out > N / 2, "{out} of {N} pages are swapped out");
+    // The scan forgets those that are swapped out, and opting out does not see them.
+    stepper.step()?;
+    worker.advise(0, N, libc::MADV_UNMERGEABLE)?;
+    worker.verify()?;
+    let have = merged(span)?;
+    ensure!(have > N / 2, "{have} pages came back from the swap cache");
+    let listed = || proc::ksm_stat(span.pid, "ksm_merging_pages");
+    println!("{} of {have} mappings are listed", listed()?);
+    let mut passes = 0;
+    while listed()? != have as i64 {
+        passes += 1;
+        ensure!(passes <= PASSES, "{} of {have} are listed", listed()?);
+        stepper.step()?;
+    }
+    println!("all are listed after {passes} passes");
+    worker.verify()?;
     PASS
 }
