@@ -486,7 +486,18 @@ impl Engine {
             let batch = &mut buffer.batch;
             let before = batch.pages().len();
             next = walk::fill(&vma, start, limit, budget, hasher, batch);
-            state.core.found_strays |= !vma.is_mergeable() && batch.pages().len() != before;
+            let strays = match vma.is_mergeable() {
+                true => &[],
+                false => batch.pages().get(before..).unwrap_or(&[]),
+            };
+            state.core.found_strays |= !strays.is_empty();
+            // mremap() does not unshare pages in such a VMA, but moves them. If one of them is being migrated, its
+            // migration entry is moved away from where the end of the migration looks for it. So such pages must
+            // go. Those that cannot be unshared now stay listed, and the next pass tries again.
+            for stray in strays {
+                let addr = stray.addr();
+                state.break_cow_later(PageAddr { mm_id, addr }, None);
+            }
         }
         // The samples may be outdated from here on. The merge compares the pages themselves.
         drop(lock);
