@@ -6,6 +6,7 @@ pub mod background;
 pub mod cgroup;
 pub mod disk;
 pub mod engine;
+pub mod kvm;
 pub mod memblock;
 pub mod module;
 pub mod numa;
