@@ -4,7 +4,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-debug torture conformance bench bench-quick check module rustdoc shell setup clean distclean
+.PHONY: help demo test quick test-debug torture conformance overcommit bench bench-quick check module rustdoc shell setup clean distclean
 
 help:
 	@echo 'make demo         set up, build, and merge memory of real processes in a guest'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-debug   the guest tests and the torture test in the debug kernel'
 	@echo 'make torture      random operations on memory that merges (SECONDS=60 SEED= OPS= NOT= WORKERS=10)'
 	@echo 'make conformance  the kernel'"'"'s own KSM selftests, with in-tree KSM and with rksm'
+	@echo 'make overcommit   52 KVM guests in a third of their memory, with in-tree KSM and with rksm'
 	@echo 'make bench        all benchmarks, of both engines (under an hour)'
 	@echo 'make bench-quick  instructions of the two main workloads (two minutes)'
 	@echo 'make check        rustfmt, clippy, rustdoc, host tests, without a guest'
@@ -57,6 +58,9 @@ torture: module
 
 conformance: module
 	@scripts/conformance
+
+overcommit: module
+	@scripts/overcommit $(if $(GUESTS),--guests $(GUESTS))
 
 bench: module
 	@scripts/bench
