@@ -7,7 +7,7 @@
 
 pub use rksm_test_lib::{
     background, cgroup, disk, engine, memblock, module, numa, pageflags, prng, proc, region, swap,
-    sys, timeout,
+    sys, timeout, uffd,
 };
 
 pub mod harness;
@@ -19,5 +19,4 @@ pub mod kprobe;
 pub mod scan;
 pub mod suites;
 pub mod tracefs;
-pub mod uffd;
 pub mod worker;

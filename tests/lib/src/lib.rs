@@ -17,3 +17,4 @@ pub mod region;
 pub mod swap;
 pub mod sys;
 pub mod timeout;
+pub mod uffd;

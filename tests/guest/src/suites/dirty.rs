@@ -358,7 +358,7 @@ fn frozen() -> Outcome {
     bench.third.fill(THIRD, N - THIRD, 50_000, 1)?;
     bench.merge(THIRD)?;
     let before: Vec<_> = (0..N).map(|i| copy_of(&bench.region, i)).collect();
-    let Some(mut uffd) = Uffd::new(bench.span(), Mode::Write)? else {
+    let Some(uffd) = Uffd::new(bench.span(), Mode::Write)? else {
         return skip("the kernel has no userfaultfd");
     };
     uffd.protect(bench.span(), true)?;
@@ -396,7 +396,7 @@ fn frozen() -> Outcome {
     });
     let mut snapshot: Vec<Option<Vec<u8>>> = vec![None; N];
     while !writer.is_finished() {
-        let Some(i) = uffd.next_write(scaled(Duration::from_millis(50)))? else {
+        let Some(i) = uffd.next_fault(scaled(Duration::from_millis(50)))? else {
             continue;
         };
         snapshot[i] = Some(copy_of(&bench.region, i));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Protection of this process's memory by userfaultfd.
+//! Userfaultfd over this process's memory: protection, and pages that are brought when they are first used.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,8 +17,12 @@ const USER_MODE_ONLY: libc::c_int = 1;
 const API_VERSION: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 const UFFDIO_RWPROTECT: libc::c_ulong = 0xc018_aa09;
+const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 const REGISTER_MODE_MINOR: u64 = 1 << 2;
 const REGISTER_MODE_RWP: u64 = 1 << 3;
@@ -39,6 +43,8 @@ pub enum Mode {
     /// Any access to a protected page waits. The descriptor is opened as any user may open it, so an access
     /// by the kernel fails.
     Access,
+    /// Any access to a page that is not there waits for [`Uffd::bring`].
+    Missing,
     /// A fault on a page of a memfd that is in the page cache already waits. Nothing is protected.
     Minor,
 }
@@ -51,6 +57,7 @@ impl Mode {
                 FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED
             }
             Self::Access => FEATURE_RWP,
+            Self::Missing => 0,
             Self::Minor => FEATURE_MINOR_SHMEM,
         }
     }
@@ -59,6 +66,7 @@ impl Mode {
         match self {
             Self::Write | Self::WriteAsync => REGISTER_MODE_WP,
             Self::Access => REGISTER_MODE_RWP,
+            Self::Missing => REGISTER_MODE_MISSING,
             Self::Minor => REGISTER_MODE_MINOR,
         }
     }
@@ -134,13 +142,41 @@ impl Uffd {
         self.protect(page, false)
     }
 
-    /// Return the page that a writer waits for; `None` if no write faults within `limit`.
-    pub fn next_write(&mut self, limit: Duration) -> Result<Option<usize>> {
+    /// Bring page `i`, with this content or as zeroes, and wake who waits for it. Return whether it was missing.
+    pub fn bring(&self, i: usize, content: Option<&[u8; PAGE]>) -> Result<bool> {
+        let addr = (self.span.addr + i * PAGE) as u64;
+        let brought = loop {
+            let brought = match content {
+                Some(from) => {
+                    let from = from.as_ptr() as u64;
+                    self.ioctl(UFFDIO_COPY, &mut [addr, from, PAGE as u64, 0, 0])
+                }
+                None => self.ioctl(UFFDIO_ZEROPAGE, &mut [addr, PAGE as u64, 0, 0]),
+            };
+            match brought {
+                // The address space is being changed.
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
+                other => break other,
+            }
+        };
+        match brought {
+            Ok(()) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
+                self.ioctl(UFFDIO_WAKE, &mut [addr, PAGE as u64])
+                    .context("UFFDIO_WAKE")?;
+                Ok(false)
+            }
+            Err(e) => Err(e).context("bringing a page by userfaultfd"),
+        }
+    }
+
+    /// Return the page that a thread waits for; `None` if none faults within `limit`.
+    pub fn next_fault(&self, limit: Duration) -> Result<Option<usize>> {
         if !sys::poll_in(self.file.as_raw_fd(), limit)? {
             return Ok(None);
         }
         let mut message = [0u8; 32];
-        let n = self.file.read(&mut message).context("userfaultfd")?;
+        let n = (&self.file).read(&mut message).context("userfaultfd")?;
         ensure!(
             n == message.len() && message[0] == EVENT_PAGEFAULT,
             "{message:?}"
